@@ -1,0 +1,38 @@
+//! The seam to whatever runs the model.
+
+pub mod fake;
+
+use crate::error::Result;
+use crate::scheduler::output::{ScheduleOutput, StepOutput, TokenMasks};
+
+/// What an executor has room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Blocks of the KV cache.
+    pub num_blocks: u32,
+    /// Token slots of a block.
+    pub block_size: u32,
+    /// Steps that may be launched and not yet collected, at least 1.
+    pub max_steps_in_flight: u32,
+}
+
+/// Runs steps. Steps are launched ahead and collected in order, so that the host prepares step
+/// n + 1 while step n runs.
+///
+/// For each step the engine calls `launch`, then `sample`, and later `collect`; at most
+/// [`Capacity::max_steps_in_flight`] steps are launched and not collected. An error ends the
+/// engine: what the device holds is unknown after it. An executor is built, used and dropped on
+/// the engine thread.
+pub trait Executor {
+    /// Fixed for the executor's life.
+    fn capacity(&self) -> Capacity;
+
+    /// Starts the forward pass of `step` and does not wait for it.
+    fn launch(&mut self, step: &ScheduleOutput) -> Result<()>;
+
+    /// Starts the sampling of the step launched last; masks may be worked out while it runs.
+    fn sample(&mut self, masks: &TokenMasks) -> Result<()>;
+
+    /// Waits for the oldest step in flight.
+    fn collect(&mut self) -> Result<StepOutput>;
+}

@@ -1,0 +1,85 @@
+//! How the next token is chosen and when a sequence ends, as far as token ids go.
+//!
+//! Stop strings are text and live with the output side of the engine.
+
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::ids::TokenId;
+
+/// Sampling of one request: vLLM's names and defaults.
+///
+/// A token is the argmax of `logit / temperature + gumbel` over the tokens that `top_k`, `top_p`
+/// and `min_p` leave, where the noise is a function of seed, position and token id alone: what
+/// else is in the batch plays no part.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 chooses the largest logit, the lowest token id on a tie.
+    pub temperature: f32,
+    /// The smallest set of tokens whose probability reaches this is kept; in (0, 1].
+    pub top_p: f32,
+    /// The number of most likely tokens kept; `None` keeps all.
+    pub top_k: Option<u32>,
+    /// Tokens below this share of the most likely token's probability are dropped; in [0, 1].
+    pub min_p: f32,
+    /// The key of the noise; `None` derives it from the engine's seed and the request's number.
+    pub seed: Option<u64>,
+    /// Tokens that end the sequence beside the model's end-of-sequence tokens.
+    pub stop_token_ids: Arc<[TokenId]>,
+    /// Whether the model's end-of-sequence tokens are ordinary tokens.
+    pub ignore_eos: bool,
+    /// Tokens generated at most.
+    pub max_tokens: u32,
+    /// Tokens generated before an end-of-sequence or stop token may be chosen.
+    pub min_tokens: u32,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: None,
+            min_p: 0.0,
+            seed: None,
+            stop_token_ids: Arc::from([]),
+            ignore_eos: false,
+            max_tokens: 16,
+            min_tokens: 0,
+        }
+    }
+}
+
+impl SamplingParams {
+    /// Checks every range.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSamplingParam`] for the first value outside its range.
+    pub fn validate(&self) -> Result<()> {
+        let check = |ok: bool, name, range, value: String| {
+            if ok { Ok(()) } else { Err(Error::InvalidSamplingParam { name, range, value }) }
+        };
+        let Self { temperature, top_p, top_k, min_p, max_tokens, min_tokens, .. } = *self;
+        check(
+            temperature.is_finite() && temperature >= 0.0,
+            "temperature",
+            "finite and at least 0",
+            temperature.to_string(),
+        )?;
+        check(top_p > 0.0 && top_p <= 1.0, "top_p", "in (0, 1]", top_p.to_string())?;
+        check(top_k != Some(0), "top_k", "-1 (all tokens) or at least 1", "0".to_owned())?;
+        check((0.0..=1.0).contains(&min_p), "min_p", "in [0, 1]", min_p.to_string())?;
+        check(max_tokens >= 1, "max_tokens", "at least 1", max_tokens.to_string())?;
+        check(
+            min_tokens <= max_tokens,
+            "min_tokens",
+            "at most max_tokens",
+            format!("{min_tokens} with max_tokens {max_tokens}"),
+        )
+    }
+
+    /// Whether the next token is simply the largest logit.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature == 0.0
+    }
+}

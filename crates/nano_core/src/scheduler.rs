@@ -1,0 +1,412 @@
+//! What runs in the next step.
+//!
+//! There is no prefill phase and no decode phase. Each sequence has `num_computed_tokens` and
+//! `num_tokens`, and a step gives each sequence some of the tokens between the two, oldest
+//! sequence first, within `max_num_batched_tokens` and `max_num_seqs`. Chunked prefill, decoding
+//! and the way back after a preemption are all this one rule.
+//!
+//! The scheduler sees token ids and block numbers only. It is called by
+//! [`EngineCore`](crate::EngineCore) alone.
+
+pub mod output;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::error::{Error, Result};
+use crate::executor::Capacity;
+use crate::ids::{RequestId, SequenceId};
+use crate::kv_cache::KvCacheManager;
+use crate::request::Request;
+use crate::sequence::{InFlightToken, Sequence};
+
+use output::{
+    BannedTokens, LogitRows, SampledRow, ScheduledSequence, StepOutput, TokenMasks, TokenSource,
+};
+pub use output::{FinishReason, ScheduleOutput, TokenEvent};
+
+/// The limits of one step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SchedulerConfig {
+    /// Sequences that run at the same time.
+    pub max_num_seqs: u32,
+    /// Tokens of one step, over all sequences. May be smaller than `max_num_seqs`.
+    pub max_num_batched_tokens: u32,
+}
+
+impl SchedulerConfig {
+    /// Checks both limits.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] names the first one that is 0.
+    pub fn validate(&self) -> Result<()> {
+        let limits = [
+            ("max_num_seqs", self.max_num_seqs),
+            ("max_num_batched_tokens", self.max_num_batched_tokens),
+        ];
+        for (name, limit) in limits {
+            if limit == 0 {
+                let (range, value) = ("at least 1", limit.to_string());
+                return Err(Error::InvalidConfig { name, range, value });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A view of the scheduler's load.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SchedulerStats {
+    /// Sequences that hold blocks.
+    pub num_running: u32,
+    /// Sequences that hold none.
+    pub num_waiting: u32,
+    /// Blocks that nobody holds.
+    pub num_free_blocks: u32,
+    /// Preemptions since the start.
+    pub num_preemptions: u64,
+}
+
+/// Decides what runs next and keeps the books of every sequence.
+#[derive(Debug)]
+pub struct Scheduler {
+    config: SchedulerConfig,
+    cache: KvCacheManager,
+    /// Ascending by id, that is by arrival. All hold blocks, and every one in `running` is older
+    /// than every one in `waiting`, except where `max_num_seqs` or the blocks ran out meanwhile.
+    running: Vec<Sequence>,
+    /// Ascending by id. None holds a block.
+    waiting: VecDeque<Sequence>,
+    next_sequence: u64,
+    step: u64,
+    num_preemptions: u64,
+}
+
+impl Scheduler {
+    /// A scheduler for an executor of the given capacity.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if a limit is 0.
+    pub fn new(config: SchedulerConfig, capacity: Capacity) -> Result<Self> {
+        config.validate()?;
+        Ok(Self {
+            config,
+            cache: KvCacheManager::new(capacity.num_blocks, capacity.block_size),
+            running: Vec::new(),
+            waiting: VecDeque::new(),
+            next_sequence: 0,
+            step: 0,
+            num_preemptions: 0,
+        })
+    }
+
+    /// Queues a request behind all others.
+    pub fn add(&mut self, request: Request) {
+        let id = SequenceId(self.next_sequence);
+        self.next_sequence += 1;
+        self.waiting.push_back(Sequence::new(id, request));
+    }
+
+    /// Drops a request and frees its blocks; `None` if it has ended already.
+    pub fn abort(&mut self, request: RequestId) -> Option<TokenEvent> {
+        let is_it = |sequence: &Sequence| sequence.request == request;
+        let sequence = match self.running.iter().position(is_it) {
+            Some(index) => self.running.remove(index),
+            None => self.waiting.remove(self.waiting.iter().position(is_it)?)?,
+        };
+        Some(self.retire(sequence, FinishReason::Abort))
+    }
+
+    /// Ends every request with `reason`.
+    pub fn abort_all(&mut self, reason: &FinishReason) -> Vec<TokenEvent> {
+        let running = std::mem::take(&mut self.running);
+        let waiting = std::mem::take(&mut self.waiting);
+        let all = running.into_iter().chain(waiting);
+        all.map(|sequence| self.retire(sequence, reason.clone())).collect()
+    }
+
+    /// Whether no request is left.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// The present load.
+    pub fn stats(&self) -> SchedulerStats {
+        SchedulerStats {
+            num_running: self.running.len() as u32,
+            num_waiting: self.waiting.len() as u32,
+            num_free_blocks: self.cache.allocator().num_free(),
+            num_preemptions: self.num_preemptions,
+        }
+    }
+
+    /// The next step; empty when nothing can run before a step in flight is collected.
+    ///
+    /// Blocks are allocated here. When they run out, the newest running sequence loses its blocks
+    /// and waits to be computed again, so the oldest always goes on.
+    pub fn schedule(&mut self) -> ScheduleOutput {
+        let mut step = ScheduleOutput { step: self.step + 1, ..ScheduleOutput::default() };
+        let everyone_has_room = self.schedule_running(&mut step);
+        if everyone_has_room {
+            self.admit_waiting(&mut step);
+        }
+        if !step.sequences.is_empty() {
+            self.step = step.step;
+        }
+        step
+    }
+
+    /// Gives the running sequences their tokens; returns false if blocks ran out on the way.
+    fn schedule_running(&mut self, step: &mut ScheduleOutput) -> bool {
+        let mut index = 0;
+        while index < self.running.len() {
+            let num_tokens = self.num_tokens_for(&self.running[index], step);
+            if num_tokens > 0 {
+                if !self.make_room(index, num_tokens, step) {
+                    return false;
+                }
+                push_scheduled(step, &mut self.running[index], num_tokens);
+            }
+            index += 1;
+        }
+        step.num_preempted == 0
+    }
+
+    /// Allocates blocks for the next `num_tokens` tokens of the running sequence at `index`, at
+    /// the cost of newer ones; false if it has to wait or was itself the newest.
+    fn make_room(&mut self, index: usize, num_tokens: u32, step: &mut ScheduleOutput) -> bool {
+        loop {
+            let sequence = &mut self.running[index];
+            let target = sequence.num_computed_tokens + num_tokens;
+            if self.cache.allocate(&mut sequence.block_table, target) {
+                return true;
+            }
+            // Blocks of earlier victims come back when the steps in flight are collected: to
+            // preempt yet another sequence would be to pay twice.
+            let missing = self.cache.num_missing(&sequence.block_table, target);
+            if self.cache.allocator().num_free() + self.cache.num_pending() >= missing {
+                return false;
+            }
+            self.preempt_newest(step);
+            if index == self.running.len() {
+                return false;
+            }
+        }
+    }
+
+    fn preempt_newest(&mut self, step: &mut ScheduleOutput) {
+        let Some(mut sequence) = self.running.pop() else { return };
+        let blocks = sequence.preempt();
+        self.cache.free(blocks, sequence.last_step);
+        let place = self.waiting.partition_point(|other| other.id < sequence.id);
+        self.waiting.insert(place, sequence);
+        step.num_preempted += 1;
+        self.num_preemptions += 1;
+    }
+
+    /// Lets waiting sequences join, in the order of arrival, while there is room for them.
+    fn admit_waiting(&mut self, step: &mut ScheduleOutput) {
+        while self.running.len() < self.config.max_num_seqs as usize {
+            let Some(sequence) = self.waiting.front() else { return };
+            // A preempted sequence needs its last token on the host before it starts over.
+            let num_tokens = self.num_tokens_for(sequence, step);
+            if num_tokens == 0 || sequence.num_in_flight_tokens > 0 {
+                return;
+            }
+            let Some(mut sequence) = self.waiting.pop_front() else { return };
+            if !self.cache.allocate(&mut sequence.block_table, num_tokens) {
+                self.waiting.push_front(sequence);
+                return;
+            }
+            push_scheduled(step, &mut sequence, num_tokens);
+            let place = self.running.partition_point(|other| other.id < sequence.id);
+            self.running.insert(place, sequence);
+        }
+    }
+
+    /// Tokens of `sequence` that this step can take.
+    fn num_tokens_for(&self, sequence: &Sequence, step: &ScheduleOutput) -> u32 {
+        // A token in flight can be named only by the step right after the one that samples it.
+        let unnameable =
+            sequence.num_in_flight_tokens > 0 && sequence.newest_in_flight.step != self.step;
+        if unnameable {
+            return 0;
+        }
+        let budget = self.config.max_num_batched_tokens - step.num_tokens;
+        sequence.num_uncomputed_tokens().min(budget)
+    }
+
+    /// What may not be sampled in `step`, the step scheduled last.
+    pub fn token_masks(&self, step: &ScheduleOutput) -> TokenMasks {
+        let mut masks = TokenMasks::default();
+        for (row, scheduled) in step.sequences.iter().enumerate() {
+            let samples = matches!(scheduled.logit_rows, LogitRows::Last(_));
+            if !samples || scheduled.params.min_tokens == 0 {
+                continue;
+            }
+            let Some(sequence) = self.find_running(scheduled.sequence) else { continue };
+            if sequence.newest_in_flight_is_before_min_tokens() {
+                let token_ids = Arc::clone(&sequence.banned_before_min_tokens);
+                masks.banned.push(BannedTokens { row: row as u32, token_ids });
+            }
+        }
+        masks
+    }
+
+    fn find_running(&self, id: SequenceId) -> Option<&Sequence> {
+        let index = self.running.binary_search_by_key(&id, |sequence| sequence.id).ok()?;
+        Some(&self.running[index])
+    }
+
+    /// Takes the results of `step`, the oldest one in flight: appends tokens, ends sequences,
+    /// frees blocks.
+    ///
+    /// # Errors
+    /// [`Error::ExecutorFailed`] if the rows are not those that the step asked for.
+    pub fn update(&mut self, step: &ScheduleOutput, output: StepOutput) -> Result<Vec<TokenEvent>> {
+        self.cache.step_collected(step.step);
+        let asked = step.sequences.iter().filter(|s| s.logit_rows != LogitRows::None);
+        let num_rows = output.rows.len();
+        let mut rows = output.rows.into_iter();
+        let mut events = Vec::with_capacity(num_rows);
+        for scheduled in asked {
+            let row = rows.next().filter(|row| row.sequence == scheduled.sequence);
+            let row = row.ok_or_else(|| Error::ExecutorFailed {
+                message: format!("its {num_rows} rows are not those that the step asked for"),
+            })?;
+            events.extend(self.update_sequence(scheduled, row));
+        }
+        Ok(events)
+    }
+
+    /// `None` if the sequence has ended meanwhile: its row was computed in vain.
+    fn update_sequence(
+        &mut self,
+        scheduled: &ScheduledSequence,
+        row: SampledRow,
+    ) -> Option<TokenEvent> {
+        let id = scheduled.sequence;
+        let running = self.running.binary_search_by_key(&id, |sequence| sequence.id);
+        let waiting = self.waiting.binary_search_by_key(&id, |sequence| sequence.id);
+        let sequence = match (running, waiting) {
+            (Ok(index), _) => &mut self.running[index],
+            (_, Ok(index)) => &mut self.waiting[index],
+            _ => return None,
+        };
+        let (logits, mut finish) = match row.logits {
+            Some(rows) => deliver_logits(sequence, scheduled, rows),
+            None => (None, None),
+        };
+        let mut tokens = SmallVec::new();
+        for token in row.tokens {
+            tokens.push(token);
+            finish = sequence.append(token);
+            if finish.is_some() {
+                break;
+            }
+        }
+        let Some(reason) = finish else {
+            return Some(TokenEvent { request: sequence.request, tokens, logits, finish: None });
+        };
+        let sequence = match running {
+            Ok(index) => self.running.remove(index),
+            Err(_) => self.waiting.remove(waiting.ok()?)?,
+        };
+        Some(TokenEvent { tokens, logits, ..self.retire(sequence, reason) })
+    }
+
+    /// Frees the blocks of a sequence that was taken out of its queue.
+    fn retire(&mut self, sequence: Sequence, reason: FinishReason) -> TokenEvent {
+        self.cache.free(sequence.block_table, sequence.last_step);
+        let (request, tokens) = (sequence.request, SmallVec::new());
+        TokenEvent { request, tokens, logits: None, finish: Some(reason) }
+    }
+
+    /// Checks the books: blocks against tables, queues against their order and limits.
+    ///
+    /// # Panics
+    /// If something does not hold. For tests.
+    pub fn check_invariants(&self) {
+        let everyone = || self.running.iter().chain(&self.waiting);
+        self.cache.check_invariants(everyone().map(|sequence| &sequence.block_table));
+        assert!(self.running.is_sorted_by_key(|sequence| sequence.id), "running out of order");
+        assert!(self.waiting.iter().is_sorted_by_key(|s| s.id), "waiting out of order");
+        assert!(self.running.len() <= self.config.max_num_seqs as usize, "too many run");
+        for sequence in &self.waiting {
+            assert!(sequence.block_table.is_empty(), "a waiting sequence holds blocks");
+            assert_eq!(sequence.num_computed_tokens, 0, "a waiting sequence is computed");
+        }
+        for sequence in &self.running {
+            let computed = sequence.num_computed_tokens;
+            assert!(computed <= sequence.num_tokens(), "computed past its tokens");
+            let missing = self.cache.num_missing(&sequence.block_table, computed);
+            assert_eq!(missing, 0, "computed tokens without a block");
+        }
+        if self.is_idle() && self.cache.num_pending() == 0 {
+            let allocator = self.cache.allocator();
+            assert_eq!(allocator.num_free(), allocator.num_blocks(), "blocks are lost");
+        }
+    }
+}
+
+/// Adds the next `num_tokens` tokens of `sequence`, whose blocks are allocated, to `step`.
+fn push_scheduled(step: &mut ScheduleOutput, sequence: &mut Sequence, num_tokens: u32) {
+    let row = step.sequences.len() as u32;
+    let first = sequence.num_computed_tokens;
+    let end = first + num_tokens;
+    let reaches_end = end == sequence.num_tokens();
+    let tokens = if sequence.num_in_flight_tokens > 0 {
+        TokenSource::PreviousStep { row: sequence.newest_in_flight.row }
+    } else {
+        TokenSource::Host(extend_range(
+            &mut step.token_ids,
+            &sequence.tokens[first as usize..end as usize],
+        ))
+    };
+    let logit_rows = match (sequence.wants_logits, reaches_end) {
+        (true, _) => LogitRows::All,
+        (false, true) => LogitRows::Last(1),
+        (false, false) => LogitRows::None,
+    };
+    step.sequences.push(ScheduledSequence {
+        sequence: sequence.id,
+        tokens,
+        num_computed_tokens: first,
+        num_scheduled_tokens: num_tokens,
+        block_table: extend_range(&mut step.block_ids, &sequence.block_table),
+        logit_rows,
+        params: Arc::clone(&sequence.params),
+        seed: sequence.seed,
+    });
+    step.num_tokens += num_tokens;
+    sequence.num_computed_tokens = end;
+    sequence.last_step = step.step;
+    if logit_rows == LogitRows::Last(1) {
+        sequence.num_in_flight_tokens += 1;
+        sequence.newest_in_flight = InFlightToken { step: step.step, row };
+    }
+}
+
+/// Appends `items` to `all` and returns where they went.
+fn extend_range<T: Copy>(all: &mut Vec<T>, items: &[T]) -> std::ops::Range<u32> {
+    let start = all.len() as u32;
+    all.extend_from_slice(items);
+    start..all.len() as u32
+}
+
+/// The rows of logits that were not delivered before a preemption, and whether they are the last.
+fn deliver_logits(
+    sequence: &mut Sequence,
+    scheduled: &ScheduledSequence,
+    mut rows: Vec<f32>,
+) -> (Option<Vec<f32>>, Option<FinishReason>) {
+    let row_len = rows.len() / scheduled.num_scheduled_tokens as usize;
+    let first = scheduled.num_computed_tokens;
+    let known = sequence.num_logit_rows.saturating_sub(first).min(scheduled.num_scheduled_tokens);
+    rows.drain(..known as usize * row_len);
+    sequence.num_logit_rows = sequence.num_logit_rows.max(scheduled.context_len());
+    let is_last = sequence.num_logit_rows == sequence.prompt_len;
+    (Some(rows), is_last.then_some(FinishReason::Length))
+}

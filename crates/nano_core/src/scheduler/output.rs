@@ -1,0 +1,141 @@
+//! The plain data that a step is made of: what the scheduler decides, and what it reports.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::error::Error;
+use crate::ids::{BlockId, RequestId, SequenceId, TokenId};
+use crate::sampling_params::SamplingParams;
+
+/// Where the tokens of a scheduled sequence come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenSource {
+    /// A range of [`ScheduleOutput::token_ids`].
+    Host(Range<u32>),
+    /// The one token that the step launched just before samples for its sequence number `row`
+    /// (an index into that step's [`ScheduleOutput::sequences`]); the host has not seen it yet.
+    PreviousStep {
+        /// Index into the previous step's sequences.
+        row: u32,
+    },
+}
+
+/// Which of a scheduled sequence's tokens need logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogitRows {
+    /// None: a prefill chunk that is not the last.
+    None,
+    /// The last `n` tokens, from which the next ones are sampled.
+    Last(u32),
+    /// Every token; the logits themselves are returned and nothing is sampled.
+    All,
+}
+
+/// One sequence's part of a step.
+#[derive(Clone, Debug)]
+pub struct ScheduledSequence {
+    /// Whose tokens these are.
+    pub sequence: SequenceId,
+    /// The `num_scheduled_tokens` tokens to run.
+    pub tokens: TokenSource,
+    /// Tokens whose keys and values are in the cache already: the position of the first one run.
+    pub num_computed_tokens: u32,
+    /// Tokens to run, at least one.
+    pub num_scheduled_tokens: u32,
+    /// A range of [`ScheduleOutput::block_ids`]: the block of position `p` is its entry
+    /// `p / block_size`. It covers every position up to the last scheduled one.
+    pub block_table: Range<u32>,
+    /// Which rows of logits are needed.
+    pub logit_rows: LogitRows,
+    /// How the next token is chosen.
+    pub params: Arc<SamplingParams>,
+    /// The key of the sequence's noise.
+    pub seed: u64,
+}
+
+impl ScheduledSequence {
+    /// Positions known to attention after this step.
+    pub fn context_len(&self) -> u32 {
+        self.num_computed_tokens + self.num_scheduled_tokens
+    }
+}
+
+/// One step: a flattened batch of prefill chunks and decodes.
+#[derive(Clone, Debug, Default)]
+pub struct ScheduleOutput {
+    /// The step's number, counting from 1.
+    pub step: u64,
+    /// The sequences that take part, oldest first.
+    pub sequences: Vec<ScheduledSequence>,
+    /// The tokens of every [`TokenSource::Host`], one after the other.
+    pub token_ids: Vec<TokenId>,
+    /// The block tables, one after the other.
+    pub block_ids: Vec<BlockId>,
+    /// Tokens of the whole step.
+    pub num_tokens: u32,
+    /// Sequences that lost their blocks to make room for this step.
+    pub num_preempted: u32,
+}
+
+/// Tokens that may not be sampled in a step.
+#[derive(Clone, Debug, Default)]
+pub struct TokenMasks {
+    /// One entry for each sequence with banned tokens, in the order of the step's sequences.
+    pub banned: Vec<BannedTokens>,
+}
+
+/// The banned tokens of one scheduled sequence.
+#[derive(Clone, Debug)]
+pub struct BannedTokens {
+    /// Index into [`ScheduleOutput::sequences`].
+    pub row: u32,
+    /// What may not be chosen.
+    pub token_ids: Arc<[TokenId]>,
+}
+
+/// What the executor hands back for one scheduled sequence that asked for logits.
+#[derive(Clone, Debug)]
+pub struct SampledRow {
+    /// Whose row it is.
+    pub sequence: SequenceId,
+    /// The sampled tokens: one for [`LogitRows::Last`], none for [`LogitRows::All`].
+    pub tokens: SmallVec<[TokenId; 1]>,
+    /// For [`LogitRows::All`]: `[num_scheduled_tokens, vocab_size]`.
+    pub logits: Option<Vec<f32>>,
+}
+
+/// The results of one step, one row for each sequence whose [`LogitRows`] is not `None`, in the
+/// order of the step's sequences.
+#[derive(Clone, Debug, Default)]
+pub struct StepOutput {
+    /// The rows.
+    pub rows: Vec<SampledRow>,
+}
+
+/// Why a request ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FinishReason {
+    /// An end-of-sequence token, or (with the token named) one of `stop_token_ids`.
+    Stop(Option<TokenId>),
+    /// `max_tokens` or `max_model_len` was reached, or all logits were delivered.
+    Length,
+    /// It was aborted.
+    Abort,
+    /// The engine failed.
+    Error(Error),
+}
+
+/// News of one request after a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenEvent {
+    /// Whose news it is.
+    pub request: RequestId,
+    /// New tokens, in order; the token that stopped the sequence is the last of them.
+    pub tokens: SmallVec<[TokenId; 1]>,
+    /// New logits of a [`RequestKind::Logits`](crate::RequestKind::Logits) request, row by row.
+    pub logits: Option<Vec<f32>>,
+    /// Set on the last event of a request.
+    pub finish: Option<FinishReason>,
+}

@@ -1,0 +1,116 @@
+//! The scheduler's state of a request.
+
+use std::sync::Arc;
+
+use crate::ids::{RequestId, SequenceId, TokenId};
+use crate::kv_cache::BlockTable;
+use crate::request::Request;
+use crate::sampling_params::SamplingParams;
+use crate::scheduler::output::FinishReason;
+
+/// A sampled token that the host has not seen yet, as the step after it names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InFlightToken {
+    /// The step that samples it.
+    pub step: u64,
+    /// The sequence's index in that step.
+    pub row: u32,
+}
+
+/// Tokens, counters and blocks of one request.
+///
+/// Of its `num_tokens` tokens the first `num_computed_tokens` have keys and values in the cache,
+/// or will have once the steps in flight end. Scheduling is nothing but letting the second number
+/// catch up with the first.
+#[derive(Debug)]
+pub struct Sequence {
+    pub(crate) id: SequenceId,
+    pub(crate) request: RequestId,
+    /// Prompt and output, as far as the host has seen them.
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) prompt_len: u32,
+    pub(crate) num_computed_tokens: u32,
+    /// Sampled tokens that the host has not seen.
+    pub(crate) num_in_flight_tokens: u32,
+    pub(crate) newest_in_flight: InFlightToken,
+    /// The last step that names the sequence's blocks.
+    pub(crate) last_step: u64,
+    pub(crate) block_table: BlockTable,
+    /// For a request of logits: how many rows were delivered.
+    pub(crate) num_logit_rows: u32,
+    pub(crate) wants_logits: bool,
+    pub(crate) params: Arc<SamplingParams>,
+    pub(crate) seed: u64,
+    max_tokens: u32,
+    eos_token_ids: Arc<[TokenId]>,
+    pub(crate) banned_before_min_tokens: Arc<[TokenId]>,
+}
+
+impl Sequence {
+    /// The state of a request that has not run yet.
+    pub fn new(id: SequenceId, request: Request) -> Self {
+        Self {
+            id,
+            request: request.id,
+            prompt_len: request.prompt.len() as u32,
+            tokens: request.prompt,
+            num_computed_tokens: 0,
+            num_in_flight_tokens: 0,
+            newest_in_flight: InFlightToken { step: 0, row: 0 },
+            last_step: 0,
+            block_table: BlockTable::new(),
+            num_logit_rows: 0,
+            wants_logits: request.wants_logits,
+            params: request.params,
+            seed: request.seed,
+            max_tokens: request.max_tokens,
+            eos_token_ids: request.eos_token_ids,
+            banned_before_min_tokens: request.banned_before_min_tokens,
+        }
+    }
+
+    /// Tokens of prompt and output, those in flight included.
+    pub fn num_tokens(&self) -> u32 {
+        self.tokens.len() as u32 + self.num_in_flight_tokens
+    }
+
+    /// Generated tokens, those in flight included.
+    pub fn num_output_tokens(&self) -> u32 {
+        self.num_tokens() - self.prompt_len
+    }
+
+    /// Tokens that may run now: `[num_computed_tokens, num_tokens)`, unless the last of them is
+    /// the last token of the sequence, which needs no keys and values.
+    pub fn num_uncomputed_tokens(&self) -> u32 {
+        if !self.wants_logits && self.num_output_tokens() >= self.max_tokens {
+            return 0;
+        }
+        self.num_tokens() - self.num_computed_tokens
+    }
+
+    /// Whether an end-of-sequence or stop token may not be chosen as the token in flight.
+    pub fn newest_in_flight_is_before_min_tokens(&self) -> bool {
+        self.num_output_tokens() <= self.params.min_tokens
+    }
+
+    /// Appends a token that was in flight; returns the reason if it is the last one.
+    pub fn append(&mut self, token: TokenId) -> Option<FinishReason> {
+        self.num_in_flight_tokens -= 1;
+        self.tokens.push(token);
+        if self.eos_token_ids.contains(&token) {
+            return Some(FinishReason::Stop(None));
+        }
+        if self.params.stop_token_ids.contains(&token) {
+            return Some(FinishReason::Stop(Some(token)));
+        }
+        (self.tokens.len() as u32 - self.prompt_len >= self.max_tokens)
+            .then_some(FinishReason::Length)
+    }
+
+    /// Gives up all computed tokens and returns the blocks that held them: the sequence will be
+    /// computed again from its start.
+    pub fn preempt(&mut self) -> BlockTable {
+        self.num_computed_tokens = 0;
+        std::mem::take(&mut self.block_table)
+    }
+}
