@@ -85,6 +85,186 @@ impl<E: Executor> EngineCore<E> {
     /// If something does not hold. For tests.
     pub fn check_invariants(&self) {
         self.scheduler.check_invariants();
-        assert!(self.in_flight.len() < self.max_steps_in_flight.max(2), "too many in flight");
+        assert!(self.in_flight.len() < self.max_steps_in_flight, "too many in flight");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::error::Error;
+    use crate::executor::Capacity;
+    use crate::executor::fake::{FakeExecutor, Fault};
+    use crate::ids::TokenId;
+    use crate::request::{RequestKind, RequestLimits};
+    use crate::sampling_params::SamplingParams;
+
+    const VOCAB_SIZE: u32 = 40;
+
+    fn fake(depth: u32, num_blocks: u32) -> FakeExecutor {
+        let capacity = Capacity { num_blocks, block_size: 1, max_steps_in_flight: depth };
+        FakeExecutor::new(capacity, VOCAB_SIZE)
+    }
+
+    fn engine(executor: FakeExecutor) -> EngineCore<FakeExecutor> {
+        let config = SchedulerConfig { max_num_seqs: 4, max_num_batched_tokens: 8 };
+        EngineCore::new(config, executor).unwrap()
+    }
+
+    fn prompt(id: u64) -> Vec<TokenId> {
+        (0..3 + id as u32).map(|position| TokenId(position + id as u32)).collect()
+    }
+
+    fn request(id: u64, params: SamplingParams) -> Request {
+        let limits = RequestLimits {
+            vocab_size: VOCAB_SIZE,
+            max_model_len: 100,
+            num_blocks: 100,
+            block_size: 1,
+            eos_token_ids: Arc::from([]),
+            seed: 0,
+        };
+        Request::new(RequestId(id), prompt(id), RequestKind::Generate(params), &limits).unwrap()
+    }
+
+    fn generate(id: u64, max_tokens: u32) -> Request {
+        request(id, SamplingParams { max_tokens, ..SamplingParams::default() })
+    }
+
+    fn continuation(id: u64, num_tokens: usize) -> Vec<TokenId> {
+        FakeExecutor::continuation(&prompt(id), num_tokens, VOCAB_SIZE)
+    }
+
+    /// Steps until nothing is left, and the tokens of every request.
+    fn run(engine: &mut EngineCore<FakeExecutor>) -> BTreeMap<u64, Vec<TokenId>> {
+        let mut tokens: BTreeMap<u64, Vec<TokenId>> = BTreeMap::new();
+        while !engine.is_idle() {
+            for event in engine.step().unwrap() {
+                tokens.entry(event.request.0).or_default().extend(event.tokens);
+            }
+            engine.check_invariants();
+        }
+        tokens
+    }
+
+    #[test]
+    fn the_output_is_the_same_at_every_depth() {
+        for depth in 1..=3 {
+            let mut engine = engine(fake(depth, 14));
+            (0..6).for_each(|id| engine.add(generate(id, 5)));
+            let tokens = run(&mut engine);
+            assert!(engine.stats().num_preemptions > 0, "depth {depth}");
+            for id in 0..6 {
+                assert_eq!(tokens[&id], continuation(id, 5), "request {id} at depth {depth}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_idle_engine_has_nothing_to_do() {
+        let mut engine = engine(fake(2, 4));
+        assert!(engine.is_idle());
+        assert_eq!(engine.step(), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn a_depth_of_zero_counts_as_one() {
+        assert_eq!(engine(fake(0, 4)).max_steps_in_flight, 1);
+    }
+
+    #[test]
+    fn the_first_step_is_collected_while_the_second_runs() {
+        let mut engine = engine(fake(2, 20));
+        engine.add(generate(0, 2));
+        assert_eq!(engine.step(), Ok(Vec::new()));
+        let num_events: Vec<_> = (0..2).map(|_| engine.step().unwrap().len()).collect();
+        assert_eq!(num_events, [1, 1]);
+        assert!(engine.is_idle());
+    }
+
+    #[test]
+    fn the_row_after_a_stop_token_is_computed_in_vain_and_its_block_comes_back() {
+        let expected = continuation(0, 1);
+        let stop_token_ids = Arc::from([expected[0]]);
+        let mut engine = engine(fake(2, 20));
+        engine.add(request(0, SamplingParams { stop_token_ids, ..SamplingParams::default() }));
+        assert!(engine.step().unwrap().is_empty());
+        let [event] = &engine.step().unwrap()[..] else { panic!("one event") };
+        assert_eq!(event.tokens[..], expected);
+        assert_eq!(event.finish, Some(FinishReason::Stop(Some(expected[0]))));
+        // The step in flight names four blocks.
+        assert!(!engine.is_idle());
+        assert_eq!(engine.stats().num_free_blocks, 16);
+        assert_eq!(engine.step(), Ok(Vec::new()));
+        assert!(engine.is_idle());
+        assert_eq!(engine.stats().num_free_blocks, 20);
+    }
+
+    #[test]
+    fn a_block_of_a_step_in_flight_is_not_reused_by_a_request_that_came_later() {
+        let mut engine = engine(fake(2, 4));
+        engine.add(generate(0, 2));
+        assert!(engine.step().unwrap().is_empty());
+        assert_eq!(engine.abort(RequestId(0)).unwrap().finish, Some(FinishReason::Abort));
+        engine.add(generate(1, 1));
+        // One free block does not suffice, and the other three are named by the step in flight.
+        assert_eq!((engine.step(), engine.stats().num_free_blocks), (Ok(Vec::new()), 4));
+        assert_eq!(run(&mut engine)[&1], continuation(1, 1));
+        assert_eq!(engine.abort(RequestId(1)), None);
+    }
+
+    #[test]
+    fn a_failed_step_is_an_error_and_every_request_can_be_told() {
+        for depth in 1..=2 {
+            let mut engine = engine(fake(depth, 20).with_fault(2, Fault::Error));
+            (0..5).for_each(|id| engine.add(generate(id, 9)));
+            let error = loop {
+                match engine.step() {
+                    Ok(_) => {}
+                    Err(error) => break error,
+                }
+            };
+            assert_eq!(error.to_string(), "executor failed: the fake fails");
+            let events = engine.abort_all(&FinishReason::Error(error.clone()));
+            assert_eq!(events.len(), 5, "depth {depth}");
+            let finish = Some(FinishReason::Error(error));
+            assert!(events.iter().all(|event| event.finish == finish));
+            assert_eq!((engine.stats().num_running, engine.stats().num_waiting), (0, 0));
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "the fake panics")]
+    fn a_panic_of_the_executor_is_not_swallowed() {
+        let mut engine = engine(fake(1, 20).with_fault(2, Fault::Panic));
+        engine.add(generate(0, 9));
+        run(&mut engine);
+    }
+
+    #[test]
+    fn a_stalled_step_is_waited_for() {
+        let released = Arc::new(AtomicBool::new(false));
+        let mut engine = engine(fake(2, 20).with_fault(2, Fault::Stall(Arc::clone(&released))));
+        engine.add(generate(0, 4));
+        let start = Instant::now();
+        let releaser = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(30));
+            released.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(run(&mut engine)[&0], continuation(0, 4));
+        assert!(start.elapsed() >= Duration::from_millis(30));
+        releaser.join().unwrap();
+    }
+
+    #[test]
+    fn a_limit_of_zero_is_refused() {
+        let config = SchedulerConfig { max_num_seqs: 0, max_num_batched_tokens: 1 };
+        let error = EngineCore::new(config, fake(1, 1)).map(|_| ()).unwrap_err();
+        assert!(matches!(error, Error::InvalidConfig { name: "max_num_seqs", .. }));
     }
 }

@@ -92,3 +92,60 @@ impl Error {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_error_has_its_word_and_names_limit_and_value() {
+        let (name, range) = ("top_p", "in (0, 1]");
+        let value = "2".to_owned();
+        let cases = [
+            (
+                Error::InvalidSamplingParam { name, range, value: value.clone() },
+                "invalid_sampling_params",
+                "top_p must be in (0, 1], got 2",
+            ),
+            (
+                Error::InvalidConfig { name, range, value },
+                "invalid_config",
+                "top_p must be in (0, 1], got 2",
+            ),
+            (Error::EmptyPrompt, "empty_prompt", "prompt is empty: at least one token is needed"),
+            (
+                Error::TokenOutsideVocabulary { token: TokenId(9), position: 2, vocab_size: 8 },
+                "token_outside_vocabulary",
+                "prompt token 9 at position 2 is outside the vocabulary of 8",
+            ),
+            (
+                Error::PromptTooLong { prompt_len: 9000, max_model_len: 8192 },
+                "prompt_too_long",
+                "prompt has 9000 tokens, but max_model_len is 8192",
+            ),
+            (
+                Error::PromptTooLong { prompt_len: 8192, max_model_len: 8192 },
+                "prompt_too_long",
+                "prompt has 8192 tokens, but max_model_len is 8192 and one more has to be generated",
+            ),
+            (
+                Error::NeverFits {
+                    needed_blocks: 3,
+                    num_tokens: 33,
+                    block_size: 16,
+                    num_blocks: 2,
+                },
+                "kv_cache_too_small",
+                "request needs 3 KV cache blocks (33 tokens in blocks of 16), but num_blocks is 2",
+            ),
+            (
+                Error::ExecutorFailed { message: "out of memory".to_owned() },
+                "executor_failed",
+                "executor failed: out of memory",
+            ),
+        ];
+        for (error, code, message) in cases {
+            assert_eq!((error.code(), error.to_string().as_str()), (code, message));
+        }
+    }
+}

@@ -83,3 +83,98 @@ impl SamplingParams {
         self.temperature == 0.0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(params: &SamplingParams) -> String {
+        params.validate().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_defaults_are_valid_and_those_of_vllm() {
+        let params = SamplingParams::default();
+        params.validate().unwrap();
+        let SamplingParams { temperature, top_p, top_k, min_p, seed, .. } = params;
+        assert_eq!((temperature, top_p, top_k, min_p, seed), (1.0, 1.0, None, 0.0, None));
+        assert_eq!((params.max_tokens, params.min_tokens, params.ignore_eos), (16, 0, false));
+        assert!(params.stop_token_ids.is_empty());
+    }
+
+    #[test]
+    fn the_ends_of_every_range_are_valid() {
+        let smallest = SamplingParams {
+            temperature: 0.0,
+            top_p: f32::MIN_POSITIVE,
+            top_k: Some(1),
+            max_tokens: 1,
+            ..SamplingParams::default()
+        };
+        let largest = SamplingParams {
+            temperature: f32::MAX,
+            top_k: Some(u32::MAX),
+            min_p: 1.0,
+            max_tokens: u32::MAX,
+            min_tokens: u32::MAX,
+            ..SamplingParams::default()
+        };
+        smallest.validate().unwrap();
+        largest.validate().unwrap();
+    }
+
+    #[test]
+    fn a_temperature_below_zero_or_not_finite_is_refused() {
+        for (temperature, shown) in
+            [(-0.5, "-0.5"), (f32::NAN, "NaN"), (f32::INFINITY, "inf"), (-1e-30, "-0.0000")]
+        {
+            let params = SamplingParams { temperature, ..SamplingParams::default() };
+            let start = format!("temperature must be finite and at least 0, got {shown}");
+            assert!(message(&params).starts_with(&start), "{}", message(&params));
+        }
+    }
+
+    #[test]
+    fn a_top_p_outside_its_range_is_refused() {
+        for (top_p, shown) in [(0.0, "0"), (1.5, "1.5"), (-1.0, "-1"), (f32::NAN, "NaN")] {
+            let params = SamplingParams { top_p, ..SamplingParams::default() };
+            assert_eq!(message(&params), format!("top_p must be in (0, 1], got {shown}"));
+        }
+    }
+
+    #[test]
+    fn a_top_k_of_zero_is_refused() {
+        let params = SamplingParams { top_k: Some(0), ..SamplingParams::default() };
+        assert_eq!(message(&params), "top_k must be -1 (all tokens) or at least 1, got 0");
+    }
+
+    #[test]
+    fn a_min_p_outside_its_range_is_refused() {
+        for (min_p, shown) in [(-0.25, "-0.25"), (1.25, "1.25"), (f32::NAN, "NaN")] {
+            let params = SamplingParams { min_p, ..SamplingParams::default() };
+            assert_eq!(message(&params), format!("min_p must be in [0, 1], got {shown}"));
+        }
+    }
+
+    #[test]
+    fn a_max_tokens_of_zero_is_refused() {
+        let params = SamplingParams { max_tokens: 0, ..SamplingParams::default() };
+        assert_eq!(message(&params), "max_tokens must be at least 1, got 0");
+    }
+
+    #[test]
+    fn a_min_tokens_above_max_tokens_is_refused() {
+        let params = SamplingParams { max_tokens: 4, min_tokens: 5, ..SamplingParams::default() };
+        assert_eq!(
+            message(&params),
+            "min_tokens must be at most max_tokens, got 5 with max_tokens 4"
+        );
+    }
+
+    #[test]
+    fn only_temperature_zero_is_greedy() {
+        let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        assert!(greedy.is_greedy());
+        assert!(!SamplingParams::default().is_greedy());
+    }
+}

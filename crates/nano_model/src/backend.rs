@@ -1,0 +1,84 @@
+//! The seam to an operator library.
+//!
+//! The operators of a decoder, at the granularity where fusing pays; a back end without a fused
+//! kernel composes its plain ones. Operators only enqueue, so that a captured graph of a device is
+//! the forward pass run once under capture.
+
+pub mod tch;
+
+use crate::batch::Batch;
+use crate::error::Result;
+
+/// Runs the operators of a decoder. `num_tokens` is the number of the step's rows.
+pub trait Backend {
+    /// Rows of activations on the device.
+    type Hidden;
+    /// A parameter: plain, quantised or one rank's shard; the decoder does not look inside.
+    type Weight;
+    /// What operators need to know about the step, on the device.
+    type Step;
+
+    /// Uploads a step.
+    fn prepare(&mut self, batch: &Batch) -> Result<Self::Step>;
+
+    /// Rows of the embedding: `[num_tokens, hidden_size]`.
+    fn embed(&mut self, table: &Self::Weight, step: &Self::Step) -> Result<Self::Hidden>;
+
+    /// RMSNorm, then a product: `[num_tokens, hidden_size] -> [num_tokens, out_features]`.
+    fn norm_product(
+        &mut self,
+        hidden: &Self::Hidden,
+        norm: &Self::Weight,
+        weight: &Self::Weight,
+    ) -> Result<Self::Hidden>;
+
+    /// Splits `qkv`, rotates queries and keys, writes keys and values of `layer` by slot, and
+    /// returns the queries `[num_tokens, num_heads, head_dim]`.
+    fn rope_write_kv(
+        &mut self,
+        layer: usize,
+        qkv: Self::Hidden,
+        step: &Self::Step,
+    ) -> Result<Self::Hidden>;
+
+    /// Attention of the queries to the keys and values of `layer`, read by block table:
+    /// `[num_tokens, num_heads * head_dim]`.
+    fn paged_attention(
+        &mut self,
+        layer: usize,
+        query: Self::Hidden,
+        step: &Self::Step,
+    ) -> Result<Self::Hidden>;
+
+    /// A product, added to the residual stream.
+    fn product_add(
+        &mut self,
+        input: &Self::Hidden,
+        weight: &Self::Weight,
+        residual: Self::Hidden,
+    ) -> Result<Self::Hidden>;
+
+    /// RMSNorm, the merged product to gate and up, and `silu(gate) * up`:
+    /// `[num_tokens, intermediate_size]`.
+    fn norm_gated_product(
+        &mut self,
+        hidden: &Self::Hidden,
+        norm: &Self::Weight,
+        gate_up: &Self::Weight,
+    ) -> Result<Self::Hidden>;
+
+    /// RMSNorm and the output projection of the rows that need logits, in float32:
+    /// `[num_logit_rows, vocab_size]`.
+    fn logits(
+        &mut self,
+        hidden: &Self::Hidden,
+        norm: &Self::Weight,
+        weight: &Self::Weight,
+        step: &Self::Step,
+    ) -> Result<Self::Hidden>;
+
+    /// The sum over all ranks; the identity on one.
+    fn all_reduce(&mut self, hidden: Self::Hidden) -> Result<Self::Hidden> {
+        Ok(hidden)
+    }
+}

@@ -1,0 +1,131 @@
+//! Rotary position embedding: the angle of each pair of elements per position, and the scalings
+//! that stretch a model's context.
+//!
+//! # Source
+//! linear: Chen et al., Extending Context Window via Positional Interpolation, 2023; yarn: Peng et
+//! al., `YaRN`: Efficient Context Window Extension, 2023; llama3: The Llama 3 Herd of Models, 2024.
+//! Names, defaults and order of operations are those of transformers' `modeling_rope_utils`.
+
+use std::f64::consts::PI;
+
+use serde_json::Value;
+
+use super::fields::Fields;
+use crate::error::Result;
+
+/// The rotation of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeSpec {
+    /// Angle per position of each pair of elements: `[head_dim / 2]`.
+    pub inv_freq: Vec<f32>,
+    /// What cosine and sine are multiplied by (yarn; 1 otherwise).
+    pub attention_factor: f32,
+}
+
+/// `rope_parameters` as transformers 5 writes it, or `rope_theta` and `rope_scaling` as 4 did.
+pub(super) fn parse(fields: &Fields<'_>) -> Result<RopeSpec> {
+    let empty = Value::Object(serde_json::Map::new());
+    let name = if fields.has("rope_parameters") { "rope_parameters" } else { "rope_scaling" };
+    let prefix = format!("{name}.");
+    let scaling = Fields::new(fields.get(name).unwrap_or(&empty), &prefix)?;
+    let theta_at = if scaling.has("rope_theta") { &scaling } else { fields };
+    let theta =
+        if theta_at.has("rope_theta") { theta_at.positive("rope_theta")? } else { 10_000.0 };
+    let head_dim = head_dim(fields)?;
+    let plain = (0..head_dim / 2).map(|pair| theta.powf(-(2.0 * pair as f64) / head_dim as f64));
+    let plain: Vec<f64> = plain.collect();
+    let kind = ["rope_type", "type"].iter().find_map(|name| scaling.get(name));
+    let mut attention_factor = 1.0;
+    let inv_freq = match kind.and_then(Value::as_str) {
+        None | Some("default") => plain,
+        Some("linear") => {
+            let factor = scaling.positive("factor")?;
+            plain.into_iter().map(|frequency| frequency / factor).collect()
+        }
+        Some("llama3") => llama3(&scaling, &plain)?,
+        Some("yarn") => {
+            let max_position = fields.count("max_position_embeddings")?;
+            let yarn = Yarn { theta, head_dim, max_position: max_position as f64 };
+            let (stretched, factor) = yarn.stretch(&scaling, &plain)?;
+            attention_factor = factor;
+            stretched
+        }
+        Some(other) => {
+            let reason = format!("must be default, linear, llama3 or yarn, got {other:?}");
+            return Err(scaling.bad("rope_type", reason));
+        }
+    };
+    let inv_freq = inv_freq.into_iter().map(|frequency| frequency as f32).collect();
+    Ok(RopeSpec { inv_freq, attention_factor: attention_factor as f32 })
+}
+
+fn head_dim(fields: &Fields<'_>) -> Result<usize> {
+    match fields.optional_count("head_dim")? {
+        Some(head_dim) => Ok(head_dim),
+        None => Ok(fields.count("hidden_size")? / fields.count("num_attention_heads")?),
+    }
+}
+
+/// Long wavelengths are stretched by `factor`, short ones are kept, those between are blended.
+fn llama3(scaling: &Fields<'_>, plain: &[f64]) -> Result<Vec<f64>> {
+    let factor = scaling.positive("factor")?;
+    let low = scaling.positive("low_freq_factor")?;
+    let high = scaling.positive("high_freq_factor")?;
+    let old_context = scaling.positive("original_max_position_embeddings")?;
+    let stretch = |&frequency: &f64| {
+        let wavelength = 2.0 * PI / frequency;
+        if wavelength < old_context / high {
+            return frequency;
+        }
+        if wavelength > old_context / low {
+            return frequency / factor;
+        }
+        let blend = (old_context / wavelength - low) / (high - low);
+        (1.0 - blend) * frequency / factor + blend * frequency
+    };
+    Ok(plain.iter().map(stretch).collect())
+}
+
+struct Yarn {
+    theta: f64,
+    head_dim: usize,
+    max_position: f64,
+}
+
+impl Yarn {
+    fn stretch(&self, scaling: &Fields<'_>, plain: &[f64]) -> Result<(Vec<f64>, f64)> {
+        let factor = scaling.positive("factor")?;
+        let number = |name: &str, default: f64| -> Result<f64> {
+            Ok(scaling.optional_number(name)?.unwrap_or(default))
+        };
+        let old_context = number("original_max_position_embeddings", self.max_position)?;
+        let (beta_fast, beta_slow) = (number("beta_fast", 32.0)?, number("beta_slow", 1.0)?);
+        let truncate = scaling.optional_bool("truncate")?.unwrap_or(true);
+        let mut low = self.pair_of(beta_fast, old_context);
+        let mut high = self.pair_of(beta_slow, old_context);
+        if truncate {
+            (low, high) = (low.floor(), high.ceil());
+        }
+        let (low, high) = (low.max(0.0), high.min(self.head_dim as f64 - 1.0));
+        let width = if low == high { 0.001 } else { high - low };
+        let stretched = plain.iter().enumerate().map(|(pair, frequency)| {
+            let interpolated = ((pair as f64 - low) / width).clamp(0.0, 1.0);
+            frequency / factor * interpolated + frequency * (1.0 - interpolated)
+        });
+        let stretched = stretched.collect();
+        if let Some(given) = scaling.optional_number("attention_factor")? {
+            return Ok((stretched, given));
+        }
+        let mscale = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
+        let (above, below) = (number("mscale", 0.0)?, number("mscale_all_dim", 0.0)?);
+        let both = above != 0.0 && below != 0.0;
+        let attention_factor = if both { mscale(above) / mscale(below) } else { mscale(1.0) };
+        Ok((stretched, attention_factor))
+    }
+
+    /// The pair, as a real number, that turns `num_rotations` times over the old context.
+    fn pair_of(&self, num_rotations: f64, old_context: f64) -> f64 {
+        let ratio = old_context / (num_rotations * 2.0 * PI);
+        self.head_dim as f64 * ratio.ln() / (2.0 * self.theta.ln())
+    }
+}

@@ -1,0 +1,63 @@
+//! The decoder: the one forward pass of every family, back end and device.
+//!
+//! # Source
+//! Jiang et al., Mistral 7B, 2023; Touvron et al., LLaMA, 2023.
+
+use crate::backend::Backend;
+use crate::batch::Batch;
+use crate::error::Result;
+
+/// The parameters of one layer.
+#[derive(Debug)]
+pub struct Layer<W> {
+    /// `[hidden_size]`.
+    pub attention_norm: W,
+    /// Queries, keys and values, one below the other: `[qkv_size, hidden_size]`.
+    pub qkv: W,
+    /// `[hidden_size, num_heads * head_dim]`.
+    pub output: W,
+    /// `[hidden_size]`.
+    pub mlp_norm: W,
+    /// Gate and up, one below the other: `[2 * intermediate_size, hidden_size]`.
+    pub gate_up: W,
+    /// `[hidden_size, intermediate_size]`.
+    pub down: W,
+}
+
+/// The parameters of a model.
+#[derive(Debug)]
+pub struct Decoder<B: Backend> {
+    /// `[vocab_size, hidden_size]`.
+    pub embedding: B::Weight,
+    /// First to last.
+    pub layers: Vec<Layer<B::Weight>>,
+    /// `[hidden_size]`.
+    pub norm: B::Weight,
+    /// `[vocab_size, hidden_size]`; `None` when it is the embedding.
+    pub lm_head: Option<B::Weight>,
+}
+
+/// Runs `batch` and returns the logits of the rows that need them: `[num_logit_rows, vocab_size]`.
+///
+/// Keys and values of every row are in the cache afterwards.
+pub fn forward<B: Backend>(
+    backend: &mut B,
+    model: &Decoder<B>,
+    batch: &Batch,
+) -> Result<B::Hidden> {
+    let step = backend.prepare(batch)?;
+    let mut hidden = backend.embed(&model.embedding, &step)?;
+    for (index, layer) in model.layers.iter().enumerate() {
+        let qkv = backend.norm_product(&hidden, &layer.attention_norm, &layer.qkv)?;
+        let query = backend.rope_write_kv(index, qkv, &step)?;
+        let context = backend.paged_attention(index, query, &step)?;
+        hidden = backend.product_add(&context, &layer.output, hidden)?;
+        hidden = backend.all_reduce(hidden)?;
+
+        let gated = backend.norm_gated_product(&hidden, &layer.mlp_norm, &layer.gate_up)?;
+        hidden = backend.product_add(&gated, &layer.down, hidden)?;
+        hidden = backend.all_reduce(hidden)?;
+    }
+    let lm_head = model.lm_head.as_ref().unwrap_or(&model.embedding);
+    backend.logits(&hidden, &model.norm, lm_head, &step)
+}

@@ -1,0 +1,108 @@
+//! Everything that can be wrong with a model directory, and with a step.
+
+use std::path::PathBuf;
+
+/// The result of `nano_model`.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a model cannot be loaded or run; every message names the file, tensor, limit and value.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is no such directory, or it holds no model.
+    #[error("{} {reason}", .path.display())]
+    NoModel {
+        /// What was given.
+        path: PathBuf,
+        /// What is missing, and what to do about it.
+        reason: String,
+    },
+    /// A file cannot be read or is not what it should be.
+    #[error("{}: {reason}", .path.display())]
+    BadFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A field of `config.json` is missing or has a value that cannot be run.
+    #[error("config.json: {field} {reason}")]
+    BadConfig {
+        /// The field.
+        field: String,
+        /// What is wrong with its value.
+        reason: String,
+    },
+    /// An architecture that nobody has written a parser for.
+    #[error(
+        "architecture {architecture:?} is not supported: MistralForCausalLM and \
+         MinistralForCausalLM are"
+    )]
+    UnknownArchitecture {
+        /// What the config says.
+        architecture: String,
+    },
+    /// A tensor is not in the checkpoint.
+    #[error("tensor {name} is missing from the checkpoint in {}", .dir.display())]
+    MissingTensor {
+        /// Its name.
+        name: String,
+        /// Where it was looked for.
+        dir: PathBuf,
+    },
+    /// A tensor has another shape than the config says.
+    #[error("tensor {name} has shape {found:?}, but config.json makes it {expected:?}")]
+    TensorShape {
+        /// Its name.
+        name: String,
+        /// The shape in the file.
+        found: Vec<usize>,
+        /// The shape that the config asks for.
+        expected: Vec<usize>,
+    },
+    /// A tensor has a data type that is not read.
+    #[error("tensor {name} has dtype {dtype}: F32, F16 and BF16 are supported")]
+    TensorDtype {
+        /// Its name.
+        name: String,
+        /// The type in the file.
+        dtype: String,
+    },
+    /// An option does not fit the model or the machine.
+    #[error("{name} must be {range}, got {value}")]
+    BadOption {
+        /// The option as the user spells it.
+        name: &'static str,
+        /// The values that it may take.
+        range: String,
+        /// What was given.
+        value: String,
+    },
+    /// An operator of libtorch failed.
+    #[error("libtorch: {0}")]
+    Torch(#[from] tch::TchError),
+    /// The logits of a row hold no finite number.
+    #[error("the logits of a sequence at position {position} are not finite")]
+    NotFinite {
+        /// The position of the token that was to be sampled.
+        position: u32,
+    },
+}
+
+impl Error {
+    /// A stable word for HTTP, metrics and Python.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NoModel { .. } => "model_missing",
+            Self::BadFile { .. } => "model_file_invalid",
+            Self::BadConfig { .. } => "model_config_invalid",
+            Self::UnknownArchitecture { .. } => "model_architecture_unknown",
+            Self::MissingTensor { .. } => "tensor_missing",
+            Self::TensorShape { .. } => "tensor_misshapen",
+            Self::TensorDtype { .. } => "tensor_dtype_unsupported",
+            Self::BadOption { .. } => "invalid_config",
+            Self::Torch(_) => "libtorch_failed",
+            Self::NotFinite { .. } => "logits_not_finite",
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! From a directory and options to an executor.
+
+use std::path::Path;
+
+use nano_core::TokenId;
+use nano_core::executor::Capacity;
+use safetensors::Dtype;
+use tch::{Kind, Tensor};
+
+use crate::backend::tch::TchBackend;
+use crate::config::{CheckpointDtype, DecoderSpec, GenerationDefaults, ModelConfig};
+use crate::decoder::{Decoder, Layer};
+use crate::error::{Error, Result};
+use crate::executor::CpuExecutor;
+use crate::weights::WeightMap;
+
+/// The KV cache holds this many sequences of full length, if memory allows and nobody says more.
+const DEFAULT_FULL_SEQUENCES: u64 = 16;
+/// The largest KV cache that nobody asked for.
+const DEFAULT_MOST_CACHE_BYTES: u64 = 4 << 30;
+
+/// The data type of weights, activations and cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DtypeChoice {
+    /// The checkpoint's; bfloat16 for a half-precision one.
+    Auto,
+    /// IEEE single precision.
+    Float32,
+    /// Brain floating point.
+    BFloat16,
+}
+
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// The directory's safetensors.
+    Auto,
+    /// Random numbers of the config's shapes, normal with standard deviation 0.02.
+    Dummy,
+}
+
+/// How a model is loaded.
+#[derive(Clone, Debug)]
+pub struct ModelOptions {
+    /// The data type.
+    pub dtype: DtypeChoice,
+    /// Where weights come from.
+    pub load_format: LoadFormat,
+    /// Token slots of a KV cache block.
+    pub block_size: u32,
+    /// Blocks of the KV cache; wins over `kv_cache_bytes`.
+    pub num_blocks: Option<u32>,
+    /// Size of the KV cache.
+    pub kv_cache_bytes: Option<u64>,
+    /// Threads of an operator.
+    pub num_threads: Option<usize>,
+    /// The seed of dummy weights.
+    pub seed: u64,
+    /// Tokens of prompt and output together; `None` is the config's limit, lowered to what the
+    /// cache can hold.
+    pub max_model_len: Option<u32>,
+}
+
+/// Facts about a loaded model.
+#[derive(Clone, Debug)]
+pub struct ModelInfo {
+    /// Token ids are below this.
+    pub vocab_size: u32,
+    /// Tokens of prompt and output together.
+    pub max_model_len: u32,
+    /// The end-of-sequence tokens.
+    pub eos_token_ids: Vec<TokenId>,
+    /// The sampling defaults.
+    pub generation: GenerationDefaults,
+    /// "float32" or "bfloat16".
+    pub dtype: &'static str,
+    /// Bytes of all parameters.
+    pub weight_bytes: u64,
+    /// Bytes of the KV cache.
+    pub kv_cache_bytes: u64,
+}
+
+/// Loads the model in `dir`.
+///
+/// # Errors
+/// The first thing about the directory or the options that does not hold.
+pub fn load(dir: &Path, options: &ModelOptions) -> Result<(CpuExecutor, ModelInfo)> {
+    let config = ModelConfig::from_dir(dir)?;
+    let map = match options.load_format {
+        LoadFormat::Auto => Some(WeightMap::open(dir)?),
+        LoadFormat::Dummy => None,
+    };
+    let kind = kind(options.dtype, config.dtype.or_else(|| checkpoint_dtype(map.as_ref()?)));
+    let element_bytes = kind.elt_size_in_bytes() as u64;
+    let room = CacheRoom::new(&config, options, element_bytes)?;
+    if let Some(num_threads) = options.num_threads {
+        tch::set_num_threads(num_threads as i32);
+    }
+    let _no_grad = tch::no_grad_guard();
+    tch::manual_seed(options.seed as i64);
+    let spec = config.spec.clone();
+    let backend = TchBackend::new(spec.clone(), kind, room.num_blocks, options.block_size)?;
+    let source = Source { map: map.as_ref(), backend: &backend };
+    let model = load_decoder(&spec, &source)?;
+    let info = ModelInfo {
+        vocab_size: spec.vocab_size as u32,
+        max_model_len: room.max_model_len,
+        eos_token_ids: config.eos_token_ids,
+        generation: config.generation,
+        dtype: if kind == Kind::Float { "float32" } else { "bfloat16" },
+        weight_bytes: num_parameters(&spec) * element_bytes,
+        kv_cache_bytes: room.bytes,
+    };
+    tracing::info!(
+        "loaded {} in {}: weights {:.2} GiB, KV cache {:.2} GiB in {} blocks of {}, \
+         max_model_len {}",
+        dir.display(),
+        info.dtype,
+        gib(info.weight_bytes),
+        gib(room.bytes),
+        room.num_blocks,
+        options.block_size,
+        room.max_model_len,
+    );
+    let capacity = Capacity {
+        num_blocks: room.num_blocks,
+        block_size: options.block_size,
+        max_steps_in_flight: 1,
+    };
+    Ok((CpuExecutor::new(backend, model, capacity, spec.vocab_size), info))
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
+}
+
+fn kind(choice: DtypeChoice, checkpoint: Option<CheckpointDtype>) -> Kind {
+    match (choice, checkpoint) {
+        (DtypeChoice::Float32, _) => Kind::Float,
+        (DtypeChoice::Auto, Some(CheckpointDtype::Float32)) => Kind::Float,
+        (DtypeChoice::BFloat16 | DtypeChoice::Auto, _) => Kind::BFloat16,
+    }
+}
+
+fn checkpoint_dtype(map: &WeightMap) -> Option<CheckpointDtype> {
+    match map.dtype()? {
+        Dtype::F32 => Some(CheckpointDtype::Float32),
+        Dtype::F16 => Some(CheckpointDtype::Float16),
+        _ => None,
+    }
+}
+
+/// The size of the KV cache and what it lets a sequence be.
+struct CacheRoom {
+    num_blocks: u32,
+    max_model_len: u32,
+    bytes: u64,
+}
+
+impl CacheRoom {
+    fn new(config: &ModelConfig, options: &ModelOptions, element_bytes: u64) -> Result<Self> {
+        let bad = |name, range: String, value: u64| {
+            Err(Error::BadOption { name, range, value: value.to_string() })
+        };
+        let most = config.max_position_embeddings;
+        if let Some(len) = options.max_model_len.filter(|len| *len > most) {
+            let range = format!("at most the model's max_position_embeddings {most}");
+            return bad("max_model_len", range, len.into());
+        }
+        let len = u64::from(options.max_model_len.unwrap_or(most));
+        let block_size = u64::from(options.block_size);
+        if block_size == 0 || block_size > 1 << 16 {
+            return bad("block_size", format!("in [1, {}]", 1 << 16), block_size);
+        }
+        let token_bytes = config.spec.kv_elements_per_token() as u64 * element_bytes;
+        let block_bytes = token_bytes * block_size;
+        let given = options.kv_cache_bytes;
+        let num_blocks = match (options.num_blocks, given) {
+            (Some(num_blocks), _) => u64::from(num_blocks),
+            (None, Some(bytes)) => bytes / block_bytes,
+            (None, None) => {
+                let full = len.div_ceil(block_size) * DEFAULT_FULL_SEQUENCES;
+                let memory = (available_bytes() / 4).min(DEFAULT_MOST_CACHE_BYTES);
+                full.min(memory / block_bytes)
+            }
+        };
+        if num_blocks == 0 {
+            let range = format!("at least one block: {block_bytes} bytes of KV cache");
+            return bad("kv_cache_gib", range, given.unwrap_or(0));
+        }
+        // A slot's number has 32 bits, and its tensor's size must be one that can be asked for.
+        let most_blocks = (u64::from(u32::MAX) / block_size).min((1 << 46) / block_bytes);
+        if num_blocks > most_blocks {
+            return bad("num_blocks", format!("at most {most_blocks} here"), num_blocks);
+        }
+        let room = (num_blocks * block_size).min(u64::from(u32::MAX)) as u32;
+        let max_model_len = match options.max_model_len {
+            Some(len) => len,
+            None => most.min(room),
+        };
+        if max_model_len < most && options.max_model_len.is_none() {
+            tracing::warn!("max_model_len is lowered from {most} to the KV cache's {room} tokens");
+        }
+        Ok(Self { num_blocks: num_blocks as u32, max_model_len, bytes: num_blocks * block_bytes })
+    }
+}
+
+/// Memory that can be had without swapping; a modest guess where the system does not say.
+fn available_bytes() -> u64 {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.map_or(4 << 30, |kib| kib << 10)
+}
+
+fn num_parameters(spec: &DecoderSpec) -> u64 {
+    let hidden = spec.hidden_size;
+    let attention = (spec.qkv_size() + spec.num_heads * spec.head_dim) * hidden;
+    let layer = attention + 3 * spec.intermediate_size * hidden + 2 * hidden;
+    let embeddings = if spec.tied { 1 } else { 2 } * spec.vocab_size * hidden;
+    (layer * spec.layers.len() + embeddings + hidden) as u64
+}
+
+/// Checkpoint or random numbers.
+struct Source<'a> {
+    map: Option<&'a WeightMap>,
+    backend: &'a TchBackend,
+}
+
+impl Source<'_> {
+    /// A matrix made of tensors one below the other.
+    fn matrix(&self, parts: &[(String, usize)], columns: usize) -> Result<Tensor> {
+        let Some(map) = self.map else {
+            let rows = parts.iter().map(|(_, rows)| rows).sum();
+            return self.backend.random_weight(Some(rows), columns);
+        };
+        let found = parts
+            .iter()
+            .map(|(name, rows)| Ok((map.tensor(name, &[*rows, columns])?, Some(*rows))));
+        let merged = self.backend.weight(&found.collect::<Result<Vec<_>>>()?, columns)?;
+        for (name, _) in parts {
+            map.release(name);
+        }
+        Ok(merged)
+    }
+
+    fn norm(&self, name: &str, size: usize) -> Result<Tensor> {
+        match self.map {
+            None => self.backend.random_weight(None, size),
+            Some(map) => self.backend.weight(&[(map.tensor(name, &[size])?, None)], size),
+        }
+    }
+}
+
+fn load_decoder(spec: &DecoderSpec, source: &Source<'_>) -> Result<Decoder<TchBackend>> {
+    let hidden = spec.hidden_size;
+    let query_size = spec.num_heads * spec.head_dim;
+    let kv_size = spec.num_kv_heads * spec.head_dim;
+    let embedding_name = "model.embed_tokens.weight".to_owned();
+    let layer = |index: usize| -> Result<Layer<Tensor>> {
+        let name = |part: &str| format!("model.layers.{index}.{part}.weight");
+        let qkv = [
+            (name("self_attn.q_proj"), query_size),
+            (name("self_attn.k_proj"), kv_size),
+            (name("self_attn.v_proj"), kv_size),
+        ];
+        let gate_up = [
+            (name("mlp.gate_proj"), spec.intermediate_size),
+            (name("mlp.up_proj"), spec.intermediate_size),
+        ];
+        Ok(Layer {
+            attention_norm: source.norm(&name("input_layernorm"), hidden)?,
+            qkv: source.matrix(&qkv, hidden)?,
+            output: source.matrix(&[(name("self_attn.o_proj"), hidden)], query_size)?,
+            mlp_norm: source.norm(&name("post_attention_layernorm"), hidden)?,
+            gate_up: source.matrix(&gate_up, hidden)?,
+            down: source.matrix(&[(name("mlp.down_proj"), hidden)], spec.intermediate_size)?,
+        })
+    };
+    let lm_head = || source.matrix(&[("lm_head.weight".to_owned(), spec.vocab_size)], hidden);
+    Ok(Decoder {
+        embedding: source.matrix(&[(embedding_name, spec.vocab_size)], hidden)?,
+        layers: (0..spec.layers.len()).map(layer).collect::<Result<_>>()?,
+        norm: source.norm("model.norm.weight", hidden)?,
+        lm_head: if spec.tied { None } else { Some(lm_head()?) },
+    })
+}

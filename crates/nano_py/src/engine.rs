@@ -1,0 +1,213 @@
+//! `Engine`: a running engine behind Python's wrapper of the same name.
+
+use std::path::PathBuf;
+
+use nano_core::{RequestId, SchedulerConfig, TokenId};
+use nano_engine::{EngineConfig, Prompt};
+use nano_model::{DtypeChoice, LoadFormat, ModelOptions};
+use pyo3::prelude::*;
+
+use crate::error::{invalid, to_py};
+use crate::sampling_params::SamplingParams;
+use crate::stream::RequestStream;
+
+/// A prompt as Python spells it.
+#[derive(FromPyObject)]
+enum PyPrompt {
+    Text(String),
+    Tokens(Vec<i64>),
+}
+
+/// A running engine.
+#[pyclass(frozen, module = "nano_batch._native")]
+pub(crate) struct Engine(nano_engine::Engine);
+
+#[pymethods]
+impl Engine {
+    #[new]
+    #[pyo3(signature = (model_dir, *, dtype, max_model_len, max_num_seqs, max_num_batched_tokens,
+        block_size, num_blocks, kv_cache_bytes, num_threads, seed, dummy_weights))]
+    #[expect(clippy::too_many_arguments, reason = "the keywords of a Python constructor")]
+    fn new(
+        py: Python<'_>,
+        model_dir: PathBuf,
+        dtype: &str,
+        max_model_len: Option<u32>,
+        max_num_seqs: u32,
+        max_num_batched_tokens: u32,
+        block_size: u32,
+        num_blocks: Option<u32>,
+        kv_cache_bytes: Option<u64>,
+        num_threads: Option<usize>,
+        seed: i64,
+        dummy_weights: bool,
+    ) -> PyResult<Self> {
+        let dtype = match dtype {
+            "auto" => DtypeChoice::Auto,
+            "float32" => DtypeChoice::Float32,
+            "bfloat16" => DtypeChoice::BFloat16,
+            other => {
+                let message = format!("dtype must be auto, float32 or bfloat16, got {other:?}");
+                return Err(invalid(py, &message, "invalid_config"));
+            }
+        };
+        let seed = seed as u64;
+        let config = EngineConfig {
+            model_dir,
+            model: ModelOptions {
+                dtype,
+                load_format: if dummy_weights { LoadFormat::Dummy } else { LoadFormat::Auto },
+                block_size,
+                num_blocks,
+                kv_cache_bytes,
+                num_threads,
+                seed,
+                max_model_len,
+            },
+            scheduler: SchedulerConfig { max_num_seqs, max_num_batched_tokens },
+            seed,
+        };
+        let engine = py.detach(|| nano_engine::Engine::load(config));
+        engine.map(Self).map_err(|error| to_py(py, &error))
+    }
+
+    /// Submits a request and returns at once.
+    fn submit(
+        &self,
+        py: Python<'_>,
+        prompt: PyPrompt,
+        params: &SamplingParams,
+    ) -> PyResult<RequestStream> {
+        let prompt = match prompt {
+            PyPrompt::Text(text) => Prompt::Text(text),
+            PyPrompt::Tokens(tokens) => Prompt::Tokens(self.token_ids(py, &tokens)?),
+        };
+        let text = params.detokenize.then_some(&params.text);
+        let stream = py.detach(|| self.0.submit(prompt, params.core.clone(), text));
+        stream.map(RequestStream::new).map_err(|error| to_py(py, &error))
+    }
+
+    /// Submits a request for the logits at every position.
+    fn submit_logits(&self, py: Python<'_>, token_ids: Vec<i64>) -> PyResult<RequestStream> {
+        let token_ids = self.token_ids(py, &token_ids)?;
+        let stream = py.detach(|| self.0.logits(token_ids));
+        stream.map(RequestStream::new).map_err(|error| to_py(py, &error))
+    }
+
+    /// Aborts a request by the id of its stream.
+    fn abort(&self, py: Python<'_>, request_id: &str) -> PyResult<()> {
+        let id = request_id.parse().map_err(|_| {
+            invalid(py, &format!("there is no request {request_id:?}"), "unknown_request")
+        })?;
+        py.detach(|| self.0.abort(RequestId(id))).map_err(|error| to_py(py, &error))
+    }
+
+    /// `(num_running, num_waiting, num_free_blocks, num_preemptions)`.
+    fn stats(&self) -> (u32, u32, u32, u64) {
+        let stats = self.0.stats();
+        (stats.num_running, stats.num_waiting, stats.num_free_blocks, stats.num_preemptions)
+    }
+
+    /// The tokenizer; raises if the model has none.
+    fn tokenizer(&self, py: Python<'_>) -> PyResult<Tokenizer> {
+        match self.0.tokenizer() {
+            Some(tokenizer) => Ok(Tokenizer(tokenizer.clone())),
+            // Encoding anything says what is missing and where.
+            None => match self.0.encode("") {
+                Err(error) => Err(to_py(py, &error)),
+                Ok(_) => Err(invalid(py, "the model has no tokenizer", "tokenizer_missing")),
+            },
+        }
+    }
+
+    /// What holds when no sampling parameters are given: those of `generation_config.json`.
+    fn default_sampling_params(&self) -> SamplingParams {
+        let mut core = nano_core::SamplingParams::default();
+        if let Some(model) = self.0.model() {
+            let defaults = &model.generation;
+            core.temperature = defaults.temperature.unwrap_or(core.temperature);
+            core.top_p = defaults.top_p.unwrap_or(core.top_p);
+            core.top_k = defaults.top_k.or(core.top_k);
+            core.min_p = defaults.min_p.unwrap_or(core.min_p);
+        }
+        SamplingParams { core, text: nano_engine::TextOptions::default(), detokenize: true }
+    }
+
+    #[getter]
+    fn vocab_size(&self) -> u32 {
+        self.0.info().vocab_size
+    }
+
+    #[getter]
+    fn max_model_len(&self) -> u32 {
+        self.0.info().max_model_len
+    }
+
+    #[getter]
+    fn num_blocks(&self) -> u32 {
+        self.0.info().num_blocks
+    }
+
+    #[getter]
+    fn block_size(&self) -> u32 {
+        self.0.info().block_size
+    }
+
+    #[getter]
+    fn dtype(&self) -> &'static str {
+        self.0.model().map_or("", |model| model.dtype)
+    }
+
+    /// Ends every stream, stops the threads and gives the memory back.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.0.close());
+    }
+}
+
+impl Engine {
+    fn token_ids(&self, py: Python<'_>, tokens: &[i64]) -> PyResult<Vec<TokenId>> {
+        let checked = tokens.iter().enumerate().map(|(position, &token)| {
+            u32::try_from(token).map(TokenId).map_err(|_| {
+                let vocab_size = self.0.info().vocab_size;
+                let message = format!(
+                    "prompt token {token} at position {position} is outside the vocabulary of \
+                     {vocab_size}"
+                );
+                invalid(py, &message, "token_outside_vocabulary")
+            })
+        });
+        checked.collect()
+    }
+}
+
+/// Text to tokens and back, as the engine does it.
+#[pyclass(frozen, module = "nano_batch._native")]
+pub(crate) struct Tokenizer(nano_text::Tokenizer);
+
+#[pymethods]
+impl Tokenizer {
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.0.vocab_size()
+    }
+
+    #[pyo3(signature = (text, *, add_special_tokens=true))]
+    fn encode(&self, py: Python<'_>, text: &str, add_special_tokens: bool) -> PyResult<Vec<u32>> {
+        let tokens = py
+            .detach(|| self.0.encode(text, add_special_tokens))
+            .map_err(|error| to_py(py, &error.into()))?;
+        Ok(tokens.into_iter().map(|token| token.0).collect())
+    }
+
+    #[pyo3(signature = (token_ids, *, skip_special_tokens=true))]
+    fn decode(
+        &self,
+        py: Python<'_>,
+        token_ids: Vec<u32>,
+        skip_special_tokens: bool,
+    ) -> PyResult<String> {
+        let tokens: Vec<_> = token_ids.into_iter().map(TokenId).collect();
+        py.detach(|| self.0.decode(&tokens, skip_special_tokens))
+            .map_err(|error| to_py(py, &error.into()))
+    }
+}

@@ -1,0 +1,108 @@
+//! The answer to one request, as Python reads it.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use nano_engine::{Delta, Finish, StopReason};
+use pyo3::prelude::*;
+use pyo3::types::PyByteArray;
+
+use crate::error::to_py;
+
+/// How often a waiting thread looks whether Ctrl-C was pressed.
+const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// `(token_ids, text, finish_reason, stop_reason, first_token_s, last_token_s)`.
+type DeltaTuple = (Vec<u32>, String, Option<&'static str>, Option<Py<PyAny>>, f64, f64);
+
+/// Reads deltas; dropping it aborts the request.
+#[pyclass(frozen, module = "nano_batch._native")]
+pub(crate) struct RequestStream(Mutex<nano_engine::RequestStream>);
+
+impl RequestStream {
+    pub(crate) fn new(stream: nano_engine::RequestStream) -> Self {
+        Self(Mutex::new(stream))
+    }
+
+    /// The next delta, or `None` after the last. Waits without the GIL and lets Ctrl-C through.
+    fn wait_next(&self, py: Python<'_>) -> PyResult<Option<Delta>> {
+        loop {
+            let (next, is_over) = py
+                .detach(|| {
+                    let mut stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+                    let next = stream.next(Some(Instant::now() + SIGNAL_INTERVAL))?;
+                    Ok((next, stream.is_over()))
+                })
+                .map_err(|error| to_py(py, &error))?;
+            if next.is_some() || is_over {
+                return Ok(next);
+            }
+            py.check_signals()?;
+        }
+    }
+
+    /// Everything up to the end.
+    fn wait_all(&self, py: Python<'_>) -> PyResult<Delta> {
+        let mut all = Delta::default();
+        while let Some(delta) = self.wait_next(py)? {
+            all.absorb(delta);
+        }
+        Ok(all)
+    }
+}
+
+#[pymethods]
+impl RequestStream {
+    #[getter]
+    fn request_id(&self) -> String {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).id().to_string()
+    }
+
+    #[getter]
+    fn prompt_token_ids(&self) -> Vec<u32> {
+        let stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        stream.prompt_token_ids().iter().map(|token| token.0).collect()
+    }
+
+    /// The next delta, or `None` after the last.
+    fn next(&self, py: Python<'_>) -> PyResult<Option<DeltaTuple>> {
+        self.wait_next(py)?.map(|delta| to_tuple(py, delta)).transpose()
+    }
+
+    /// Everything up to the end as one delta.
+    fn collect(&self, py: Python<'_>) -> PyResult<DeltaTuple> {
+        let all = self.wait_all(py)?;
+        to_tuple(py, all)
+    }
+
+    /// All logits of a request of logits, `[num_tokens, vocab_size]` as little-endian float32.
+    fn collect_logits<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyByteArray>> {
+        let logits = self.wait_all(py)?.logits;
+        PyByteArray::new_with(py, logits.len() * size_of::<f32>(), |bytes| {
+            for (to, from) in bytes.chunks_exact_mut(size_of::<f32>()).zip(&logits) {
+                to.copy_from_slice(&from.to_le_bytes());
+            }
+            Ok(())
+        })
+    }
+}
+
+fn to_tuple(py: Python<'_>, delta: Delta) -> PyResult<DeltaTuple> {
+    let stop_reason = match &delta.finish {
+        Some(Finish::Stop(Some(StopReason::Token(token)))) => {
+            Some(token.0.into_pyobject(py)?.into_any().unbind())
+        }
+        Some(Finish::Stop(Some(StopReason::Text(stop)))) => {
+            Some(stop.into_pyobject(py)?.into_any().unbind())
+        }
+        _ => None,
+    };
+    Ok((
+        delta.token_ids.into_iter().map(|token| token.0).collect(),
+        delta.text,
+        delta.finish.as_ref().map(Finish::name),
+        stop_reason,
+        delta.timing.first_token.as_secs_f64(),
+        delta.timing.last_token.as_secs_f64(),
+    ))
+}

@@ -1,0 +1,330 @@
+"""The engine as Python holds it."""
+
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from tqdm import tqdm
+
+from nano_batch import _native
+from nano_batch._native import SamplingParams
+from nano_batch.exceptions import InvalidRequestError, ModelLoadError
+from nano_batch.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
+
+EMBEDDED_MODEL = Path(__file__).parent / "models" / "austen"
+
+Prompt: TypeAlias = str | Sequence[int] | np.ndarray | Mapping[str, Any]
+
+
+class Engine:
+    """Serves a model: many requests at once, each with its own stream of tokens.
+
+    A context manager; leaving it closes the engine. Its methods may be called from any thread.
+
+    Args:
+        model: A directory in Hugging Face's form, a hub id, or None for the embedded model.
+        device: "auto" or "cpu".
+        dtype: "auto" (the checkpoint's), "float32" or "bfloat16".
+        max_model_len: Tokens of prompt and output together; None is the config's limit, lowered
+            to what the KV cache can hold.
+        max_num_seqs: Sequences that run at the same time.
+        max_num_batched_tokens: Tokens of one step; a longer prompt runs in chunks.
+        block_size: Tokens of a KV cache block.
+        num_blocks: Blocks of the KV cache; None derives it from `kv_cache_gib` or free memory.
+        kv_cache_gib: Size of the KV cache in GiB, if `num_blocks` is None.
+        num_threads: Threads of a CPU step; None is one per core.
+        seed: What the seeds of unseeded requests derive from.
+        load_format: "auto", or "dummy" for random weights of the config's shapes.
+        revision: The hub's branch, tag or commit, for a hub id.
+
+    Raises:
+        ModelLoadError: The directory does not hold a model that can be run; the message says why.
+        InvalidRequestError: An option is out of range or not supported yet.
+
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        kv_cache_gib: float | None = None,
+        num_threads: int | None = None,
+        enable_prefix_caching: bool = False,
+        quantization: str | None = None,
+        tensor_parallel_size: int = 1,
+        max_itl_ms: float | None = None,
+        deterministic: bool = False,
+        seed: int = 0,
+        revision: str | None = None,
+        load_format: str = "auto",
+    ) -> None:
+        """Load the model and start serving."""
+        _check_choice("device", device, ("auto", "cpu"), "CUDA devices are not supported yet")
+        _check_choice("load_format", load_format, ("auto", "dummy"), "safetensors is what auto reads")
+        neutral = {
+            "gpu_memory_utilization": (gpu_memory_utilization, 0.9),
+            "enable_prefix_caching": (enable_prefix_caching, False),
+            "quantization": (quantization, None),
+            "tensor_parallel_size": (tensor_parallel_size, 1),
+            "max_itl_ms": (max_itl_ms, None),
+            "deterministic": (deterministic, False),
+        }
+        for name, (value, only) in neutral.items():
+            if value != only:
+                message = f"{name} is not supported yet beyond {only!r}, got {value!r}"
+                raise InvalidRequestError(message, "unsupported_parameter")
+        counts = {
+            "max_model_len": (max_model_len, 1),
+            "max_num_seqs": (max_num_seqs, 1),
+            "max_num_batched_tokens": (max_num_batched_tokens, 1),
+            "block_size": (block_size, 1),
+            "num_blocks": (num_blocks, 1),
+            "num_threads": (num_threads, 1),
+        }
+        for name, (count, least) in counts.items():
+            if count is not None and not least <= count < 2**32:
+                message = f"{name} must be in [{least}, {2**32 - 1}], got {count}"
+                raise InvalidRequestError(message, "invalid_config")
+        if kv_cache_gib is not None and not 0 < kv_cache_gib < 2**20:
+            message = f"kv_cache_gib must be above 0 and below {2**20}, got {kv_cache_gib}"
+            raise InvalidRequestError(message, "invalid_config")
+        self.model_dir = _find_model(model, revision)
+        self._native = _native.Engine(
+            self.model_dir,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            kv_cache_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
+            num_threads=num_threads,
+            seed=seed,
+            dummy_weights=load_format == "dummy",
+        )
+        # Threads must end before the interpreter does, also when nobody calls close().
+        self._close = weakref.finalize(self, self._native.close)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Run prompts together and return their answers in the order of the prompts.
+
+        Args:
+            prompts: A text, token ids (a list or an array), `{"prompt": text}`,
+                `{"prompt_token_ids": ids}`, or a list of these.
+            sampling_params: For all prompts, or one each; None takes the model's defaults.
+            use_tqdm: Whether to show progress, if stderr is a terminal.
+
+        Raises:
+            InvalidRequestError: A prompt or parameter does not hold; none of the prompts is run.
+
+        """
+        many = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params] * len(many)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(many):
+            message = f"{len(params)} sampling_params were given for {len(many)} prompts"
+            raise InvalidRequestError(message, "invalid_sampling_params")
+        streams = [self.stream(*pair) for pair in zip(many, params, strict=True)]
+        outputs = []
+        num_tokens = 0
+        # None: silent when stderr is no terminal.
+        disable = None if use_tqdm else True
+        with tqdm(total=len(streams), desc="prompts", unit="prompt", disable=disable) as bar:
+            for stream in streams:
+                output = stream.collect()
+                num_tokens += len(output.outputs[0].token_ids)
+                outputs.append(output)
+                bar.update()
+                elapsed = bar.format_dict["elapsed"]
+                bar.set_postfix_str(f"{num_tokens / max(elapsed, 1e-9):.1f} tok/s", refresh=False)
+        return outputs
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> "RequestStream":
+        """Run one prompt and iterate over what is new; dropping the iterator aborts the request.
+
+        Raises:
+            InvalidRequestError: The prompt or a parameter does not hold.
+
+        """
+        text_or_ids = _plain_prompt(prompt)
+        params = sampling_params or self._native.default_sampling_params()
+        native = self._native.submit(text_or_ids, params)
+        return RequestStream(native, text_or_ids if isinstance(text_or_ids, str) else None)
+
+    def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the logits at every position: float32 `[num_tokens, vocab_size]`.
+
+        They come through the same cache and batches as generation, for parity and perplexity.
+        """
+        native = self._native.submit_logits(_plain_token_ids(token_ids))
+        flat = np.frombuffer(native.collect_logits(), dtype="<f4")
+        return flat.reshape(-1, self._native.vocab_size)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its stream finishes with "abort". One that has ended is left alone."""
+        self._native.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        """Return the load after the last step."""
+        running, waiting, free, preemptions = self._native.stats()
+        return EngineStats(running, waiting, free, self._native.num_blocks, preemptions)
+
+    def get_tokenizer(self) -> _native.Tokenizer:
+        """Return the model's tokenizer.
+
+        Raises:
+            InvalidRequestError: The model has none.
+
+        """
+        return self._native.tokenizer()
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and output together."""
+        return self._native.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self._native.vocab_size
+
+    def close(self) -> None:
+        """End every request, stop the threads and give the memory back."""
+        self._close()
+
+    def __enter__(self) -> "Engine":
+        """Return the engine."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the engine."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Name the model and its limits."""
+        native = self._native
+        return (
+            f"Engine({str(self.model_dir)!r}, dtype={native.dtype!r}, "
+            f"max_model_len={native.max_model_len}, num_blocks={native.num_blocks}, "
+            f"block_size={native.block_size})"
+        )
+
+
+class RequestStream(Iterator[RequestOutput]):
+    """The answer to one prompt: an iterator over what is new since the last item."""
+
+    def __init__(self, native: _native.RequestStream, prompt: str | None) -> None:
+        """Wrap a submitted request."""
+        self._native = native
+        self._prompt = prompt
+        self.request_id = native.request_id
+        self.prompt_token_ids = native.prompt_token_ids
+
+    def __next__(self) -> RequestOutput:
+        """Wait for news; the GIL is free meanwhile and Ctrl-C works."""
+        delta = self._native.next()
+        if delta is None:
+            raise StopIteration
+        return self._output(delta)
+
+    def collect(self) -> RequestOutput:
+        """Wait for the end and return all that was not taken yet as one output."""
+        return self._output(self._native.collect())
+
+    def _output(self, delta: "_native.Delta") -> RequestOutput:
+        token_ids, text, finish_reason, stop_reason, first_token_s, last_token_s = delta
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[CompletionOutput(0, text, token_ids, finish_reason, stop_reason)],
+            finished=finish_reason is not None,
+            metrics=RequestMetrics(first_token_s, last_token_s),
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...], hint: str) -> None:
+    if value not in choices:
+        message = f"{name} must be one of {', '.join(choices)}, got {value!r} ({hint})"
+        raise InvalidRequestError(message, "invalid_config")
+
+
+def _find_model(model: str | os.PathLike[str] | None, revision: str | None) -> Path:
+    """Return the directory of a model, downloading a hub id first."""
+    if model is None:
+        return EMBEDDED_MODEL
+    path = Path(model)
+    if path.exists() or path.is_absolute() or not _looks_like_hub_id(os.fspath(model)):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        message = (
+            f"{os.fspath(model)!r} is no directory; to download it as a hub id, "
+            "pip install huggingface_hub"
+        )
+        raise ModelLoadError(message, "model_missing") from None
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja"]
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        message = f"{os.fspath(model)!r} is no directory and the hub did not give it: {error}"
+        raise ModelLoadError(message, "model_missing") from error
+
+
+def _looks_like_hub_id(model: str) -> bool:
+    return model.count("/") <= 1 and not model.startswith((".", "~"))
+
+
+def _is_one_prompt(prompts: Any) -> bool:
+    if isinstance(prompts, str | Mapping) or hasattr(prompts, "ndim") and prompts.ndim == 1:
+        return True
+    return len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
+
+
+def _plain_prompt(prompt: Prompt) -> str | list[int]:
+    if isinstance(prompt, Mapping):
+        keys = set(prompt)
+        if keys == {"prompt"} and isinstance(prompt["prompt"], str):
+            return prompt["prompt"]
+        if keys == {"prompt_token_ids"}:
+            return _plain_token_ids(prompt["prompt_token_ids"])
+        message = f"a prompt dict has the one key prompt or prompt_token_ids, got {sorted(keys)}"
+        raise InvalidRequestError(message, "invalid_prompt")
+    return prompt if isinstance(prompt, str) else _plain_token_ids(prompt)
+
+
+def _plain_token_ids(token_ids: Any) -> list[int]:
+    ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+    if not isinstance(ids, list | tuple):
+        message = f"a prompt is a text or token ids, got {type(token_ids).__name__}"
+        raise InvalidRequestError(message, "invalid_prompt")
+    for position, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, int | np.integer):
+            message = f"prompt token at position {position} must be an integer, got {token!r}"
+            raise InvalidRequestError(message, "invalid_prompt")
+        if not -(2**63) <= token < 2**63:
+            message = f"prompt token {token} at position {position} is outside the vocabulary"
+            raise InvalidRequestError(message, "token_outside_vocabulary")
+    return [int(token) for token in ids]

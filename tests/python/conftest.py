@@ -1,0 +1,120 @@
+"""What all tests share: model directories, made once, and engines that are closed behind them."""
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Set before torch is imported: the tests run on machines with few cores beside other work.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import nano_batch
+import random_models
+import recital_model
+from hypothesis import settings
+from nano_batch import Engine, SamplingParams
+from recital_model import EOS_ID, TEXT
+
+settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("fixed")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Path:
+    """The directory of the model that ships inside the package."""
+    return Path(nano_batch.__file__).parent / "models" / "austen"
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of one of `random_models.MODELS`, written when first asked for."""
+    written: dict[str, Path] = {}
+
+    def directory(name: str) -> Path:
+        if name not in written:
+            path = tmp_path_factory.mktemp("model")
+            written[name] = random_models.write(random_models.MODELS[name], path)
+        return written[name]
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def reciting_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return recital_model.write(tmp_path_factory.mktemp("recital"))
+
+
+@pytest.fixture
+def open_engine() -> Iterator[Callable[..., Engine]]:
+    """Opens engines on the CPU in f32 with a small cache, and closes them after the test."""
+    engines = []
+
+    def open_one(model: Path | str | None = None, **options: Any) -> Engine:
+        options = {"device": "cpu", "dtype": "float32", "num_blocks": 256, **options}
+        engine = Engine(model if model is None else str(model), **options)
+        engines.append(engine)
+        return engine
+
+    yield open_one
+    for engine in engines:
+        engine.close()
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def reciting(reciting_dir: Path) -> Iterator[Engine]:
+    """An engine on the reciting model, whose cache holds two requests of the longest kind."""
+    num_blocks = 2 * recital_model.MAX_MODEL_LEN // 16
+    with Engine(str(reciting_dir), device="cpu", dtype="float32", num_blocks=num_blocks) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def austen() -> Iterator[Engine]:
+    """The embedded model in f32."""
+    with Engine(device="cpu", dtype="float32", num_blocks=1024) as engine:
+        yield engine
+
+
+@pytest.fixture
+def wait_until() -> Callable[[Callable[[], bool], str], None]:
+    """Waits for what other threads do; the deadline only keeps a broken engine from hanging."""
+
+    def wait(is_true: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + 60
+        while not is_true():
+            assert time.monotonic() < deadline, f"did not happen within a minute: {what}"
+            time.sleep(0.005)
+
+    return wait
+
+
+@pytest.fixture
+def unharmed(reciting):
+    """A request that runs from before the test's first line to after its last."""
+    stream = reciting.stream("?", SamplingParams(temperature=0, max_tokens=60000, ignore_eos=True))
+    pieces = [next(stream)]
+    yield
+    num_seen = sum(len(piece.outputs[0].token_ids) for piece in pieces)
+    while num_seen < 100:
+        pieces.append(next(stream))
+        num_seen += len(pieces[-1].outputs[0].token_ids)
+    assert not pieces[-1].finished
+    tokens = [token for piece in pieces for token in piece.outputs[0].token_ids]
+    recital = [*reciting.get_tokenizer().encode(TEXT, add_special_tokens=False), EOS_ID]
+    assert tokens == (recital * (num_seen // len(recital) + 1))[:num_seen]
+    # A character that is not whole yet is held back.
+    text = "".join(piece.outputs[0].text for piece in pieces)
+    assert (TEXT * (num_seen // len(recital) + 1)).startswith(text)

@@ -1,0 +1,202 @@
+"""A request or option that does not hold is refused at once, in a sentence with limit and value, by
+the right class; requests that run meanwhile never notice."""
+
+import numpy as np
+import pytest
+from nano_batch import Engine, SamplingParams
+from nano_batch.exceptions import InvalidRequestError, ModelLoadError, NanoBatchError
+from random_models import MODELS, write
+from recital_model import MAX_MODEL_LEN, TEXT
+from refusals import assert_names, refused
+
+SHORT = SamplingParams(temperature=0, max_tokens=60)
+
+REQUESTS = {
+    "an empty list of tokens": ({"prompt_token_ids": []}, ["empty", "at least one"]),
+    "a token id at the end of the vocabulary": ([5, 258], ["258", "position 1", "vocabulary"]),
+    "a token id far outside": ([2**31, 5], [2**31, "position 0", 258]),
+    "a token id beyond 32 bits": ([5, 5, 2**40], [2**40, "position 2", "vocabulary"]),
+    "a token id beyond 64 bits": ([2**70], [2**70, "position 0", "vocabulary"]),
+    "a negative token id": ([5, -1], ["-1", "position 1", "vocabulary"]),
+    "a prompt longer than max_model_len": (
+        [5] * (MAX_MODEL_LEN + 1),
+        [MAX_MODEL_LEN + 1, "max_model_len", MAX_MODEL_LEN],
+    ),
+    "a prompt as long as max_model_len": (
+        [5] * MAX_MODEL_LEN,
+        [f"{MAX_MODEL_LEN} tokens", "max_model_len", "one more"],
+    ),
+    "a text longer than max_model_len": ("a" * 70000, [70001, "max_model_len", MAX_MODEL_LEN]),
+    "fractions": ([1.5, 2.0], ["position 0", "1.5"]),
+    "booleans": ([True, False], ["position 0", "True"]),
+    "an array of fractions": (np.array([0.5]), ["position 0", "0.5"]),
+    "an array of two dimensions": (np.array([[1, 2], [3, 4]]), ["position 0"]),
+    "a number": (7, ["int"]),
+    "bytes": (b"abc", ["bytes"]),
+    "nothing": (None, ["NoneType"]),
+    "a dictionary without a prompt": ({"text": "a"}, ["prompt", "text"]),
+    "a dictionary with two prompts": (
+        {"prompt": "a", "prompt_token_ids": [1]},
+        ["prompt", "prompt_token_ids"],
+    ),
+    "a dictionary whose text is none": ({"prompt": 3}, ["prompt"]),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.usefixtures("unharmed")
+def test_a_prompt_that_does_not_hold_is_refused(name, reciting):
+    prompt, words = REQUESTS[name]
+    message = refused(InvalidRequestError, lambda: reciting.stream(prompt, SHORT))
+    assert_names(message, *words)
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_one_bad_prompt_refuses_the_whole_list(reciting, wait_until):
+    refused(
+        InvalidRequestError,
+        lambda: reciting.generate(["?", "?", [999], "?"], SHORT, use_tqdm=False),
+    )
+    wait_until(lambda: reciting.stats().num_running <= 1, "what was submitted is aborted")
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_as_many_parameters_as_prompts_are_needed(reciting):
+    message = refused(
+        InvalidRequestError,
+        lambda: reciting.generate(["a", "b", "c"], [SHORT, SHORT], use_tqdm=False),
+    )
+    assert_names(message, 3, 2, "sampling_params")
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_parameters_of_another_type_are_refused(reciting):
+    with pytest.raises((TypeError, InvalidRequestError)):
+        reciting.generate("?", {"temperature": 0}, use_tqdm=False)
+    with pytest.raises((TypeError, InvalidRequestError)):
+        reciting.stream("?", "greedy")
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_logits_of_a_bad_prompt_are_refused(reciting):
+    assert_names(refused(InvalidRequestError, lambda: reciting.logits([])), "empty")
+    assert_names(refused(InvalidRequestError, lambda: reciting.logits([258])), 258)
+    long = [5] * (MAX_MODEL_LEN + 1)
+    message = refused(InvalidRequestError, lambda: reciting.logits(long))
+    assert_names(message, MAX_MODEL_LEN + 1, "max_model_len", MAX_MODEL_LEN)
+    with pytest.raises(InvalidRequestError):
+        reciting.logits("text")
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_abort_of_an_unknown_id_is_refused_or_does_nothing(reciting):
+    reciting.abort("123456789")
+    message = refused(InvalidRequestError, lambda: reciting.abort("no number"))
+    assert_names(message, "no number")
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_a_request_that_can_never_fit_the_cache_is_refused(reciting_dir, open_engine):
+    engine = open_engine(reciting_dir, num_blocks=4, max_model_len=64)
+    fits = SamplingParams(temperature=0, max_tokens=60)
+    assert engine.generate("?", fits, use_tqdm=False)[0].outputs[0].text == TEXT
+    engine = open_engine(reciting_dir, num_blocks=4, max_model_len=None)
+    # Without a limit of its own, max_model_len is lowered to what the cache holds.
+    message = refused(InvalidRequestError, lambda: engine.stream([5] * 65, SHORT))
+    assert_names(message, 65, "max_model_len", 64)
+
+
+def test_a_limit_that_the_cache_cannot_hold_is_refused_with_both_numbers(reciting_dir):
+    """Either the engine says so at once, or the request does."""
+
+    def use():
+        with Engine(str(reciting_dir), device="cpu", num_blocks=4, max_model_len=1000) as engine:
+            engine.stream([5] * 900, SHORT)
+
+    with pytest.raises(NanoBatchError) as error:
+        use()
+    assert_names(str(error.value), "num_blocks", 4)
+
+
+@pytest.fixture
+def without_tokenizer(model_dir, open_engine):
+    return open_engine(model_dir("v0.2"))
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_text_to_a_model_without_a_tokenizer_is_refused(without_tokenizer, model_dir):
+    message = refused(InvalidRequestError, lambda: without_tokenizer.stream("text", SHORT))
+    assert_names(message, "tokenizer.json", "token ids", model_dir("v0.2"))
+    refused(InvalidRequestError, lambda: without_tokenizer.get_tokenizer())
+    tokens = without_tokenizer.generate([5, 6], SHORT, use_tqdm=False)[0].outputs[0]
+    assert tokens.text == ""
+    assert len(tokens.token_ids) > 0
+
+
+def test_stop_strings_without_a_tokenizer_are_refused(without_tokenizer):
+    params = SamplingParams(stop=["a", "b"])
+    message = refused(InvalidRequestError, lambda: without_tokenizer.stream([5], params))
+    assert_names(message, "stop", 2, "tokenizer")
+
+
+def test_a_sentencepiece_file_alone_is_named_with_a_hint(tmp_path, open_engine):
+    directory = write(MODELS["v0.2"], tmp_path)
+    (directory / "tokenizer.model").write_bytes(b"\n\x0e")
+    engine = open_engine(directory)
+    with pytest.raises(NanoBatchError) as error:
+        engine.stream("text", SHORT)
+    assert_names(str(error.value), "tokenizer.model", "tokenizer.json")
+
+
+OPTIONS = {
+    "device of no kind": ({"device": "tpu"}, ["device", "tpu"]),
+    "cuda": ({"device": "cuda"}, ["device", "cuda", "not supported yet"]),
+    "cuda:1": ({"device": "cuda:1"}, ["device", "cuda:1", "not supported yet"]),
+    "dtype of no kind": ({"dtype": "int3"}, ["dtype", "int3", "bfloat16"]),
+    "float16": ({"dtype": "float16"}, ["dtype", "float16", "bfloat16"]),
+    "load_format": ({"load_format": "gguf"}, ["load_format", "gguf"]),
+    "prefix caching": ({"enable_prefix_caching": True}, ["enable_prefix_caching", "supported yet"]),
+    "quantization": ({"quantization": "int8"}, ["quantization", "int8", "not supported yet"]),
+    "tensor parallelism": ({"tensor_parallel_size": 2}, ["tensor_parallel_size", "supported yet"]),
+    "max_itl_ms": ({"max_itl_ms": 20}, ["max_itl_ms", "not supported yet"]),
+    "deterministic": ({"deterministic": True}, ["deterministic", "not supported yet"]),
+    "gpu_memory_utilization": ({"gpu_memory_utilization": 0.5}, ["gpu_memory_utilization", 0.5]),
+    "max_num_seqs 0": ({"max_num_seqs": 0}, ["max_num_seqs", 1, 0]),
+    "max_num_seqs negative": ({"max_num_seqs": -4}, ["max_num_seqs", "-4"]),
+    "max_num_batched_tokens 0": ({"max_num_batched_tokens": 0}, ["max_num_batched_tokens", 0]),
+    "block_size 0": ({"block_size": 0}, ["block_size", 0]),
+    "block_size huge": ({"block_size": 2**40}, ["block_size", 2**40]),
+    "num_blocks 0": ({"num_blocks": 0}, ["num_blocks", 0]),
+    "num_blocks beyond memory": ({"num_blocks": 2**31}, ["num_blocks"]),
+    "num_threads 0": ({"num_threads": 0}, ["num_threads", 0]),
+    "kv_cache_gib 0": ({"num_blocks": None, "kv_cache_gib": 0}, ["kv_cache_gib", 0]),
+    "kv_cache_gib negative": ({"num_blocks": None, "kv_cache_gib": -1.5}, ["kv_cache_gib", -1.5]),
+    "kv_cache_gib too small": ({"num_blocks": None, "kv_cache_gib": 1e-9}, ["kv_cache_gib"]),
+    "max_model_len 0": ({"max_model_len": 0}, ["max_model_len", 0]),
+    "max_model_len beyond the config": (
+        {"max_model_len": MAX_MODEL_LEN + 1},
+        ["max_model_len", MAX_MODEL_LEN + 1, MAX_MODEL_LEN],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.usefixtures("unharmed")
+def test_an_option_that_does_not_hold_is_refused(name, reciting_dir, open_engine):
+    options, words = OPTIONS[name]
+    with pytest.raises(NanoBatchError) as error:
+        open_engine(reciting_dir, **options)
+    assert type(error.value) in (InvalidRequestError, ModelLoadError)
+    assert "\n" not in str(error.value)
+    assert_names(str(error.value), *words)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_num_seqs": "3"}, {"num_blocks": 1.5}, {"seed": "x"}, {"max_sequences": 3}],
+    ids=str,
+)
+def test_an_option_of_another_type_or_name_is_refused(options, reciting_dir, open_engine):
+    (name,) = options
+    with pytest.raises((TypeError, InvalidRequestError), match=name):
+        open_engine(reciting_dir, **options)

@@ -1,0 +1,126 @@
+"""The command `nano-batch`: what it prints where, and its exit codes."""
+
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import nano_batch
+import pytest
+from recital_model import TEXT
+
+COMMANDS = {
+    "nano-batch": [str(Path(sysconfig.get_path("scripts")) / "nano-batch")],
+    "python -m nano_batch": [sys.executable, "-m", "nano_batch"],
+}
+GREEDY = ["--temperature", "0", "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture(params=COMMANDS)
+def command(request):
+    return COMMANDS[request.param]
+
+
+def run(command, *arguments, text=None):
+    return subprocess.run(
+        [*command, *map(str, arguments)], input=text, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_generate_streams_the_continuation_to_stdout(command, reciting_dir):
+    done = run(command, "generate", reciting_dir, "--prompt", "?", *GREEDY)
+    assert (done.returncode, done.stdout) == (0, f"?{TEXT}\n")
+    assert "tok/s" in done.stderr
+    assert "26 tokens" in done.stderr
+
+
+def test_generate_reads_the_prompt_from_stdin(reciting_dir):
+    done = run(
+        COMMANDS["nano-batch"], "generate", reciting_dir, "--max-tokens", "5", *GREEDY, text="🙂?"
+    )
+    assert (done.returncode, done.stdout) == (0, "🙂?wörl\n")
+
+
+def test_generate_without_a_model_runs_the_embedded_one():
+    arguments = ["generate", "--prompt", "It is a truth", "--max-tokens", "12", "--seed", "1"]
+    first, second = (run(COMMANDS["nano-batch"], *arguments) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("It is a truth")
+    assert len(first.stdout) > 20
+    assert first.stdout == second.stdout
+
+
+def test_generate_takes_stop_strings(reciting_dir):
+    stops = ["--stop", "never", "--stop", "こ🙂"]
+    done = run(COMMANDS["nano-batch"], "generate", reciting_dir, "--prompt", "?", *stops, *GREEDY)
+    assert (done.returncode, done.stdout) == (0, "?wörld日語\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["generate", "--max-tokens", "many"], ["generate", "--wings"]]
+)
+def test_wrong_usage_exits_with_2(arguments, command):
+    done = run(command, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "usage:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/no/such/model"], ["/no/such/model"]),
+        (["--device", "cuda"], ["cuda", "not supported yet"]),
+        (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--max-tokens", "0"], ["max_tokens", "0"]),
+        (["--max-model-len", "3"], ["max_model_len", "3"]),
+    ],
+)
+def test_a_failure_is_one_sentence_and_exits_with_1(arguments, words, command):
+    done = run(command, "generate", *arguments, "--prompt", "a long prompt, as prompts go")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+
+
+def test_ctrl_c_exits_with_130(command, reciting_dir):
+    arguments = ["generate", reciting_dir, "--prompt", "?", "--ignore-eos", *GREEDY]
+    with subprocess.Popen(
+        [*command, *map(str, arguments), "--max-tokens", "60000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout.read(4) == b"?w\xc3\xb6"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert b"Traceback" not in errors
+
+
+def test_a_reader_that_leaves_ends_the_program_quietly(command, reciting_dir):
+    arguments = ["generate", reciting_dir, "--prompt", "?", "--ignore-eos", *GREEDY]
+    with subprocess.Popen(
+        [*command, *map(str, arguments), "--max-tokens", "60000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.read(4)
+        process.stdout.close()
+        errors = process.stderr.read()
+        process.wait(timeout=60)
+    assert process.returncode != 0
+    assert b"Traceback" not in errors
+    assert b"Exception ignored" not in errors
+
+
+def test_it_tells_its_version(command):
+    done = run(command, "--version")
+    assert (done.returncode, done.stdout) == (0, f"nano-batch {nano_batch.__version__}\n")
+
+
+def test_help_names_every_option_in_the_constructors_words():
+    text = run(COMMANDS["nano-batch"], "generate", "--help").stdout
+    for flag in ("--device", "--dtype", "--max-model-len", "--num-blocks", "--num-threads"):
+        assert flag in text

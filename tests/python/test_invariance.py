@@ -1,0 +1,133 @@
+"""What a request says depends on its prompt, its parameters and its seed, and on nothing else."""
+
+import pytest
+from nano_batch import SamplingParams
+from random_models import random_tokens
+
+NUM_TOKENS = 32
+# In f32, between one chunk and many; the sums of other shapes round otherwise.
+LOGITS_BOUND = 1e-4
+LENGTHS = [1, 2, 3, 5, 8, 15, 16, 17, 21, 27, 31, 32, 33, 40, 47, 48]
+PROMPTS = [random_tokens(length, 151, seed) for seed, length in enumerate(LENGTHS)]
+
+
+def parameters(kind):
+    if kind == "greedy":
+        return [SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)] * 16
+    return [
+        SamplingParams(
+            temperature=0.8,
+            top_p=0.9,
+            top_k=50,
+            seed=1000 + index,
+            max_tokens=NUM_TOKENS,
+            ignore_eos=True,
+        )
+        for index in range(16)
+    ]
+
+
+def tokens_of(outputs):
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.fixture(scope="module", params=["v0.1", "v0.2", "Ministral"])
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=["greedy", "sampled"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def alone(name, kind, model_dir):
+    """Each request's tokens when it has the engine to itself."""
+    from nano_batch import Engine
+
+    with Engine(str(model_dir(name)), device="cpu", dtype="float32", num_blocks=64) as engine:
+        return [
+            tokens_of(engine.generate(prompt, params, use_tqdm=False))[0]
+            for prompt, params in zip(PROMPTS, parameters(kind), strict=True)
+        ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_num_batched_tokens": 16},
+        {"max_num_batched_tokens": 8},
+        {"max_num_batched_tokens": 1},
+        {"max_num_seqs": 3},
+    ],
+    ids=str,
+)
+def test_a_batch_of_16_says_what_each_says_alone(
+    options, name, kind, alone, model_dir, open_engine
+):
+    engine = open_engine(model_dir(name), **options)
+    together = tokens_of(engine.generate(PROMPTS, parameters(kind), use_tqdm=False))
+    assert together == alone
+    assert engine.stats().num_preemptions == 0
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [8, 16, 8192])
+def test_preemption_changes_nothing(
+    max_num_batched_tokens, name, kind, alone, model_dir, open_engine
+):
+    engine = open_engine(
+        model_dir(name), num_blocks=9, max_num_batched_tokens=max_num_batched_tokens
+    )
+    together = tokens_of(engine.generate(PROMPTS, parameters(kind), use_tqdm=False))
+    stats = engine.stats()
+    assert stats.num_preemptions > 0
+    assert together == alone
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
+    assert stats.num_free_blocks == stats.num_blocks == 9
+
+
+@pytest.mark.parametrize("block_size", [8, 32])
+def test_the_block_size_changes_nothing(block_size, name, kind, alone, model_dir, open_engine):
+    engine = open_engine(model_dir(name), block_size=block_size)
+    assert tokens_of(engine.generate(PROMPTS, parameters(kind), use_tqdm=False)) == alone
+
+
+def test_a_late_request_finds_the_same_tokens(name, kind, alone, model_dir, open_engine):
+    """Requests that join while others decode, in another order than before."""
+    engine = open_engine(model_dir(name), max_num_batched_tokens=16)
+    params = parameters(kind)
+    order = [5, 15, 0, 9, 2, 12, 7]
+    streams = []
+    for index in order:
+        stream = engine.stream(PROMPTS[index], params[index])
+        streams.append((stream, list(next(stream).outputs[0].token_ids)))
+    for index, (stream, tokens) in zip(order, streams, strict=True):
+        for output in stream:
+            tokens += output.outputs[0].token_ids
+        assert tokens == alone[index]
+
+
+def test_logits_do_not_depend_on_the_chunks(name, model_dir, open_engine):
+    tokens = random_tokens(100, 151, 99)
+    whole = open_engine(model_dir(name)).logits(tokens)
+    for budget in (1, 8, 16, 33):
+        chunked = open_engine(model_dir(name), max_num_batched_tokens=budget).logits(tokens)
+        assert abs(chunked - whole).max() <= LOGITS_BOUND, f"chunks of {budget}"
+
+
+def test_logits_do_not_depend_on_who_shares_the_batch(name, model_dir, open_engine):
+    tokens = random_tokens(100, 151, 99)
+    engine = open_engine(model_dir(name), max_num_batched_tokens=16)
+    whole = engine.logits(tokens)
+    streams = [engine.stream(p, q) for p, q in zip(PROMPTS, parameters("sampled"), strict=True)]
+    crowded = engine.logits(tokens)
+    assert abs(crowded - whole).max() <= LOGITS_BOUND
+    assert all(len([*stream]) > 0 for stream in streams)
+
+
+def test_a_repeated_run_gives_the_same_bits(name, model_dir, open_engine):
+    tokens = random_tokens(60, 151, 99)
+    engine = open_engine(model_dir(name))
+    assert (engine.logits(tokens) == engine.logits(tokens)).all()

@@ -1,0 +1,214 @@
+//! The engine's two threads over an executor that can be made to fail: every stream ends, with
+//! tokens or with a typed error, and nobody waits for anybody else.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nano_core::executor::fake::{FakeExecutor, Fault};
+use nano_core::{Capacity, SamplingParams, SchedulerConfig, TokenId};
+use nano_engine::{Engine, Error, Finish, Prompt, RequestStream, Served, SpawnConfig};
+
+const VOCAB_SIZE: u32 = 50;
+/// "Within a second", and no test may hang.
+const SOON: Duration = Duration::from_secs(1);
+
+fn capacity(max_steps_in_flight: u32) -> Capacity {
+    Capacity { num_blocks: 64, block_size: 4, max_steps_in_flight }
+}
+
+fn spawn(executor: FakeExecutor) -> Engine {
+    let scheduler = SchedulerConfig { max_num_seqs: 8, max_num_batched_tokens: 32 };
+    let config = SpawnConfig { scheduler, seed: 0, tokenizer: None };
+    let served = Served { vocab_size: VOCAB_SIZE, max_model_len: 200, eos_token_ids: vec![] };
+    Engine::spawn(config, || Ok((executor, served))).unwrap()
+}
+
+fn submit(engine: &Engine, first: u32, max_tokens: u32) -> RequestStream {
+    let params = SamplingParams { max_tokens, ..SamplingParams::default() };
+    engine.submit(Prompt::Tokens(prompt(first)), params, None).unwrap()
+}
+
+fn prompt(first: u32) -> Vec<TokenId> {
+    vec![TokenId(first % VOCAB_SIZE), TokenId(1), TokenId(2)]
+}
+
+/// The end of a stream, which must come soon.
+fn end(mut stream: RequestStream) -> Result<Option<Finish>, Error> {
+    let deadline = Instant::now() + SOON;
+    let mut finish = None;
+    loop {
+        match stream.next(Some(deadline)) {
+            Ok(Some(delta)) => finish = delta.finish,
+            Ok(None) if stream.is_over() => return Ok(finish),
+            Ok(None) => panic!("the stream did not end within {SOON:?}"),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+#[test]
+fn many_requests_at_once_each_get_their_own_tokens() {
+    for depth in [1, 2] {
+        let engine = spawn(FakeExecutor::new(capacity(depth), VOCAB_SIZE));
+        let streams: Vec<_> = (0..40).map(|i| submit(&engine, i, 10 + i)).collect();
+        for (i, stream) in (0..).zip(streams) {
+            let answer = stream.wait().unwrap();
+            let num_tokens = 10 + i as usize;
+            let expected = FakeExecutor::continuation(&prompt(i), num_tokens, VOCAB_SIZE);
+            assert_eq!(answer.token_ids, expected, "request {i} at depth {depth}");
+            assert_eq!(answer.finish, Some(Finish::Length));
+            assert!(answer.timing.first_token <= answer.timing.last_token);
+        }
+    }
+}
+
+#[test]
+fn an_error_in_a_step_ends_every_stream_and_names_itself() {
+    for depth in [1, 2] {
+        for step in [1, 2, 5] {
+            let executor = FakeExecutor::new(capacity(depth), VOCAB_SIZE);
+            let engine = spawn(executor.with_fault(step, Fault::Error));
+            // More than run at the same time: those that wait end as well.
+            let streams: Vec<_> = (0..20).map(|i| submit(&engine, i, 50)).collect();
+            for stream in streams {
+                let error = end(stream).unwrap_err();
+                assert!(matches!(&error, Error::EngineFailed { .. }), "{error}");
+                assert!(error.to_string().contains("the fake fails"), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_panic_in_a_step_ends_every_stream_and_names_itself() {
+    for depth in [1, 2] {
+        let executor = FakeExecutor::new(capacity(depth), VOCAB_SIZE);
+        let engine = spawn(executor.with_fault(3, Fault::Panic));
+        let streams: Vec<_> = (0..20).map(|i| submit(&engine, i, 50)).collect();
+        for stream in streams {
+            let error = end(stream).unwrap_err();
+            assert!(error.to_string().contains("a step panicked: the fake panics"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_request_after_a_failure_is_told_the_reason() {
+    let executor = FakeExecutor::new(capacity(1), VOCAB_SIZE);
+    let engine = spawn(executor.with_fault(1, Fault::Error));
+    end(submit(&engine, 0, 5)).unwrap_err();
+    let error = end(submit(&engine, 0, 5)).unwrap_err();
+    assert_eq!(error.code(), "engine_failed");
+    engine.close();
+}
+
+#[test]
+fn closing_a_stalled_engine_ends_every_stream_and_returns() {
+    let released = Arc::new(AtomicBool::new(false));
+    let executor = FakeExecutor::new(capacity(2), VOCAB_SIZE);
+    let fault = Fault::Stall(Arc::clone(&released));
+    let engine = spawn(executor.with_fault(3, fault));
+    let streams: Vec<_> = (0..20).map(|i| submit(&engine, i, 50)).collect();
+    std::thread::scope(|scope| {
+        scope.spawn(|| engine.close());
+        for stream in streams {
+            let error = end(stream).unwrap_err();
+            assert!(matches!(error, Error::EngineClosed), "{error}");
+        }
+    });
+    let params = SamplingParams::default();
+    let refused = engine.submit(Prompt::Tokens(prompt(0)), params, None).unwrap_err();
+    assert!(matches!(refused, Error::EngineClosed), "{refused}");
+    released.store(true, Ordering::Relaxed);
+}
+
+#[test]
+fn closing_while_requests_run_ends_them_and_drops_the_executor() {
+    let executor = FakeExecutor::new(capacity(1), VOCAB_SIZE);
+    let engine = spawn(executor.with_step_time(Duration::from_millis(5)));
+    let stream = submit(&engine, 0, 150);
+    engine.close();
+    engine.close();
+    assert!(matches!(end(stream).unwrap_err(), Error::EngineClosed));
+}
+
+#[test]
+fn a_reader_that_takes_nothing_holds_up_nobody_and_gets_everything_merged() {
+    let engine = spawn(FakeExecutor::new(capacity(1), VOCAB_SIZE));
+    let mut slow = submit(&engine, 0, 100);
+    for i in 1..20 {
+        assert_eq!(end(submit(&engine, i, 100)).unwrap(), Some(Finish::Length));
+    }
+    let delta = slow.next(Some(Instant::now() + SOON)).unwrap().unwrap();
+    assert_eq!(delta.token_ids, FakeExecutor::continuation(&prompt(0), 100, VOCAB_SIZE));
+    assert_eq!(delta.finish, Some(Finish::Length));
+    assert!(slow.next(None).unwrap().is_none());
+}
+
+#[test]
+fn an_aborted_request_ends_with_abort_and_a_dropped_one_leaves_no_block() {
+    let executor = FakeExecutor::new(capacity(2), VOCAB_SIZE);
+    let engine = spawn(executor.with_step_time(Duration::from_millis(1)));
+    let aborted = submit(&engine, 0, 190);
+    drop(submit(&engine, 1, 190));
+    let kept = submit(&engine, 2, 20);
+    engine.abort(aborted.id()).unwrap();
+    assert_eq!(end(aborted).unwrap(), Some(Finish::Abort));
+    assert_eq!(end(kept).unwrap(), Some(Finish::Length));
+    let deadline = Instant::now() + SOON;
+    while engine.stats().num_free_blocks < 64 {
+        assert!(Instant::now() < deadline, "blocks are lost: {:?}", engine.stats());
+        std::thread::yield_now();
+    }
+    assert_eq!((engine.stats().num_running, engine.stats().num_waiting), (0, 0));
+}
+
+#[test]
+fn a_bad_request_is_refused_and_harms_no_other() {
+    let engine = spawn(FakeExecutor::new(capacity(1), VOCAB_SIZE));
+    let good = submit(&engine, 0, 100);
+    let refuse = |tokens: Vec<TokenId>, params| {
+        engine.submit(Prompt::Tokens(tokens), params, None).unwrap_err().to_string()
+    };
+    let default = SamplingParams::default;
+    assert_eq!(refuse(vec![], default()), "prompt is empty: at least one token is needed");
+    assert_eq!(
+        refuse(vec![TokenId(1), TokenId(50)], default()),
+        "prompt token 50 at position 1 is outside the vocabulary of 50"
+    );
+    assert_eq!(
+        refuse(vec![TokenId(1); 201], default()),
+        "prompt has 201 tokens, but max_model_len is 200"
+    );
+    let cold = SamplingParams { temperature: -1.0, ..default() };
+    assert_eq!(refuse(prompt(0), cold), "temperature must be finite and at least 0, got -1");
+    let text = engine.submit(Prompt::Text("Emma".into()), default(), None).unwrap_err();
+    assert_eq!(text.code(), "tokenizer_missing");
+    assert_eq!(end(good).unwrap(), Some(Finish::Length));
+}
+
+#[test]
+fn an_executor_that_cannot_be_built_says_why_also_by_a_panic() {
+    let scheduler = SchedulerConfig { max_num_seqs: 8, max_num_batched_tokens: 32 };
+    let config = SpawnConfig { scheduler, seed: 0, tokenizer: None };
+    let failing = || -> nano_engine::Result<(FakeExecutor, Served)> {
+        Err(nano_core::Error::ExecutorFailed { message: "no device".into() }.into())
+    };
+    let error = Engine::spawn(config.clone(), failing).unwrap_err();
+    assert_eq!(error.to_string(), "executor failed: no device");
+    let panicking = || -> nano_engine::Result<(FakeExecutor, Served)> { panic!("libtorch is out") };
+    let error = Engine::spawn(config, panicking).unwrap_err();
+    assert_eq!(error.to_string(), "the engine has failed: loading panicked: libtorch is out");
+}
+
+#[test]
+fn logits_arrive_whole_however_they_were_chunked() {
+    let engine = spawn(FakeExecutor::new(capacity(2), VOCAB_SIZE));
+    let tokens: Vec<_> = (0..150).map(|i| TokenId(i % VOCAB_SIZE)).collect();
+    let logits = engine.logits(tokens.clone()).unwrap().wait_for_logits().unwrap();
+    assert_eq!(logits.len(), tokens.len() * VOCAB_SIZE as usize);
+    for (row, token) in logits.chunks(VOCAB_SIZE as usize).zip(&tokens) {
+        assert_eq!(row[0], token.0 as f32);
+    }
+}
