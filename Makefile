@@ -7,9 +7,8 @@ BIN    := $(VENV)/bin
 TORCH   = $(shell $(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("torch").origin))')
 SOURCES := $(shell find crates Cargo.toml Cargo.lock -name '*.rs' -o -name '*.toml' -o -name '*.lock')
 
-# torch-sys links the libtorch of the virtual environment.
+# torch-sys asks this environment's Python where libtorch is.
 export VIRTUAL_ENV := $(VENV)
-export LIBTORCH_USE_PYTORCH := 1
 export PATH := $(BIN):$(PATH)
 # The embedded model and the tests' own models need no hub.
 export HF_HUB_OFFLINE ?= 1

@@ -1,9 +1,17 @@
 from os import PathLike
 from typing import TypeAlias, final
 
+__all__ = [
+    "BlockAllocator",
+    "Engine",
+    "RequestStream",
+    "SamplingParams",
+    "Tokenizer",
+    "__version__",
+]
 __version__: str
 
-Delta: TypeAlias = tuple[list[int], str, str | None, int | str | None, float, float]
+_Delta: TypeAlias = tuple[list[int], str, str | None, int | str | None, float, float]
 """token_ids, text, finish_reason, stop_reason, first_token_s, last_token_s."""
 
 @final
@@ -31,23 +39,26 @@ class SamplingParams:
     def __new__(
         cls,
         *,
-        n: int = 1,
+        n: int | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        top_k: int = 0,
+        top_k: int | None = None,
         min_p: float = 0.0,
         seed: int | None = None,
         stop: str | list[str] | None = None,
         stop_token_ids: list[int] | None = None,
         ignore_eos: bool = False,
-        max_tokens: int = 16,
-        min_tokens: int = 0,
+        max_tokens: int | None = None,
+        min_tokens: int | None = None,
         detokenize: bool = True,
         skip_special_tokens: bool = True,
         include_stop_str_in_output: bool = False,
         **unsupported: object,
     ) -> SamplingParams: ...
     def __eq__(self, value: object, /) -> bool: ...
+    def __copy__(self) -> SamplingParams: ...
+    def __deepcopy__(self, _memo: object) -> SamplingParams: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, object]]: ...
     @property
     def n(self) -> int: ...
     @property
@@ -85,8 +96,8 @@ class RequestStream:
     def request_id(self) -> str: ...
     @property
     def prompt_token_ids(self) -> list[int]: ...
-    def next(self) -> Delta | None: ...
-    def collect(self) -> Delta: ...
+    def next(self) -> _Delta | None: ...
+    def collect(self) -> _Delta: ...
     def collect_logits(self) -> bytearray: ...
 
 @final

@@ -93,7 +93,11 @@ class Engine:
             "num_threads": (num_threads, 1),
         }
         for name, (count, least) in counts.items():
-            if count is not None and not least <= count < 2**32:
+            if count is None:
+                continue
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"{name} must be an integer, got {count!r}")
+            if not least <= count < 2**32:
                 message = f"{name} must be in [{least}, {2**32 - 1}], got {count}"
                 raise InvalidRequestError(message, "invalid_config")
         if kv_cache_gib is not None and not 0 < kv_cache_gib < 2**20:
@@ -118,7 +122,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[object],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
@@ -252,7 +256,7 @@ class RequestStream(Iterator[RequestOutput]):
         """Wait for the end and return all that was not taken yet as one output."""
         return self._output(self._native.collect())
 
-    def _output(self, delta: "_native.Delta") -> RequestOutput:
+    def _output(self, delta: "_native._Delta") -> RequestOutput:
         token_ids, text, finish_reason, stop_reason, first_token_s, last_token_s = delta
         return RequestOutput(
             request_id=self.request_id,

@@ -24,6 +24,7 @@ settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=T
 settings.load_profile("fixed")
 
 ROOT = Path(__file__).resolve().parents[2]
+PLAIN: dict[str, Any] = {"device": "cpu", "dtype": "float32", "num_threads": 1}
 
 
 @pytest.fixture(scope="session")
@@ -58,11 +59,14 @@ def reciting_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def open_engine() -> Iterator[Callable[..., Engine]]:
-    """Opens engines on the CPU in f32 with a small cache, and closes them after the test."""
+    """Opens engines on the CPU in f32 with a small cache, and closes them after the test.
+
+    One thread is enough for so small models, and several processes do not get in each other's way.
+    """
     engines = []
 
     def open_one(model: Path | str | None = None, **options: Any) -> Engine:
-        options = {"device": "cpu", "dtype": "float32", "num_blocks": 256, **options}
+        options = {"num_blocks": 256, **PLAIN, **options}
         engine = Engine(model if model is None else str(model), **options)
         engines.append(engine)
         return engine
@@ -77,14 +81,14 @@ def open_engine() -> Iterator[Callable[..., Engine]]:
 def reciting(reciting_dir: Path) -> Iterator[Engine]:
     """An engine on the reciting model, whose cache holds two requests of the longest kind."""
     num_blocks = 2 * recital_model.MAX_MODEL_LEN // 16
-    with Engine(str(reciting_dir), device="cpu", dtype="float32", num_blocks=num_blocks) as engine:
+    with Engine(str(reciting_dir), num_blocks=num_blocks, **PLAIN) as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
 def austen() -> Iterator[Engine]:
     """The embedded model in f32."""
-    with Engine(device="cpu", dtype="float32", num_blocks=1024) as engine:
+    with Engine(num_blocks=1024, **PLAIN) as engine:
         yield engine
 
 

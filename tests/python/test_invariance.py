@@ -1,7 +1,7 @@
 """What a request says depends on its prompt, its parameters and its seed, and on nothing else."""
 
 import pytest
-from nano_batch import SamplingParams
+from nano_batch import Engine, SamplingParams
 from random_models import random_tokens
 
 NUM_TOKENS = 32
@@ -44,9 +44,8 @@ def kind(request):
 @pytest.fixture(scope="module")
 def alone(name, kind, model_dir):
     """Each request's tokens when it has the engine to itself."""
-    from nano_batch import Engine
-
-    with Engine(str(model_dir(name)), device="cpu", dtype="float32", num_blocks=64) as engine:
+    options = {"device": "cpu", "dtype": "float32", "num_threads": 1, "num_blocks": 64}
+    with Engine(str(model_dir(name)), **options) as engine:
         return [
             tokens_of(engine.generate(prompt, params, use_tqdm=False))[0]
             for prompt, params in zip(PROMPTS, parameters(kind), strict=True)

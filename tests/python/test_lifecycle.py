@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import nano_batch
 import pytest
@@ -37,7 +38,7 @@ def run_script(script, *arguments, **options):
 OPEN = """
     import os, signal, sys, threading, time
     from nano_batch import Engine, SamplingParams
-    engine = Engine(sys.argv[1], device="cpu", dtype="float32", num_blocks=8192)
+    engine = Engine(sys.argv[1], device="cpu", num_threads=1, num_blocks=8192)
     LONG = SamplingParams(temperature=0, max_tokens=60000, ignore_eos=True)
 """
 
@@ -172,7 +173,7 @@ def test_a_closed_engine_refuses_every_use(reciting_dir, open_engine):
 
 
 def test_a_with_block_closes_the_engine(reciting_dir):
-    with Engine(str(reciting_dir), device="cpu", num_blocks=64) as engine:
+    with Engine(str(reciting_dir), device="cpu", num_threads=1, num_blocks=64) as engine:
         assert engine.generate("?", SHORT, use_tqdm=False)[0].outputs[0].text == TEXT
     with pytest.raises(EngineClosedError):
         engine.generate("?", SHORT)
@@ -183,7 +184,7 @@ def test_engines_come_and_go_without_leaving_threads(reciting_dir):
         return len(os.listdir("/proc/self/task"))
 
     def come_and_go():
-        with Engine(str(reciting_dir), device="cpu", num_blocks=64) as engine:
+        with Engine(str(reciting_dir), device="cpu", num_threads=1, num_blocks=64) as engine:
             engine.generate("?", SHORT, use_tqdm=False)
 
     come_and_go()
@@ -194,16 +195,16 @@ def test_engines_come_and_go_without_leaving_threads(reciting_dir):
 
 
 def test_a_deleted_engine_gives_its_threads_back(reciting_dir, wait_until):
-    def names():
-        tasks = "/proc/self/task"
-        return [open(f"{tasks}/{task}/comm").read().strip() for task in os.listdir(tasks)]
+    def num_output_threads():
+        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+        return names.count("nano-output\n")
 
-    before = names().count("nano-engine")
-    engine = Engine(str(reciting_dir), device="cpu", num_blocks=64)
-    assert names().count("nano-engine") == before + 1
+    before = num_output_threads()
+    engine = Engine(str(reciting_dir), device="cpu", num_threads=1, num_blocks=64)
+    assert num_output_threads() == before + 1
     del engine
     gc.collect()
-    wait_until(lambda: names().count("nano-engine") == before, "the engine's thread ends")
+    wait_until(lambda: num_output_threads() == before, "the engine's threads end")
 
 
 def test_llm_is_another_name_of_engine():
@@ -308,7 +309,7 @@ def test_a_new_engine_works_after_a_fork(reciting_dir):
     import os, sys
     from nano_batch import Engine, SamplingParams
     child = os.fork()
-    with Engine(sys.argv[1], device="cpu", num_blocks=64) as engine:
+    with Engine(sys.argv[1], device="cpu", num_threads=1, num_blocks=64) as engine:
         params = SamplingParams(temperature=0, max_tokens=60)
         text = engine.generate("?", params, use_tqdm=False)[0].outputs[0].text
     if child:

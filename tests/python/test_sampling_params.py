@@ -18,8 +18,8 @@ VALID = {
     "stop": st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=4),
     "stop_token_ids": st.lists(st.integers(0, 2**32 - 1), max_size=4),
     "ignore_eos": st.booleans(),
-    "max_tokens": st.integers(100, 2**31 - 1),
-    "min_tokens": st.integers(0, 100),
+    "max_tokens": st.integers(16, 2**31 - 1),
+    "min_tokens": st.integers(0, 16),
     "skip_special_tokens": st.booleans(),
     "include_stop_str_in_output": st.booleans(),
 }

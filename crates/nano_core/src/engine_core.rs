@@ -252,13 +252,13 @@ mod tests {
         let mut engine = engine(fake(2, 20).with_fault(2, Fault::Stall(Arc::clone(&released))));
         engine.add(generate(0, 4));
         let start = Instant::now();
-        let releaser = std::thread::spawn(move || {
+        let other = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(30));
             released.store(true, Ordering::Relaxed);
         });
         assert_eq!(run(&mut engine)[&0], continuation(0, 4));
         assert!(start.elapsed() >= Duration::from_millis(30));
-        releaser.join().unwrap();
+        other.join().unwrap();
     }
 
     #[test]

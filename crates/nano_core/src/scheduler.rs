@@ -409,3 +409,64 @@ fn deliver_logits(
     let is_last = sequence.num_logit_rows == sequence.prompt_len;
     (Some(rows), is_last.then_some(FinishReason::Length))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::TokenId;
+    use crate::request::{RequestKind, RequestLimits};
+
+    /// Request 0 runs with both of its tokens computed, request 1 waits.
+    fn scheduler() -> Scheduler {
+        let limits = RequestLimits {
+            vocab_size: 10,
+            max_model_len: 10,
+            num_blocks: 4,
+            block_size: 1,
+            eos_token_ids: Arc::from([]),
+            seed: 0,
+        };
+        let config = SchedulerConfig { max_num_seqs: 1, max_num_batched_tokens: 8 };
+        let capacity = Capacity { num_blocks: 4, block_size: 1, max_steps_in_flight: 1 };
+        let mut scheduler = Scheduler::new(config, capacity).unwrap();
+        for id in (0..2).map(RequestId) {
+            let prompt = vec![TokenId(1); 2];
+            scheduler.add(Request::new(id, prompt, RequestKind::Logits, &limits).unwrap());
+        }
+        scheduler.schedule();
+        scheduler.check_invariants();
+        scheduler
+    }
+
+    #[test]
+    #[should_panic(expected = "too many run")]
+    fn the_check_sees_a_sequence_too_many() {
+        let mut scheduler = scheduler();
+        scheduler.running.extend(scheduler.waiting.pop_front());
+        scheduler.check_invariants();
+    }
+
+    #[test]
+    #[should_panic(expected = "waiting out of order")]
+    fn the_check_sees_a_queue_out_of_order() {
+        let mut scheduler = scheduler();
+        scheduler.waiting.extend(scheduler.running.pop());
+        scheduler.check_invariants();
+    }
+
+    #[test]
+    #[should_panic(expected = "a waiting sequence holds blocks")]
+    fn the_check_sees_a_waiting_sequence_with_blocks() {
+        let mut scheduler = scheduler();
+        scheduler.waiting[0].block_table = std::mem::take(&mut scheduler.running[0].block_table);
+        scheduler.check_invariants();
+    }
+
+    #[test]
+    #[should_panic(expected = "computed past its tokens")]
+    fn the_check_sees_a_token_computed_that_does_not_exist() {
+        let mut scheduler = scheduler();
+        scheduler.running[0].num_computed_tokens = 3;
+        scheduler.check_invariants();
+    }
+}

@@ -168,6 +168,7 @@ impl Engine {
             });
             match built {
                 Ok((capacity, core, served, info)) => {
+                    *channels.stats.lock() = core.stats();
                     let _ = ready.send(Ok((capacity, served, info)));
                     engine_thread::run(core, &channels);
                 }

@@ -154,14 +154,15 @@ pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
 }
 
 fn architecture(fields: &Fields<'_>) -> String {
-    let first = fields.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
-    let model_type = fields.get("model_type").and_then(Value::as_str);
-    match (first, model_type) {
-        (Some(architecture), _) => architecture.to_owned(),
-        (None, Some("mistral")) => "MistralForCausalLM".to_owned(),
-        (None, Some("ministral")) => "MinistralForCausalLM".to_owned(),
-        (None, other) => other.unwrap_or("").to_owned(),
-    }
+    let named = match fields.get("architectures") {
+        Some(list) => list.get(0).and_then(Value::as_str),
+        None => match fields.get("model_type").and_then(Value::as_str) {
+            Some("mistral") => Some("MistralForCausalLM"),
+            Some("ministral") => Some("MinistralForCausalLM"),
+            other => other,
+        },
+    };
+    named.unwrap_or_default().to_owned()
 }
 
 /// `torch_dtype` as transformers 4 wrote it, or `dtype` as 5 does.

@@ -35,7 +35,7 @@ pub enum Error {
     },
     /// An architecture that nobody has written a parser for.
     #[error(
-        "architecture {architecture:?} is not supported: MistralForCausalLM and \
+        "config.json: architecture {architecture:?} is not supported: MistralForCausalLM and \
          MinistralForCausalLM are"
     )]
     UnknownArchitecture {

@@ -130,7 +130,7 @@ impl Engine {
             core.top_k = defaults.top_k.or(core.top_k);
             core.min_p = defaults.min_p.unwrap_or(core.min_p);
         }
-        SamplingParams { core, text: nano_engine::TextOptions::default(), detokenize: true }
+        SamplingParams::new(core, nano_engine::TextOptions::default(), true)
     }
 
     #[getter]

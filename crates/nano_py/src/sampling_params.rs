@@ -2,8 +2,9 @@
 
 use nano_core::TokenId;
 use nano_engine::TextOptions;
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBool, PyDict, PyInt, PyTuple};
 
 use crate::error::{invalid, to_py};
 
@@ -22,66 +23,86 @@ pub(crate) struct SamplingParams {
     pub(crate) text: TextOptions,
     #[pyo3(get)]
     pub(crate) detokenize: bool,
+    /// As they were given: 0.7 has no exact float32.
+    #[pyo3(get)]
+    pub(crate) temperature: f64,
+    #[pyo3(get)]
+    pub(crate) top_p: f64,
+    #[pyo3(get)]
+    pub(crate) min_p: f64,
+}
+
+impl SamplingParams {
+    pub(crate) fn new(core: nano_core::SamplingParams, text: TextOptions, detokenize: bool) -> Self {
+        let [temperature, top_p, min_p] = [core.temperature, core.top_p, core.min_p].map(f64::from);
+        Self { core, text, detokenize, temperature, top_p, min_p }
+    }
+}
+
+/// A whole number in [`least`, 2³²), of which the message names the value, however large.
+fn count(name: &str, least: u32, value: &Bound<'_, PyAny>) -> PyResult<u32> {
+    if !value.is_instance_of::<PyInt>() || value.is_instance_of::<PyBool>() {
+        let message = format!("{name} must be an integer, got {}", value.repr()?);
+        return Err(PyTypeError::new_err(message));
+    }
+    value.extract().ok().filter(|count| *count >= least).ok_or_else(|| {
+        let message = format!("{name} must be in [{least}, {}], got {value}", u32::MAX);
+        invalid(value.py(), &message, "invalid_sampling_params")
+    })
 }
 
 #[pymethods]
 impl SamplingParams {
     #[new]
-    #[pyo3(signature = (*, n=1, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, seed=None, stop=None,
-        stop_token_ids=None, ignore_eos=false, max_tokens=16, min_tokens=0, detokenize=true,
+    #[pyo3(signature = (*, n=None, temperature=1.0, top_p=1.0, top_k=None, min_p=0.0, seed=None,
+        stop=None, stop_token_ids=None, ignore_eos=false, max_tokens=None, min_tokens=None, detokenize=true,
         skip_special_tokens=true, include_stop_str_in_output=false, **unsupported))]
     #[expect(clippy::too_many_arguments, reason = "the keywords of a Python constructor")]
     #[expect(clippy::fn_params_excessive_bools, reason = "vLLM's flags")]
-    fn new(
+    fn py_new(
         py: Python<'_>,
-        n: i64,
-        temperature: f32,
-        top_p: f32,
-        top_k: i64,
-        min_p: f32,
-        seed: Option<i64>,
+        n: Option<&Bound<'_, PyAny>>,
+        temperature: f64,
+        top_p: f64,
+        top_k: Option<&Bound<'_, PyAny>>,
+        min_p: f64,
+        seed: Option<&Bound<'_, PyAny>>,
         stop: Option<Stop>,
-        stop_token_ids: Option<Vec<i64>>,
+        stop_token_ids: Option<Vec<Bound<'_, PyAny>>>,
         ignore_eos: bool,
-        max_tokens: i64,
-        min_tokens: i64,
+        max_tokens: Option<&Bound<'_, PyAny>>,
+        min_tokens: Option<&Bound<'_, PyAny>>,
         detokenize: bool,
         skip_special_tokens: bool,
         include_stop_str_in_output: bool,
         unsupported: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Self> {
-        if n != 1 {
+        if let Some(n) = n
+            && count("n", 1, n)? != 1
+        {
             let message = format!("n is not supported yet beyond 1, got {n}");
             return Err(invalid(py, &message, "unsupported_parameter"));
         }
         refuse_unsupported(py, unsupported)?;
-        let checked = |name: &str, least: i64, value: i64| {
-            u32::try_from(value).ok().filter(|_| value >= least).ok_or_else(|| {
-                let most = u32::MAX;
-                let message = format!("{name} must be in [{least}, {most}], got {value}");
-                invalid(py, &message, "invalid_sampling_params")
-            })
-        };
         let top_k = match top_k {
-            -1 | 0 => None,
-            some => Some(checked("top_k (-1 or 0 for all tokens)", 1, some)?),
+            None => None,
+            // vLLM's two words for all tokens.
+            Some(all) if matches!(all.extract::<i64>(), Ok(0 | -1)) => None,
+            Some(top_k) => Some(count("top_k (0 or -1 for all tokens)", 1, top_k)?),
         };
         let stop_token_ids = stop_token_ids.unwrap_or_default();
-        let stop_token_ids: PyResult<Vec<_>> = stop_token_ids
-            .into_iter()
-            .map(|token| Ok(TokenId(checked("every one of stop_token_ids", 0, token)?)))
-            .collect();
+        let stop_token_ids =
+            stop_token_ids.iter().map(|token| count("each of stop_token_ids", 0, token).map(TokenId));
         let core = nano_core::SamplingParams {
-            temperature,
-            top_p,
+            temperature: temperature as f32,
+            top_p: top_p as f32,
             top_k,
-            min_p,
-            // A negative seed is as good as any: its bits are the key of the noise.
-            seed: seed.map(|seed| seed as u64),
-            stop_token_ids: stop_token_ids?.into(),
+            min_p: min_p as f32,
+            seed: seed.map(|seed| seed_bits(seed)).transpose()?,
+            stop_token_ids: stop_token_ids.collect::<PyResult<Vec<_>>>()?.into(),
             ignore_eos,
-            max_tokens: checked("max_tokens", 1, max_tokens)?,
-            min_tokens: checked("min_tokens", 0, min_tokens)?,
+            max_tokens: max_tokens.map_or(Ok(16), |value| count("max_tokens", 1, value))?,
+            min_tokens: min_tokens.map_or(Ok(0), |value| count("min_tokens", 0, value))?,
         };
         core.validate().map_err(|error| to_py(py, &error.into()))?;
         let stop = match stop {
@@ -100,7 +121,7 @@ impl SamplingParams {
         let min_tokens = core.min_tokens;
         let text =
             TextOptions { stop, include_stop_str_in_output, skip_special_tokens, min_tokens };
-        Ok(Self { core, text, detokenize })
+        Ok(Self { core, text, detokenize, temperature, top_p, min_p })
     }
 
     #[getter]
@@ -109,23 +130,8 @@ impl SamplingParams {
     }
 
     #[getter]
-    fn temperature(&self) -> f32 {
-        self.core.temperature
-    }
-
-    #[getter]
-    fn top_p(&self) -> f32 {
-        self.core.top_p
-    }
-
-    #[getter]
     fn top_k(&self) -> u32 {
         self.core.top_k.unwrap_or(0)
-    }
-
-    #[getter]
-    fn min_p(&self) -> f32 {
-        self.core.min_p
     }
 
     #[getter]
@@ -168,6 +174,37 @@ impl SamplingParams {
         self.text.include_stop_str_in_output
     }
 
+    /// Frozen: a copy is the thing itself.
+    fn __copy__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __deepcopy__(slf: Py<Self>, _memo: &Bound<'_, PyAny>) -> Py<Self> {
+        slf
+    }
+
+    /// For pickle: the keywords that make it again.
+    fn __getnewargs_ex__<'py>(
+        &self,
+        py: Python<'py>,
+    ) -> PyResult<(Bound<'py, PyTuple>, Bound<'py, PyDict>)> {
+        let keywords = PyDict::new(py);
+        keywords.set_item("temperature", self.temperature)?;
+        keywords.set_item("top_p", self.top_p)?;
+        keywords.set_item("top_k", self.top_k())?;
+        keywords.set_item("min_p", self.min_p)?;
+        keywords.set_item("seed", self.seed())?;
+        keywords.set_item("stop", self.stop())?;
+        keywords.set_item("stop_token_ids", self.stop_token_ids())?;
+        keywords.set_item("ignore_eos", self.core.ignore_eos)?;
+        keywords.set_item("max_tokens", self.core.max_tokens)?;
+        keywords.set_item("min_tokens", self.core.min_tokens)?;
+        keywords.set_item("detokenize", self.detokenize)?;
+        keywords.set_item("skip_special_tokens", self.text.skip_special_tokens)?;
+        keywords.set_item("include_stop_str_in_output", self.text.include_stop_str_in_output)?;
+        Ok((PyTuple::empty(py), keywords))
+    }
+
     fn __repr__(&self) -> String {
         let seed = self.seed().map_or("None".to_owned(), |seed| seed.to_string());
         let python = |flag| if flag { "True" } else { "False" };
@@ -175,10 +212,10 @@ impl SamplingParams {
             "SamplingParams(temperature={}, top_p={}, top_k={}, min_p={}, seed={seed}, stop={:?}, \
              stop_token_ids={:?}, ignore_eos={}, max_tokens={}, min_tokens={}, detokenize={}, \
              skip_special_tokens={}, include_stop_str_in_output={})",
-            self.core.temperature,
-            self.core.top_p,
+            self.temperature,
+            self.top_p,
             self.top_k(),
-            self.core.min_p,
+            self.min_p,
             self.text.stop,
             self.stop_token_ids(),
             python(self.core.ignore_eos),
@@ -189,6 +226,18 @@ impl SamplingParams {
             python(self.text.include_stop_str_in_output),
         )
     }
+}
+
+/// A seed is 64 bits, with or without a sign.
+fn seed_bits(seed: &Bound<'_, PyAny>) -> PyResult<u64> {
+    let signed = seed.extract::<i64>().map(|seed| seed as u64);
+    signed.or_else(|_| seed.extract::<u64>()).map_err(|_| {
+        if seed.is_instance_of::<PyInt>() {
+            let message = format!("seed must be in [-2**63, 2**64), got {seed}");
+            return invalid(seed.py(), &message, "invalid_sampling_params");
+        }
+        PyTypeError::new_err(format!("seed must be an integer, got {seed:?}"))
+    })
 }
 
 /// vLLM's further parameters with the values that ask for nothing.

@@ -26,17 +26,19 @@ pub struct RopeSpec {
 pub(super) fn parse(fields: &Fields<'_>) -> Result<RopeSpec> {
     let empty = Value::Object(serde_json::Map::new());
     let name = if fields.has("rope_parameters") { "rope_parameters" } else { "rope_scaling" };
-    let prefix = format!("{name}.");
-    let scaling = Fields::new(fields.get(name).unwrap_or(&empty), &prefix)?;
+    let scaling = fields.get(name).unwrap_or(&empty);
+    let kind = ["rope_type", "type"].iter().find_map(|name| scaling.get(name)?.as_str());
+    // The type belongs to the message: it says which fields are needed.
+    let prefix = kind.map_or(format!("{name}."), |kind| format!("{name} of type {kind}: "));
+    let scaling = Fields::new(scaling, &prefix)?;
     let theta_at = if scaling.has("rope_theta") { &scaling } else { fields };
     let theta =
         if theta_at.has("rope_theta") { theta_at.positive("rope_theta")? } else { 10_000.0 };
     let head_dim = head_dim(fields)?;
     let plain = (0..head_dim / 2).map(|pair| theta.powf(-(2.0 * pair as f64) / head_dim as f64));
     let plain: Vec<f64> = plain.collect();
-    let kind = ["rope_type", "type"].iter().find_map(|name| scaling.get(name));
     let mut attention_factor = 1.0;
-    let inv_freq = match kind.and_then(Value::as_str) {
+    let inv_freq = match kind {
         None | Some("default") => plain,
         Some("linear") => {
             let factor = scaling.positive("factor")?;
