@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(_EXIT_INTERRUPTED)
     except BrokenPipeError:
         # Whoever read our output has seen enough; say nothing when the interpreter flushes.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         sys.exit(_EXIT_FAILURE)
     except NanoBatchError as error:
         print(f"nano-batch: {error}", file=sys.stderr)

@@ -71,7 +71,9 @@ class Engine:
     ) -> None:
         """Load the model and start serving."""
         _check_choice("device", device, ("auto", "cpu"), "CUDA devices are not supported yet")
-        _check_choice("load_format", load_format, ("auto", "dummy"), "safetensors is what auto reads")
+        _check_choice(
+            "load_format", load_format, ("auto", "dummy"), "safetensors is what auto reads"
+        )
         neutral = {
             "gpu_memory_utilization": (gpu_memory_utilization, 0.9),
             "enable_prefix_caching": (enable_prefix_caching, False),
@@ -139,7 +141,7 @@ class Engine:
             InvalidRequestError: A prompt or parameter does not hold; none of the prompts is run.
 
         """
-        many = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        many: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params] * len(many)
         else:
@@ -302,7 +304,7 @@ def _looks_like_hub_id(model: str) -> bool:
 
 
 def _is_one_prompt(prompts: Any) -> bool:
-    if isinstance(prompts, str | Mapping) or hasattr(prompts, "ndim") and prompts.ndim == 1:
+    if isinstance(prompts, str | Mapping) or (hasattr(prompts, "ndim") and prompts.ndim == 1):
         return True
     return len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
 

@@ -195,16 +195,16 @@ def test_engines_come_and_go_without_leaving_threads(reciting_dir):
 
 
 def test_a_deleted_engine_gives_its_threads_back(reciting_dir, wait_until):
-    def num_output_threads():
-        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-        return names.count("nano-output\n")
+    def output_threads():
+        threads = Path("/proc/self/task").glob("*/comm")
+        return {path.parent.name for path in threads if path.read_text() == "nano-output\n"}
 
-    before = num_output_threads()
+    others = output_threads()
     engine = Engine(str(reciting_dir), device="cpu", num_threads=1, num_blocks=64)
-    assert num_output_threads() == before + 1
+    wait_until(lambda: len(output_threads() - others) == 1, "the thread has its name")
     del engine
     gc.collect()
-    wait_until(lambda: num_output_threads() == before, "the engine's threads end")
+    wait_until(lambda: output_threads() <= others, "the engine's threads end")
 
 
 def test_llm_is_another_name_of_engine():
@@ -233,7 +233,8 @@ def test_ctrl_c_interrupts_what_waits(wait, reciting_dir):
     try:
         {wait}
     except KeyboardInterrupt:
-        print("interrupted", flush=True)
+        # Not after its end: the request still runs.
+        print("interrupted", engine.stats().num_running > 0, flush=True)
     while engine.stats().num_running > 0:
         time.sleep(0.01)
     engine.close()
@@ -243,7 +244,7 @@ def test_ctrl_c_interrupts_what_waits(wait, reciting_dir):
         assert process.stdout.readline().strip() == "running"
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
-    assert (output.strip(), process.returncode) == ("interrupted", 130), errors
+    assert (output.strip(), process.returncode) == ("interrupted True", 130), errors
 
 
 def test_ctrl_c_ends_a_program_that_does_not_catch_it(reciting_dir):

@@ -153,7 +153,7 @@ impl Engine {
     ) -> Result<(Self, I)> {
         let (commands, command_receiver) = unbounded();
         let (outputs, output_receiver) = unbounded();
-        let (ready, built) = unbounded();
+        let (ready, outcome) = unbounded();
         let (done, engine_done) = unbounded();
         let stats = Arc::new(Mutex::new(SchedulerStats::default()));
         let channels = Channels {
@@ -163,10 +163,10 @@ impl Engine {
         };
         let scheduler = config.scheduler;
         let engine_main = move || {
-            let built = build().and_then(|(executor, served, info)| {
+            let result = build().and_then(|(executor, served, info)| {
                 Ok((executor.capacity(), EngineCore::new(scheduler, executor)?, served, info))
             });
-            match built {
+            match result {
                 Ok((capacity, core, served, info)) => {
                     *channels.stats.lock() = core.stats();
                     let _ = ready.send(Ok((capacity, served, info)));
@@ -177,14 +177,14 @@ impl Engine {
             drop(done);
         };
         let engine = std::thread::Builder::new().name("nano-engine".into()).spawn(engine_main)?;
-        let Ok(built) = built.recv() else {
+        let Ok(loaded) = outcome.recv() else {
             let panic = engine.join().err();
             let message =
                 panic.as_ref().map_or("no message", |panic| panic_message(panic.as_ref()));
             let message = format!("loading panicked: {message}");
             return Err(Error::EngineFailed { message });
         };
-        let (capacity, served, info) = built?;
+        let (capacity, served, info) = loaded?;
         let abort = commands.clone();
         let output_main = move || output_thread::run(&output_receiver, &abort);
         let output = std::thread::Builder::new().name("nano-output".into()).spawn(output_main)?;

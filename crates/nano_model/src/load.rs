@@ -136,8 +136,9 @@ fn gib(bytes: u64) -> f64 {
 
 fn kind(choice: DtypeChoice, checkpoint: Option<CheckpointDtype>) -> Kind {
     match (choice, checkpoint) {
-        (DtypeChoice::Float32, _) => Kind::Float,
-        (DtypeChoice::Auto, Some(CheckpointDtype::Float32)) => Kind::Float,
+        (DtypeChoice::Float32, _) | (DtypeChoice::Auto, Some(CheckpointDtype::Float32)) => {
+            Kind::Float
+        }
         (DtypeChoice::BFloat16 | DtypeChoice::Auto, _) => Kind::BFloat16,
     }
 }

@@ -66,7 +66,8 @@ impl WeightMap {
         let (_, metadata) = SafeTensors::read_metadata(&map)
             .map_err(|error| bad(format!("has a malformed safetensors header: {error}")))?;
         let shard = self.shards.len();
-        for (name, info) in metadata.tensors() {
+        for name in metadata.offset_keys() {
+            let Some(info) = metadata.info(&name) else { continue };
             let (start, end) = (data_start + info.data_offsets.0, data_start + info.data_offsets.1);
             if end > map.len() {
                 let reason = format!(
@@ -76,7 +77,7 @@ impl WeightMap {
                 return Err(bad(reason));
             }
             let entry = Entry { shard, dtype: info.dtype, shape: info.shape.clone(), start, end };
-            self.entries.insert(name.clone(), entry);
+            self.entries.insert(name, entry);
         }
         self.shards.push(map);
         Ok(())

@@ -88,6 +88,7 @@ impl Engine {
     }
 
     /// Submits a request for the logits at every position.
+    #[expect(clippy::needless_pass_by_value, reason = "what pyo3 extracts")]
     fn submit_logits(&self, py: Python<'_>, token_ids: Vec<i64>) -> PyResult<RequestStream> {
         let token_ids = self.token_ids(py, &token_ids)?;
         let stream = py.detach(|| self.0.logits(token_ids));

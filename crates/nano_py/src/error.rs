@@ -10,12 +10,13 @@ pub(crate) fn to_py(py: Python<'_>, error: &Error) -> PyErr {
         Error::Core(nano_core::Error::ExecutorFailed { .. })
         | Error::EngineFailed { .. }
         | Error::Thread(_) => "EngineFailedError",
-        Error::Core(_) => "InvalidRequestError",
         Error::Text(
             nano_text::Error::TokenizerUnreadable { .. }
             | nano_text::Error::TokenizerInvalid { .. },
         ) => "ModelLoadError",
-        Error::Text(_) => "InvalidRequestError",
+        Error::Core(_) | Error::Text(_) | Error::Model(nano_model::Error::BadOption { .. }) => {
+            "InvalidRequestError"
+        }
         Error::Model(_) => "ModelLoadError",
         Error::EngineClosed | Error::UsedAfterFork { .. } => "EngineClosedError",
         _ => "NanoBatchError",

@@ -33,7 +33,11 @@ pub(crate) struct SamplingParams {
 }
 
 impl SamplingParams {
-    pub(crate) fn new(core: nano_core::SamplingParams, text: TextOptions, detokenize: bool) -> Self {
+    pub(crate) fn new(
+        core: nano_core::SamplingParams,
+        text: TextOptions,
+        detokenize: bool,
+    ) -> Self {
         let [temperature, top_p, min_p] = [core.temperature, core.top_p, core.min_p].map(f64::from);
         Self { core, text, detokenize, temperature, top_p, min_p }
     }
@@ -91,8 +95,9 @@ impl SamplingParams {
             Some(top_k) => Some(count("top_k (0 or -1 for all tokens)", 1, top_k)?),
         };
         let stop_token_ids = stop_token_ids.unwrap_or_default();
-        let stop_token_ids =
-            stop_token_ids.iter().map(|token| count("each of stop_token_ids", 0, token).map(TokenId));
+        let stop_token_ids = stop_token_ids
+            .iter()
+            .map(|token| count("each of stop_token_ids", 0, token).map(TokenId));
         let core = nano_core::SamplingParams {
             temperature: temperature as f32,
             top_p: top_p as f32,
@@ -125,6 +130,7 @@ impl SamplingParams {
     }
 
     #[getter]
+    #[expect(clippy::unused_self, reason = "a getter of Python has a self")]
     fn n(&self) -> u32 {
         1
     }

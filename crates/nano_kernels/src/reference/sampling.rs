@@ -119,6 +119,7 @@ fn least_of_nucleus(mut kept: Vec<f32>, largest: f32, sampling: &Sampling) -> f3
     candidates.first().copied().unwrap_or(f32::MIN)
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what sorting calls")]
 fn descending(a: &f32, b: &f32) -> Ordering {
     b.total_cmp(a)
 }

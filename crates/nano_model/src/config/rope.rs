@@ -3,7 +3,7 @@
 //!
 //! # Source
 //! linear: Chen et al., Extending Context Window via Positional Interpolation, 2023; yarn: Peng et
-//! al., `YaRN`: Efficient Context Window Extension, 2023; llama3: The Llama 3 Herd of Models, 2024.
+//! al., YaRN: Efficient Context Window Extension, 2023; llama3: The Llama 3 Herd of Models, 2024.
 //! Names, defaults and order of operations are those of transformers' `modeling_rope_utils`.
 
 use std::f64::consts::PI;
@@ -109,7 +109,7 @@ impl Yarn {
             (low, high) = (low.floor(), high.ceil());
         }
         let (low, high) = (low.max(0.0), high.min(self.head_dim as f64 - 1.0));
-        let width = if low == high { 0.001 } else { high - low };
+        let width = if high > low { high - low } else { 0.001 };
         let stretched = plain.iter().enumerate().map(|(pair, frequency)| {
             let interpolated = ((pair as f64 - low) / width).clamp(0.0, 1.0);
             frequency / factor * interpolated + frequency * (1.0 - interpolated)
