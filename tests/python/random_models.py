@@ -17,6 +17,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+# So small models gain nothing from more, and lose much where other work shares the cores.
+torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

@@ -94,7 +94,11 @@ def test_ctrl_c_exits_with_130(command, reciting_dir):
     ) as process:
         assert process.stdout.read(4) == b"?w\xc3\xb6"
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
     assert process.returncode == 130, errors
     assert b"Traceback" not in errors
 

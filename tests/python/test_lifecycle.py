@@ -35,6 +35,15 @@ def run_script(script, *arguments, **options):
     )
 
 
+def end_of(process):
+    """Its output and errors; a program that hangs is killed and fails the test."""
+    try:
+        return process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+
+
 OPEN = """
     import os, signal, sys, threading, time
     from nano_batch import Engine, SamplingParams
@@ -243,7 +252,7 @@ def test_ctrl_c_interrupts_what_waits(wait, reciting_dir):
     with run_script(script, reciting_dir) as process:
         assert process.stdout.readline().strip() == "running"
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = end_of(process)
     assert (output.strip(), process.returncode) == ("interrupted True", 130), errors
 
 
@@ -254,7 +263,7 @@ def test_ctrl_c_ends_a_program_that_does_not_catch_it(reciting_dir):
     with run_script(script, reciting_dir) as process:
         assert process.stdout.readline().strip() == "running"
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = end_of(process)
     assert process.returncode in (-signal.SIGINT, 130)
     assert "KeyboardInterrupt" in errors
 
@@ -265,7 +274,7 @@ def test_a_program_may_end_with_an_engine_open_and_a_request_running(reciting_di
     next(stream)
     """
     with run_script(script, reciting_dir) as process:
-        _, errors = process.communicate(timeout=60)
+        _, errors = end_of(process)
     assert (process.returncode, errors) == (0, "")
 
 
@@ -300,7 +309,7 @@ def test_use_after_a_fork_is_a_clear_error(reciting_dir):
     print(engine.generate('?', short, use_tqdm=False)[0].outputs[0].text, flush=True)
     """
     with run_script(script, reciting_dir) as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = end_of(process)
     assert (process.returncode, output.strip()) == (0, TEXT), errors
 
 
@@ -319,7 +328,7 @@ def test_a_new_engine_works_after_a_fork(reciting_dir):
         print(text)
     """
     with run_script(script, reciting_dir) as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = end_of(process)
     assert (process.returncode, output.strip()) == (0, TEXT), errors
 
 

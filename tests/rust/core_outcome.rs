@@ -181,12 +181,7 @@ fn logits_preempted_midway_deliver_each_row_once() {
     for num_ahead in 1..=3 {
         let mut run = Run::new(config, 9, 1);
         run = run.with([generate(0, 2, 5), request(1, 9, RequestKind::Logits)]);
-        while !run.scheduler.is_idle() {
-            let launched = !run.launch().sequences.is_empty();
-            if !launched || run.in_flight.len() == num_ahead {
-                run.collect();
-            }
-        }
+        run.finish_ahead(num_ahead);
         assert!(run.stats().num_preemptions > 0, "{num_ahead} ahead");
         assert_eq!(run.tokens[&0], continuation(0, 2, 5), "{num_ahead} ahead");
         assert_eq!(run.logits[&1], prompt_logits(1, 9), "{num_ahead} ahead");

@@ -140,16 +140,22 @@ mod tests {
         FakeExecutor::continuation(&prompt(id), num_tokens, VOCAB_SIZE)
     }
 
+    /// Far more steps than any test here needs: a test ends, also where the engine would not.
+    const MAX_STEPS: usize = 200;
+
     /// Steps until nothing is left, and the tokens of every request.
     fn run(engine: &mut EngineCore<FakeExecutor>) -> BTreeMap<u64, Vec<TokenId>> {
         let mut tokens: BTreeMap<u64, Vec<TokenId>> = BTreeMap::new();
-        while !engine.is_idle() {
+        for _ in 0..MAX_STEPS {
+            if engine.is_idle() {
+                return tokens;
+            }
             for event in engine.step().unwrap() {
                 tokens.entry(event.request.0).or_default().extend(event.tokens);
             }
             engine.check_invariants();
         }
-        tokens
+        panic!("requests are left after {MAX_STEPS} steps");
     }
 
     #[test]
@@ -223,12 +229,7 @@ mod tests {
         for depth in 1..=2 {
             let mut engine = engine(fake(depth, 20).with_fault(2, Fault::Error));
             (0..5).for_each(|id| engine.add(generate(id, 9)));
-            let error = loop {
-                match engine.step() {
-                    Ok(_) => {}
-                    Err(error) => break error,
-                }
-            };
+            let error = (0..MAX_STEPS).find_map(|_| engine.step().err()).unwrap();
             assert_eq!(error.to_string(), "executor failed: the fake fails");
             let events = engine.abort_all(&FinishReason::Error(error.clone()));
             assert_eq!(events.len(), 5, "depth {depth}");

@@ -24,6 +24,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[expect(clippy::float_cmp, reason = "products with 0 and 1 are exact")]
     fn a_quarter_turn_swaps_the_pair() {
         let mut head = [1.0, 2.0, 3.0, 4.0];
         rotate(&mut head, &[0.0, 1.0], &[1.0, 0.0]);

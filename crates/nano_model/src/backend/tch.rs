@@ -1,6 +1,8 @@
 //! The back end on libtorch, on the CPU. No other file calls tensor operators, and this one calls
 //! their fallible forms only: the plain ones panic.
 
+use std::collections::BTreeMap;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::backend::Backend;
@@ -33,21 +35,35 @@ pub struct TchStep {
     /// The block and the offset in it of every row's slot.
     slot_block: Tensor,
     slot_offset: Tensor,
-    sequences: Vec<TchSequence>,
+    /// One for each window that the model's layers have.
+    attention: Vec<AttentionPlan>,
     logit_rows: Tensor,
 }
 
-/// One sequence's attention.
+/// Who reads what in layers with one kind of window.
 #[derive(Debug)]
-struct TchSequence {
-    /// One for each window that the model's layers have, in the order of `windows`.
-    by_window: Vec<WindowPlan>,
+struct AttentionPlan {
+    window: Option<u32>,
+    decodes: Vec<DecodeGroup>,
+    prefills: Vec<Prefill>,
 }
 
-/// What the rows of one sequence read in layers with one kind of window.
+/// Sequences with a single row that read about as many blocks: they attend together, since an
+/// operator call costs more than the keys of a short sequence.
 #[derive(Debug)]
-struct WindowPlan {
-    window: Option<u32>,
+struct DecodeGroup {
+    /// Their rows of the batch.
+    rows: Tensor,
+    /// The blocks of each, padded to the same number with blocks that the mask hides.
+    blocks: Tensor,
+    num_sequences: i64,
+    /// `[1, num_sequences, 1, keys]`, 0 or minus infinity.
+    mask: Tensor,
+}
+
+/// A sequence with several rows.
+#[derive(Debug)]
+struct Prefill {
     /// The blocks that hold the positions read.
     blocks: Tensor,
     tiles: Vec<Tile>,
@@ -61,8 +77,8 @@ struct Tile {
     /// The keys read, counted from the first slot of the plan's blocks.
     first_key: i64,
     num_keys: i64,
-    /// `[group * num_rows, num_keys]`, 0 or minus infinity; `None` when all rows see all keys.
-    mask: Option<Tensor>,
+    /// `[group * num_rows, num_keys]`, 0 or minus infinity.
+    mask: Tensor,
 }
 
 impl TchBackend {
@@ -141,32 +157,88 @@ impl TchBackend {
         self.spec.num_heads / self.spec.num_kv_heads
     }
 
-    fn plan(&self, sequence: &BatchSequence, window: Option<u32>) -> Result<WindowPlan> {
-        let reach = window.map_or(usize::MAX, |window| window as usize);
-        // The first position that the sequence's first row sees.
-        let oldest = |position: usize| (position + 1).saturating_sub(reach);
-        let first_block = oldest(sequence.first_position) / self.block_size;
-        let num_blocks = sequence.context_len().div_ceil(self.block_size);
-        let blocks = &sequence.block_table[first_block..num_blocks];
-        let blocks: Vec<i64> = blocks.iter().map(|&block| i64::from(block)).collect();
-        let origin = first_block * self.block_size;
+    fn plan(&self, batch: &Batch, window: Option<u32>) -> Result<AttentionPlan> {
+        // Sequences that read at most twice as many blocks as their neighbours.
+        let mut groups: BTreeMap<usize, Vec<&BatchSequence>> = BTreeMap::new();
+        let mut prefills = Vec::new();
+        for sequence in &batch.sequences {
+            if sequence.num_rows == 1 {
+                let size = self.blocks_read(sequence, window).len().next_power_of_two();
+                groups.entry(size).or_default().push(sequence);
+            } else {
+                prefills.push(self.prefill(sequence, window)?);
+            }
+        }
+        let decodes = groups.values().map(|group| self.decode_group(group, window));
+        Ok(AttentionPlan { window, decodes: decodes.collect::<Result<_>>()?, prefills })
+    }
+
+    /// The first position that the row at `position` sees.
+    fn oldest(position: usize, window: Option<u32>) -> usize {
+        window.map_or(0, |window| (position + 1).saturating_sub(window as usize))
+    }
+
+    /// The part of the block table that holds what the sequence's rows see.
+    fn blocks_read<'a>(&self, sequence: &'a BatchSequence, window: Option<u32>) -> &'a [u32] {
+        let first = Self::oldest(sequence.first_position, window) / self.block_size;
+        &sequence.block_table[first..sequence.context_len().div_ceil(self.block_size)]
+    }
+
+    fn decode_group(
+        &self,
+        sequences: &[&BatchSequence],
+        window: Option<u32>,
+    ) -> Result<DecodeGroup> {
+        let tables = sequences.iter().map(|sequence| self.blocks_read(sequence, window));
+        let tables: Vec<&[u32]> = tables.collect();
+        let num_blocks = tables.iter().map(|table| table.len()).max().unwrap_or(0);
+        let num_keys = num_blocks * self.block_size;
+        let mut blocks: Vec<i64> = Vec::with_capacity(tables.len() * num_blocks);
+        let mut mask = Vec::with_capacity(tables.len() * num_keys);
+        for (sequence, table) in sequences.iter().zip(&tables) {
+            let padding = std::iter::repeat(&table[0]);
+            let padded = table.iter().chain(padding).take(num_blocks);
+            blocks.extend(padded.map(|&block| i64::from(block)));
+            let position = sequence.first_position;
+            let oldest = Self::oldest(position, window);
+            let origin = oldest / self.block_size * self.block_size;
+            let seen = oldest - origin..=position - origin;
+            let hidden = (0..num_keys).map(|key| !seen.contains(&key));
+            mask.extend(hidden.map(|hidden| if hidden { f32::NEG_INFINITY } else { 0.0 }));
+        }
+        let num_sequences = sequences.len() as i64;
+        let rows = sequences.iter().map(|sequence| sequence.first_row as i64);
+        let mask = Tensor::f_from_slice(&mask)?;
+        Ok(DecodeGroup {
+            rows: Tensor::f_from_slice(&rows.collect::<Vec<_>>())?,
+            blocks: Tensor::f_from_slice(&blocks)?,
+            num_sequences,
+            mask: mask.f_view([1, num_sequences, 1, num_keys as i64])?.f_to_kind(self.kind)?,
+        })
+    }
+
+    fn prefill(&self, sequence: &BatchSequence, window: Option<u32>) -> Result<Prefill> {
+        let blocks = self.blocks_read(sequence, window).iter().map(|&block| i64::from(block));
+        let blocks: Vec<i64> = blocks.collect();
+        let origin =
+            Self::oldest(sequence.first_position, window) / self.block_size * self.block_size;
         let mut tiles = Vec::new();
         for first in (0..sequence.num_rows).step_by(TILE_ROWS) {
             let num_rows = TILE_ROWS.min(sequence.num_rows - first);
             let position = sequence.first_position + first;
-            let (from, to) = (oldest(position), position + num_rows);
-            let sees =
-                |row: usize, key: usize| (oldest(position + row)..=position + row).contains(&key);
-            let mask = (num_rows > 1).then(|| self.mask(num_rows, from, to, sees)).transpose()?;
+            let (from, to) = (Self::oldest(position, window), position + num_rows);
+            let sees = |row: usize, key: usize| {
+                (Self::oldest(position + row, window)..=position + row).contains(&key)
+            };
             tiles.push(Tile {
                 first_row: (sequence.first_row + first) as i64,
                 num_rows: num_rows as i64,
                 first_key: (from - origin) as i64,
                 num_keys: (to - from) as i64,
-                mask,
+                mask: self.mask(num_rows, from, to, sees)?,
             });
         }
-        Ok(WindowPlan { window, blocks: Tensor::f_from_slice(&blocks)?, tiles })
+        Ok(Prefill { blocks: Tensor::f_from_slice(&blocks)?, tiles })
     }
 
     /// The same rows for every head of a group.
@@ -185,20 +257,55 @@ impl TchBackend {
         Ok(mask.f_repeat([self.group() as i64, 1])?)
     }
 
-    /// Attention of one sequence, its rows written into `output: [num_tokens, num_heads, head_dim]`.
-    fn attend(
+    /// Keys and values of `layer` in the order of `blocks`: `[2, num_kv_heads, slots, head_dim]`.
+    fn gather(&self, layer: usize, blocks: &Tensor) -> Result<Tensor> {
+        let by_head = self.cache[layer].f_permute([1, 2, 0, 3, 4])?;
+        Ok(by_head.f_index_select(2, blocks)?.f_flatten(2, 3)?)
+    }
+
+    /// Attention of sequences with one row each, written into `output: [num_tokens, num_heads,
+    /// head_dim]`.
+    fn attend_decodes(
         &self,
         layer: usize,
         query: &Tensor,
-        plan: &WindowPlan,
+        group: &DecodeGroup,
+        output: &mut Tensor,
+    ) -> Result<()> {
+        let heads = self.spec.num_kv_heads as i64;
+        let (queries, head_dim) = (self.group() as i64, self.spec.head_dim as i64);
+        let gathered = self.gather(layer, &group.blocks)?;
+        let gathered = gathered.f_view([2, heads, group.num_sequences, -1, head_dim])?;
+        let (keys, values) = (gathered.f_select(0, 0)?, gathered.f_select(0, 1)?);
+        let rows = query.f_index_select(0, &group.rows)?;
+        let rows =
+            rows.f_view([group.num_sequences, heads, queries, head_dim])?.f_transpose(0, 1)?;
+        let attended = Tensor::f_scaled_dot_product_attention(
+            &rows,
+            &keys,
+            &values,
+            Some(&group.mask),
+            0.0,
+            false,
+            None,
+            false,
+        )?;
+        let attended = attended.f_transpose(0, 1)?.f_flatten(1, 2)?;
+        let _ = output.f_index_copy_(0, &group.rows, &attended)?;
+        Ok(())
+    }
+
+    /// Attention of one sequence with several rows, written into `output` likewise.
+    fn attend_prefill(
+        &self,
+        layer: usize,
+        query: &Tensor,
+        plan: &Prefill,
         output: &Tensor,
     ) -> Result<()> {
         let heads = self.spec.num_kv_heads as i64;
         let (group, head_dim) = (self.group() as i64, self.spec.head_dim as i64);
-        // [blocks, 2, heads, block_size, head_dim] -> [2, 1, heads, keys, head_dim]
-        let gathered = self.cache[layer].f_index_select(0, &plan.blocks)?;
-        let gathered = gathered.f_permute([1, 2, 0, 3, 4])?;
-        let gathered = gathered.f_reshape([2, 1, heads, -1, head_dim])?;
+        let gathered = self.gather(layer, &plan.blocks)?.f_unsqueeze(1)?;
         let (keys, values) = (gathered.f_select(0, 0)?, gathered.f_select(0, 1)?);
         for tile in &plan.tiles {
             let keys = keys.f_narrow(2, tile.first_key, tile.num_keys)?;
@@ -208,9 +315,15 @@ impl TchBackend {
             let rows = rows.f_view([tile.num_rows, heads, group, head_dim])?;
             let rows = rows.f_permute([1, 2, 0, 3])?;
             let rows = rows.f_reshape([1, heads, group * tile.num_rows, head_dim])?;
-            let mask = tile.mask.as_ref();
             let attended = Tensor::f_scaled_dot_product_attention(
-                &rows, &keys, &values, mask, 0.0, false, None, false,
+                &rows,
+                &keys,
+                &values,
+                Some(&tile.mask),
+                0.0,
+                false,
+                None,
+                false,
             )?;
             let attended = attended.f_view([heads, group, tile.num_rows, head_dim])?;
             let attended = attended.f_permute([2, 0, 1, 3])?;
@@ -243,10 +356,6 @@ impl Backend for TchBackend {
                 windows.push(layer.window);
             }
         }
-        let sequence = |sequence: &BatchSequence| -> Result<TchSequence> {
-            let plans = windows.iter().map(|&window| self.plan(sequence, window));
-            Ok(TchSequence { by_window: plans.collect::<Result<_>>()? })
-        };
         let slots = wide(&batch.slot_mapping)?;
         let block_size = self.block_size as i64;
         Ok(TchStep {
@@ -255,7 +364,7 @@ impl Backend for TchBackend {
             sin: angles.f_sin()?.f_mul_scalar(factor)?.f_to_kind(self.kind)?,
             slot_block: slots.f_floor_divide_scalar(block_size)?,
             slot_offset: slots.f_remainder(block_size)?,
-            sequences: batch.sequences.iter().map(sequence).collect::<Result<_>>()?,
+            attention: windows.iter().map(|&w| self.plan(batch, w)).collect::<Result<_>>()?,
             logit_rows: wide(&batch.logit_rows)?,
         })
     }
@@ -291,10 +400,13 @@ impl Backend for TchBackend {
 
     fn paged_attention(&mut self, layer: usize, query: Tensor, step: &TchStep) -> Result<Tensor> {
         let window = self.spec.layers[layer].window;
-        let output = query.f_empty_like()?.f_contiguous()?;
-        for sequence in &step.sequences {
-            if let Some(plan) = sequence.by_window.iter().find(|plan| plan.window == window) {
-                self.attend(layer, &query, plan, &output)?;
+        let mut output = query.f_empty_like()?.f_contiguous()?;
+        for plan in step.attention.iter().filter(|plan| plan.window == window) {
+            for group in &plan.decodes {
+                self.attend_decodes(layer, &query, group, &mut output)?;
+            }
+            for prefill in &plan.prefills {
+                self.attend_prefill(layer, &query, prefill, &output)?;
             }
         }
         Ok(output.f_flatten(1, 2)?)
