@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   := $(CURDIR)/.venv
 BIN    := $(VENV)/bin
 TORCH   = $(shell $(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("torch").origin))')
+# libtorch, and the NVRTC that compiles every CUDA kernel, also where there is no GPU.
+LIBRARIES = $(TORCH)/lib:$(TORCH)/../nvidia/cu13/lib
 SOURCES := $(shell find crates Cargo.toml Cargo.lock -name '*.rs' -o -name '*.toml' -o -name '*.lock')
 
 # torch-sys asks this environment's Python where libtorch is.
@@ -25,7 +27,7 @@ test: test-rust test-python
 # nano_core and nano_text need no libtorch: they run with debug assertions, in seconds.
 test-rust: $(VENV)/.built
 	cargo test --locked -p nano_core -p nano_text
-	LD_LIBRARY_PATH=$(TORCH)/lib cargo test --locked --release -p nano_kernels -p nano_model -p nano_engine
+	LD_LIBRARY_PATH=$(LIBRARIES) cargo test --locked --release -p nano_kernels -p nano_model -p nano_engine
 
 test-python: $(VENV)/.built $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -43,7 +45,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.built $(VENV)/.dev
-	LD_LIBRARY_PATH=$(TORCH)/lib cargo bench --locked
+	LD_LIBRARY_PATH=$(LIBRARIES) cargo bench --locked
 	$(BIN)/python benches/end_to_end.py
 
 dist: $(VENV)/.deps

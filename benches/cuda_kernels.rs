@@ -1,0 +1,398 @@
+//! Each CUDA kernel's time beside the floor that memory or arithmetic sets; skips without a GPU.
+//!
+//! A case is captured a number of times into one graph over rotating data larger than the L2
+//! cache; the median of its replays, by the host's clock, is divided by the number of launches.
+
+#![allow(clippy::print_stdout, reason = "a bench prints its table")]
+
+use std::time::Instant;
+
+use half::bf16;
+use nano_kernels::cuda::activation::SiluMul;
+use nano_kernels::cuda::attention::{
+    AttentionInput, DecodePlan, Heads, PrefillSequence, prefill_tiles,
+};
+use nano_kernels::cuda::compile::Compiler;
+use nano_kernels::cuda::gather::Gather;
+use nano_kernels::cuda::norm::RmsNorm;
+use nano_kernels::cuda::rope::RopeWriteKv;
+use nano_kernels::cuda::sampling::{RowSampling, Sample};
+use nano_kernels::cuda::{Device, DeviceBuffer, Graph, Kernels, Result};
+use nano_kernels::reference::sampling::Sampling;
+
+const HEADS: Heads = Heads { num_heads: 32, num_kv_heads: 8, head_dim: 128 };
+const HIDDEN: usize = 4096;
+const INTERMEDIATE: usize = 14_336;
+const VOCAB: usize = 32_000;
+/// Bytes that the rotating sets of a case span at least.
+const ROTATION_BYTES: usize = 512 << 20;
+const LAUNCHES: usize = 40;
+const REPLAYS: usize = 21;
+/// Of an H100 or H200, for attention's arithmetic floor: a measured large matrix product.
+const FLOPS: f64 = 760e12;
+
+struct Bench {
+    kernels: Kernels,
+    bytes_per_second: f64,
+}
+
+fn main() -> Result<()> {
+    let loaded = Device::new(0)
+        .and_then(|device| Kernels::load(&device, &Compiler::new(Compiler::default_cache_dir())?));
+    let kernels = match loaded {
+        Ok(kernels) => kernels,
+        Err(error) => {
+            println!("skipped: {error}");
+            return Ok(());
+        }
+    };
+    let mut bench = Bench { kernels, bytes_per_second: f64::INFINITY };
+    bench.bytes_per_second = bench.copy_bandwidth()?;
+    let device = bench.kernels.device();
+    println!(
+        "{}, {} multiprocessors; copy {:.2} TB/s; 32 query heads, 8 K/V heads of 128, hidden 4096",
+        device.name()?,
+        device.num_multiprocessors(),
+        bench.bytes_per_second / 1e12
+    );
+    println!("| kernel | MB | GFLOP | floor µs | measured µs | share |");
+    println!("|---|---|---|---|---|---|");
+    for num_tokens in [1, 64, 256, 2048] {
+        bench.norm(num_tokens)?;
+        bench.rope(num_tokens)?;
+        bench.gate(num_tokens)?;
+        bench.gather(num_tokens)?;
+    }
+    for num_rows in [1, 64, 256] {
+        for (name, temperature, top_p) in
+            [("greedy", 0.0, 1.0), ("hot", 0.6, 1.0), ("top_p", 0.6, 0.9)]
+        {
+            bench.sample(num_rows, name, temperature, top_p)?;
+        }
+    }
+    for (num_sequences, length) in [
+        (1, 512),
+        (1, 8192),
+        (1, 32_768),
+        (16, 576),
+        (64, 512),
+        (64, 2048),
+        (256, 512),
+        (256, 1024),
+    ] {
+        bench.decode(&format!("{num_sequences} x {length}"), &vec![length; num_sequences])?;
+    }
+    let ragged: Vec<usize> = (0..64).map(|i| 100 + (i * 1237) % 1949).collect();
+    bench.decode("64 x 100..2048", &ragged)?;
+    for (num_sequences, num_tokens, prefix) in
+        [(1, 512, 0), (16, 512, 0), (1, 2048, 0), (8, 2048, 0), (2, 8192, 0), (4, 512, 4096)]
+    {
+        bench.prefill(num_sequences, num_tokens, prefix)?;
+    }
+    Ok(())
+}
+
+impl Bench {
+    fn device(&self) -> &Device {
+        self.kernels.device()
+    }
+
+    /// Random values in [-1, 1), `num_sets` times over.
+    fn values(&self, len: usize, num_sets: usize) -> Result<DeviceBuffer> {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let buffer = self.device().allocate(len * num_sets * 2)?;
+        let values: Vec<bf16> = (0..len)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                bf16::from_f32((state >> 40) as f32 / (1 << 23) as f32 - 1.0)
+            })
+            .collect();
+        for set in 0..num_sets {
+            buffer.upload(set * len * 2, &values)?;
+        }
+        Ok(buffer)
+    }
+
+    /// Seconds of one launch, the median over replays of a graph of them.
+    fn seconds(&self, mut launch: impl FnMut(usize) -> Result<()>) -> Result<f64> {
+        let graph = Graph::capture(self.device(), || (0..LAUNCHES).try_for_each(&mut launch))?;
+        let mut times = Vec::new();
+        for _ in 0..REPLAYS {
+            self.device().synchronize()?;
+            let start = Instant::now();
+            graph.launch()?;
+            self.device().synchronize()?;
+            times.push(start.elapsed().as_secs_f64() / LAUNCHES as f64);
+        }
+        times.sort_by(f64::total_cmp);
+        Ok(times[REPLAYS / 2])
+    }
+
+    fn report(
+        &self,
+        name: &str,
+        bytes: usize,
+        flops: f64,
+        launch: impl FnMut(usize) -> Result<()>,
+    ) -> Result<()> {
+        let seconds = self.seconds(launch)?;
+        let floor = (bytes as f64 / self.bytes_per_second).max(flops / FLOPS);
+        println!(
+            "| {name} | {:.3} | {:.2} | {:.2} | {:.2} | {:.0} % |",
+            bytes as f64 / 1e6,
+            flops / 1e9,
+            floor * 1e6,
+            seconds * 1e6,
+            100.0 * floor / seconds
+        );
+        Ok(())
+    }
+
+    /// Bytes read and written a second by this project's own row gather over 1 GiB.
+    fn copy_bandwidth(&self) -> Result<f64> {
+        let (num_rows, row_size) = (1 << 15, 1 << 14);
+        let bytes = num_rows * row_size * 2;
+        let source = self.values(row_size, num_rows)?;
+        let out = self.device().allocate(bytes)?;
+        let index = self.device().allocate_from(&(0..num_rows as u32).collect::<Vec<_>>())?;
+        let gather = Gather {
+            out: out.address(),
+            source: source.address(),
+            num_rows,
+            num_source_rows: num_rows,
+            row_size,
+        };
+        // SAFETY: every buffer was allocated above with the size of its shape.
+        let seconds =
+            self.seconds(|_| unsafe { self.kernels.gather_rows(&gather, index.address()) })?;
+        Ok(2.0 * bytes as f64 / seconds)
+    }
+
+    fn norm(&self, num_tokens: usize) -> Result<()> {
+        let len = num_tokens * HIDDEN;
+        let sets = num_sets(len * 2);
+        let (residual, addend) = (self.values(len, sets)?, self.values(len, sets)?);
+        let (out, weight) = (self.device().allocate(len * 2)?, self.values(HIDDEN, 1)?);
+        let name = format!("rms_norm, {num_tokens} tokens");
+        self.report(&name, 4 * len * 2 + HIDDEN * 2, 0.0, |i| {
+            let set = (i % sets * len * 2) as u64;
+            let launch = RmsNorm {
+                out: out.address(),
+                residual: residual.address() + set,
+                addend: Some(addend.address() + set),
+                weight: weight.address(),
+                num_tokens,
+                hidden_size: HIDDEN,
+                eps: 1e-5,
+            };
+            // SAFETY: every buffer was allocated above with the size of its shape.
+            unsafe { self.kernels.rms_norm(&launch) }
+        })
+    }
+
+    fn rope(&self, num_tokens: usize) -> Result<()> {
+        let Heads { num_heads, num_kv_heads, head_dim } = HEADS;
+        let len = num_tokens * (num_heads + 2 * num_kv_heads) * head_dim;
+        let sets = num_sets(len * 2);
+        let qkv = self.values(len, sets)?;
+        let query = self.device().allocate(num_tokens * num_heads * head_dim * 2)?;
+        let num_slots = num_tokens.next_multiple_of(16);
+        let cache = self.device().allocate(num_slots * 2 * num_kv_heads * head_dim * 2)?;
+        let cos_sin = self.device().allocate_from(&vec![0.5_f32; num_tokens * head_dim])?;
+        let index = self.device().allocate_from(&(0..num_tokens as i32).collect::<Vec<_>>())?;
+        let name = format!("rope_write_kv, {num_tokens} tokens");
+        self.report(&name, 2 * len * 2 + num_tokens * (head_dim * 4 + 8), 0.0, |i| {
+            let launch = RopeWriteKv {
+                query: query.address(),
+                cache: cache.address(),
+                qkv: qkv.address() + (i % sets * len * 2) as u64,
+                cos_sin: cos_sin.address(),
+                position: index.address(),
+                slot: index.address(),
+                num_tokens,
+                num_heads,
+                num_kv_heads,
+                head_dim,
+            };
+            // SAFETY: every buffer was allocated above with the size of its shape.
+            unsafe { self.kernels.rope_write_kv(&launch) }
+        })
+    }
+
+    fn gate(&self, num_tokens: usize) -> Result<()> {
+        let len = num_tokens * 2 * INTERMEDIATE;
+        let sets = num_sets(len * 2);
+        let (gate_up, out) = (self.values(len, sets)?, self.device().allocate(len)?);
+        self.report(&format!("silu_mul, {num_tokens} tokens"), 3 * len, 0.0, |i| {
+            let launch = SiluMul {
+                out: out.address(),
+                gate_up: gate_up.address() + (i % sets * len * 2) as u64,
+                num_tokens,
+                intermediate_size: INTERMEDIATE,
+            };
+            // SAFETY: both buffers were allocated above with the size of their shapes.
+            unsafe { self.kernels.silu_mul(&launch) }
+        })
+    }
+
+    fn gather(&self, num_rows: usize) -> Result<()> {
+        let source = self.values(HIDDEN, VOCAB)?;
+        let out = self.device().allocate(num_rows * HIDDEN * 2)?;
+        let indices = (0..(LAUNCHES * num_rows) as u32).map(|i| i * 7919 % VOCAB as u32);
+        let index = self.device().allocate_from(&indices.collect::<Vec<_>>())?;
+        let gather = Gather {
+            out: out.address(),
+            source: source.address(),
+            num_rows,
+            num_source_rows: VOCAB,
+            row_size: HIDDEN,
+        };
+        self.report(&format!("gather_rows, {num_rows} rows"), 2 * num_rows * HIDDEN * 2, 0.0, |i| {
+            let index = index.address() + (i * num_rows * 4) as u64;
+            // SAFETY: every buffer was allocated above with the size of its shape.
+            unsafe { self.kernels.gather_rows(&gather, index) }
+        })
+    }
+
+    fn sample(&self, num_rows: usize, name: &str, temperature: f32, top_p: f32) -> Result<()> {
+        let logits: Vec<f32> =
+            (0..num_rows * VOCAB).map(|i| (i * 7919 % 10_007) as f32 / 1000.0).collect();
+        let rows: Vec<RowSampling> = (0..num_rows as u32)
+            .map(|position| Sampling {
+                temperature,
+                top_k: None,
+                top_p,
+                min_p: 0.0,
+                seed: 1,
+                position,
+                index: 0,
+            })
+            .map(|sampling| RowSampling::from(&sampling))
+            .collect();
+        let logits = self.device().allocate_from(&logits)?;
+        let rows = self.device().allocate_from(&rows)?;
+        let chosen = self.device().allocate(num_rows * 4)?;
+        let name = format!("sample {name}, {num_rows} rows");
+        self.report(&name, num_rows * VOCAB * 4, 0.0, |_| {
+            let launch = Sample {
+                chosen: chosen.address(),
+                logits: logits.address(),
+                rows: rows.address(),
+                num_rows,
+                vocab_size: VOCAB,
+            };
+            // SAFETY: every buffer was allocated above with the size of its shape.
+            unsafe { self.kernels.sample(&launch) }
+        })
+    }
+
+    fn decode(&self, name: &str, lengths: &[usize]) -> Result<()> {
+        let batch = Batch::new(self, lengths, lengths.len())?;
+        let plan = DecodePlan::new(self.device(), HEADS, lengths.len())?;
+        let length: Vec<i32> = lengths.iter().map(|&length| length as i32).collect();
+        let length = self.device().allocate_from(&length)?;
+        let keys: usize = lengths.iter().sum();
+        let (bytes, flops) = (keys * KV_BYTES, keys as f64 * FLOPS_PER_KEY);
+        self.report(&format!("decode_attention, {name}"), bytes, flops, |i| {
+            let (input, out) = (batch.input(i), batch.out.address());
+            // SAFETY: every buffer was allocated above with the size of its shape.
+            unsafe {
+                self.kernels.decode_attention(&plan, &input, out, length.address(), lengths.len())
+            }
+        })
+    }
+
+    fn prefill(&self, num_sequences: usize, num_tokens: usize, prefix: usize) -> Result<()> {
+        let lengths = vec![prefix + num_tokens; num_sequences];
+        let batch = Batch::new(self, &lengths, num_sequences * num_tokens)?;
+        let sequences: Vec<PrefillSequence> = (0..num_sequences)
+            .map(|sequence| PrefillSequence {
+                sequence,
+                first_token: sequence * num_tokens,
+                num_tokens,
+                first_position: prefix,
+            })
+            .collect();
+        let tiles = prefill_tiles(HEADS, &sequences);
+        let tiles_on = self.device().allocate_from(&tiles)?;
+        let keys = num_sequences as f64
+            * num_tokens as f64
+            * (prefix as f64 + num_tokens.div_ceil(2) as f64);
+        let query_bytes = num_sequences * num_tokens * HEADS.num_heads * HEADS.head_dim * 2;
+        let bytes = num_sequences * (prefix + num_tokens) * KV_BYTES + 2 * query_bytes;
+        let name = format!("prefill_attention, {num_sequences} x {num_tokens} on {prefix}");
+        self.report(&name, bytes, keys * FLOPS_PER_KEY, |i| {
+            let (input, out) = (batch.input(i), batch.out.address());
+            // SAFETY: every buffer was allocated above with the size of its shape.
+            unsafe { self.kernels.prefill_attention(&input, out, tiles_on.address(), tiles.len()) }
+        })
+    }
+}
+
+/// Bytes of one position's keys and values.
+const KV_BYTES: usize = 2 * HEADS.num_kv_heads * HEADS.head_dim * 2;
+/// A product with the key and one with the value, for each query head.
+const FLOPS_PER_KEY: f64 = (4 * HEADS.num_heads * HEADS.head_dim) as f64;
+
+/// Sets of data to rotate through, so that none is in the cache when its turn comes.
+fn num_sets(bytes: usize) -> usize {
+    ROTATION_BYTES.div_ceil(bytes).clamp(1, LAUNCHES)
+}
+
+/// Sequences with scattered blocks, over rotating caches.
+struct Batch {
+    caches: DeviceBuffer,
+    cache_bytes: usize,
+    num_sets: usize,
+    query: DeviceBuffer,
+    out: DeviceBuffer,
+    table: DeviceBuffer,
+    max_blocks: usize,
+}
+
+impl Batch {
+    fn new(bench: &Bench, lengths: &[usize], num_tokens: usize) -> Result<Self> {
+        let num_blocks_of = |length: &usize| length.div_ceil(16);
+        let num_blocks: usize = lengths.iter().map(num_blocks_of).sum();
+        let max_blocks = lengths.iter().map(num_blocks_of).max().unwrap_or(1);
+        // A stride coprime to the number of blocks scatters them.
+        let stride = (num_blocks / 3..=2 * num_blocks)
+            .find(|stride| gcd(*stride, num_blocks) == 1)
+            .unwrap_or(1);
+        let mut next = 0;
+        let mut table = vec![0_i32; lengths.len() * max_blocks];
+        for (row, length) in table.chunks_mut(max_blocks).zip(lengths) {
+            for block in &mut row[..length.div_ceil(16)] {
+                *block = (next * stride % num_blocks) as i32;
+                next += 1;
+            }
+        }
+        let cache_bytes = num_blocks * 16 * KV_BYTES;
+        let num_sets = num_sets(cache_bytes);
+        let query_len = num_tokens * HEADS.num_heads * HEADS.head_dim;
+        Ok(Self {
+            caches: bench.values(cache_bytes / 2, num_sets)?,
+            cache_bytes,
+            num_sets,
+            query: bench.values(query_len, 1)?,
+            out: bench.device().allocate(query_len * 2)?,
+            table: bench.device().allocate_from(&table)?,
+            max_blocks,
+        })
+    }
+
+    fn input(&self, launch: usize) -> AttentionInput {
+        AttentionInput {
+            query: self.query.address(),
+            cache: self.caches.address() + (launch % self.num_sets * self.cache_bytes) as u64,
+            block_table: self.table.address(),
+            max_blocks: self.max_blocks,
+            heads: HEADS,
+            window: None,
+        }
+    }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}

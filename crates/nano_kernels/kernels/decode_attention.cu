@@ -1,0 +1,303 @@
+// Paged attention of one new token a sequence, for groups of up to 8 query heads a K/V head.
+//
+//   out[head] = sum over positions p of softmax(query[head] . key[p] / sqrt(HEAD_DIM)) value[p]
+//
+// over the positions p in [max(0, length - window), length).
+//
+// A thread block takes one split of one sequence and one K/V head: an equal share of the
+// sequence's cache blocks, worked out here from the length, so that one launch shape, and a graph
+// that holds it, serves any lengths. Each warp streams every NUM_WARPS-th cache block through its
+// own ring in shared memory and keeps a running softmax. The group's heads share each key and
+// value on the tensor cores, with keys as the rows and heads as the 8 columns of a product:
+//
+//   scores  [16 keys x 8 heads]        = K [16 x HEAD_DIM]    query^T [HEAD_DIM x 8]
+//   output  [HEAD_DIM x 8 heads]      += V^T [HEAD_DIM x 16]  weights [16 x 8]
+//
+// Warps are merged through shared memory, splits by the thread block that finishes last; both in
+// a fixed order, so equal launches give equal bits.
+//
+// Grid: (num_splits, num_kv_heads, num_sequences). Block: 32 NUM_WARPS.
+// Shared memory: NUM_WARPS STAGES 2 BLOCK_SIZE HEAD_DIM 2 bytes, dynamic.
+//
+//   out:         [num_sequences, num_heads, HEAD_DIM] bf16; zeros for a length of 0
+//   partial:     [num_sequences, num_kv_heads, num_splits, group, HEAD_DIM] f32, scratch
+//   partial_ml:  [num_sequences, num_kv_heads, num_splits, group, 2] f32, scratch
+//   arrived:     [num_sequences, num_kv_heads] u32, zeros; left as zeros
+//   query:       [num_sequences, num_heads, HEAD_DIM] bf16, rotated
+//   cache:       one layer, [num_blocks, k | v, num_kv_heads, BLOCK_SIZE, HEAD_DIM] bf16
+//   block_table: [num_sequences, max_blocks] i32
+//   length:      [num_sequences] i32, the new token included
+//   window:      at least 1; a window over every length is none
+//   scale:       log2(e) / sqrt(HEAD_DIM)
+//
+// Source: Kwon et al., PagedAttention, 2023; Dao et al., Flash-Decoding, 2023; Ainslie et al.,
+// GQA, 2023.
+#include "mma.cuh"
+
+#ifndef HEAD_DIM
+#error "HEAD_DIM is 64 or 128"
+#endif
+constexpr int NUM_WARPS = 4;
+constexpr int STAGES = 3;
+constexpr int MAX_GROUP = 8;
+// Fewer cache blocks than this are not worth a split of their own: one a warp.
+constexpr int MIN_BLOCKS_PER_SPLIT = NUM_WARPS;
+constexpr int TILE = BLOCK_SIZE * HEAD_DIM;  // elements of a block's keys, or of its values
+constexpr int CHUNKS = HEAD_DIM / 8;         // 16-byte chunks of a row
+constexpr int DIM_TILES = HEAD_DIM / 16;
+
+// The interval of cache blocks that a thread block works through.
+struct Share {
+    int first_position;  // positions before it lie outside the window
+    int length;
+    int begin, end;      // cache blocks, as indices into the block table
+    int num_splits;      // splits that have work
+};
+
+__device__ __forceinline__ Share share_of(int length, int window) {
+    Share share;
+    share.length = length;
+    share.first_position = max(0, length - window);
+    const int first_block = share.first_position / BLOCK_SIZE;
+    const int num_blocks = (length + BLOCK_SIZE - 1) / BLOCK_SIZE - first_block;
+    const int even = (num_blocks + gridDim.x - 1) / gridDim.x;
+    const int per_split = max(even, MIN_BLOCKS_PER_SPLIT);
+    share.num_splits = max(1, (num_blocks + per_split - 1) / per_split);
+    share.begin = first_block + blockIdx.x * per_split;
+    share.end = min(share.begin + per_split, first_block + num_blocks);
+    return share;
+}
+
+// Two heads' running softmax in a lane: those of columns 2 pair and 2 pair + 1.
+struct Running {
+    float output[DIM_TILES][4];
+    float largest[2];
+    float sum[2];  // over this lane's rows alone until the end
+};
+
+// Copies a block's keys and values into a stage of the ring. Rows past the length become zeros:
+// what lies there may be anything, NaN too.
+__device__ __forceinline__ void load_block(bf16* stage, const bf16* keys, i64 values_offset,
+                                           int num_valid_rows, int lane) {
+    constexpr int ROWS_AT_ONCE = WARP / CHUNKS;
+    const int chunk = lane % CHUNKS;
+#pragma unroll
+    for (int i = 0; i < BLOCK_SIZE / ROWS_AT_ONCE; i++) {
+        const int row = i * ROWS_AT_ONCE + lane / CHUNKS;
+        const bool valid = row < num_valid_rows;
+        const int target = swizzled<HEAD_DIM>(row, chunk);
+        const bf16* source = keys + row * HEAD_DIM + chunk * 8;
+        copy_async(stage + target, source, valid);
+        copy_async(stage + TILE + target, source + values_offset, valid);
+    }
+}
+
+// One cache block against the group's heads; `position` is that of its first row.
+__device__ __forceinline__ void attend(Running& running, const bf16* stage,
+                                       const u32 (&query)[DIM_TILES][2], const Share& share,
+                                       int position, float scale, int lane) {
+    const int matrix_row = lane % 8;
+    // Even and odd steps apart: two chains of products that do not wait for each other.
+    float scores[4] = {}, odd_scores[4] = {};
+#pragma unroll
+    for (int k = 0; k < DIM_TILES; k++) {
+        u32 keys[4];
+        const int row = matrix_row + (lane / 8 % 2) * 8;
+        load_matrices(keys, shared_address(stage + swizzled<HEAD_DIM>(row, 2 * k + lane / 16)));
+        multiply(k % 2 ? odd_scores : scores, keys, query[k][0], query[k][1]);
+    }
+    float weights[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int at = position + lane / 4 + (i / 2) * 8;
+        const bool visible = at >= share.first_position && at < share.length;
+        weights[i] = visible ? (scores[i] + odd_scores[i]) * scale : NEGATIVE_INFINITY;
+    }
+    float shrink[2];
+#pragma unroll
+    for (int head = 0; head < 2; head++) {
+        float largest = fmaxf(weights[head], weights[head + 2]);
+#pragma unroll
+        for (int distance = 4; distance < WARP; distance *= 2) {
+            largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, distance));
+        }
+        // A block has at least one visible row, so this is finite from the first block on.
+        largest = fmaxf(largest, running.largest[head]);
+        shrink[head] = exp2_fast(running.largest[head] - largest);
+        running.largest[head] = largest;
+        weights[head] = exp2_fast(weights[head] - largest);
+        weights[head + 2] = exp2_fast(weights[head + 2] - largest);
+        running.sum[head] = running.sum[head] * shrink[head] + weights[head] + weights[head + 2];
+    }
+    // From rows of keys to columns of keys, which is how the next product reads them.
+    const u32 weights_low = transpose_matrix(pack_bf16(weights[0], weights[1]));
+    const u32 weights_high = transpose_matrix(pack_bf16(weights[2], weights[3]));
+#pragma unroll
+    for (int d = 0; d < DIM_TILES; d++) {
+        u32 values[4];
+        const int row = matrix_row + lane / 16 * 8;
+        const bf16* source = stage + TILE + swizzled<HEAD_DIM>(row, 2 * d + lane / 8 % 2);
+        load_matrices_transposed(values, shared_address(source));
+#pragma unroll
+        for (int i = 0; i < 4; i++) running.output[d][i] *= shrink[i % 2];
+        multiply(running.output[d], values, weights_low, weights_high);
+    }
+}
+
+__device__ __forceinline__ float shrink_of(float largest, float sum, float merged_largest) {
+    return sum > 0.0f ? exp2_fast(largest - merged_largest) : 0.0f;  // a part without keys: 0
+}
+
+// What the splits of one sequence and K/V head left behind, merged by a whole thread block.
+// `shrinks: [num_splits, group]` and `totals: [group]` are shared memory.
+__device__ void merge_splits(bf16* out, const float* partial, const float* partial_ml, int group,
+                             int num_splits, float* shrinks, float* totals) {
+    const int lane = threadIdx.x % WARP;
+    for (int h = threadIdx.x / WARP; h < group; h += NUM_WARPS) {
+        float merged_largest = NEGATIVE_INFINITY, total = 0.0f;
+        for (int s = lane; s < num_splits; s += WARP) {
+            merged_largest = fmaxf(merged_largest, __ldcg(partial_ml + (s * group + h) * 2));
+        }
+        merged_largest = warp_reduce(merged_largest, Max());
+        for (int s = lane; s < num_splits; s += WARP) {
+            const float* ml = partial_ml + (s * group + h) * 2;
+            const float largest = __ldcg(ml), sum = __ldcg(ml + 1);
+            const float shrink = shrink_of(largest, sum, merged_largest);
+            shrinks[s * group + h] = shrink;
+            total += shrink * sum;
+        }
+        total = warp_reduce(total, Add());
+        if (lane == 0) totals[h] = total;
+    }
+    __syncthreads();
+    for (int e = threadIdx.x * 4; e < group * HEAD_DIM; e += blockDim.x * 4) {
+        const int h = e / HEAD_DIM;
+        float4 value = {};
+#pragma unroll 8  // independent loads: their latencies overlap
+        for (int s = 0; s < num_splits; s++) {
+            const float4 part = __ldcg((const float4*)(partial + (i64)s * group * HEAD_DIM + e));
+            const float shrink = shrinks[s * group + h];
+            value.x += shrink * part.x;
+            value.y += shrink * part.y;
+            value.z += shrink * part.z;
+            value.w += shrink * part.w;
+        }
+        const float scale = 1.0f / totals[h];
+        u32* target = (u32*)(out + e);
+        target[0] = pack_bf16(value.x * scale, value.y * scale);
+        target[1] = pack_bf16(value.z * scale, value.w * scale);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_WARPS* WARP)
+decode_attention(bf16* out, float* partial, float* partial_ml, u32* arrived, const bf16* query,
+                 const bf16* cache, const int* block_table, const int* length, int num_heads,
+                 int max_blocks, int window, float scale) {
+    extern __shared__ __align__(128) bf16 shared[];
+    __shared__ float warp_largest[NUM_WARPS][MAX_GROUP], warp_sum[NUM_WARPS][MAX_GROUP];
+    __shared__ bool is_last;
+    const int split = blockIdx.x, kv_head = blockIdx.y, sequence = blockIdx.z;
+    const int num_kv_heads = gridDim.y, group = num_heads / num_kv_heads;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const Share share = share_of(length[sequence], window);
+    if (split >= share.num_splits) return;
+
+    // Stream this warp's cache blocks: begin + warp, begin + warp + NUM_WARPS and so on.
+    bf16* ring = shared + warp * STAGES * 2 * TILE;
+    const int* table = block_table + (i64)sequence * max_blocks;
+    const i64 values_offset = (i64)num_kv_heads * TILE;
+    const auto load = [&](int block, int stage) {
+        if (block < share.end) {
+            const i64 cache_head = (i64)table[block] * 2 * num_kv_heads + kv_head;
+            load_block(ring + stage * 2 * TILE, cache + cache_head * TILE, values_offset,
+                       share.length - block * BLOCK_SIZE, lane);
+        }
+        commit_copies();
+    };
+    const int first = share.begin + warp;
+    for (int s = 0; s < STAGES - 1; s++) load(first + s * NUM_WARPS, s);
+
+    u32 heads[DIM_TILES][2];
+    const int column = lane / 4;
+    const bf16* head = query + ((i64)sequence * num_heads + kv_head * group + column) * HEAD_DIM;
+#pragma unroll
+    for (int k = 0; k < DIM_TILES; k++) {
+        const u32* pairs = (const u32*)(head + k * 16) + lane % 4;
+        heads[k][0] = column < group ? pairs[0] : 0;
+        heads[k][1] = column < group ? pairs[4] : 0;
+    }
+    Running running = {};
+    running.largest[0] = running.largest[1] = NEGATIVE_INFINITY;
+    int stage = 0;
+    for (int block = first; block < share.end; block += NUM_WARPS) {
+        load(block + (STAGES - 1) * NUM_WARPS, (stage + STAGES - 1) % STAGES);
+        wait_copies<STAGES - 1>();
+        __syncwarp();
+        attend(running, ring + stage * 2 * TILE, heads, share, block * BLOCK_SIZE, scale, lane);
+        __syncwarp();  // the next turn's copies overwrite what the other lanes have now read
+        stage = (stage + 1) % STAGES;
+    }
+    wait_copies<0>();
+    __syncwarp();
+
+    // This warp's output goes into its ring: [MAX_GROUP][HEAD_DIM] f32 fit into one stage.
+    float* warp_output = (float*)ring;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int h = lane % 4 * 2 + i;
+        float sum = running.sum[i];
+        for (int distance = 4; distance < WARP; distance *= 2) {
+            sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+        }
+        warp_largest[warp][h] = running.largest[i];
+        warp_sum[warp][h] = sum;
+#pragma unroll
+        for (int d = 0; d < DIM_TILES; d++) {
+            warp_output[h * HEAD_DIM + d * 16 + lane / 4] = running.output[d][i];
+            warp_output[h * HEAD_DIM + d * 16 + lane / 4 + 8] = running.output[d][i + 2];
+        }
+    }
+    __syncthreads();
+
+    // Merge the warps: into the output, or into this split's part of it.
+    const i64 pair = (i64)sequence * num_kv_heads + kv_head;
+    const i64 first_part = pair * gridDim.x * group;
+    bf16* pair_out = out + pair * group * HEAD_DIM;
+    float* pair_partial = partial + first_part * HEAD_DIM;
+    float* pair_ml = partial_ml + first_part * 2;
+    for (int e = threadIdx.x; e < group * HEAD_DIM; e += blockDim.x) {
+        const int h = e / HEAD_DIM;
+        float largest = NEGATIVE_INFINITY, sum = 0.0f, value = 0.0f;
+#pragma unroll
+        for (int w = 0; w < NUM_WARPS; w++) largest = fmaxf(largest, warp_largest[w][h]);
+#pragma unroll
+        for (int w = 0; w < NUM_WARPS; w++) {
+            const float shrink = shrink_of(warp_largest[w][h], warp_sum[w][h], largest);
+            sum += shrink * warp_sum[w][h];
+            value += shrink * ((const float*)(shared + w * STAGES * 2 * TILE))[e];
+        }
+        if (share.num_splits == 1) {
+            pair_out[e] = (bf16)pack_bf16(sum > 0.0f ? value / sum : 0.0f, 0.0f);
+        } else {
+            pair_partial[split * group * HEAD_DIM + e] = value;
+            if (e % HEAD_DIM == 0) {
+                pair_ml[(split * group + h) * 2] = largest;
+                pair_ml[(split * group + h) * 2 + 1] = sum;
+            }
+        }
+    }
+    if (share.num_splits == 1) return;
+
+    // The thread block that arrives last sees what all others wrote.
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        is_last = atomicAdd(&arrived[pair], 1u) == share.num_splits - 1;
+        if (is_last) arrived[pair] = 0;
+    }
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    merge_splits(pair_out, pair_partial, pair_ml, group, share.num_splits, (float*)shared,
+                 warp_sum[0]);
+}

@@ -1,0 +1,61 @@
+// Residual addition and root-mean-square normalisation in one pass over a row.
+//
+//   residual += addend                       (where there is an addend; rounded to bf16)
+//   out = residual * weight / sqrt(mean(residual^2) + eps)
+//
+// Grid: num_tokens. Block: whole warps, at least hidden_size / (8 VECTORS) threads, at most 1024.
+// Shared memory: 128 bytes. A row stays in registers between the two uses.
+//
+//   out:      [num_tokens, hidden_size] bf16
+//   residual: [num_tokens, hidden_size] bf16, read and, with an addend, written
+//   addend:   [num_tokens, hidden_size] bf16, or null
+//   weight:   [hidden_size] bf16
+//
+// hidden_size is a multiple of 8.
+//
+// Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
+#include "common.cuh"
+
+// 16-byte vectors a thread may hold: rows of up to 1024 * 8 * VECTORS elements.
+constexpr int VECTORS = 2;
+
+extern "C" __global__ void __launch_bounds__(1024)
+rms_norm(Bf16x8* out, Bf16x8* residual, const Bf16x8* addend, const Bf16x8* weight,
+         int hidden_size, float eps) {
+    __shared__ float scratch[WARP];
+    const int num_vectors = hidden_size / 8;
+    const i64 row = (i64)blockIdx.x * num_vectors;
+
+    float values[VECTORS][8];
+    float sum_of_squares = 0.0f;
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) {
+        const int i = threadIdx.x + v * blockDim.x;
+        if (i >= num_vectors) continue;
+        unpack(residual[row + i], values[v]);
+        if (addend != nullptr) {
+            float other[8];
+            unpack(addend[row + i], other);
+#pragma unroll
+            for (int e = 0; e < 8; e++) values[v][e] += other[e];
+            const Bf16x8 sum = pack(values[v]);
+            residual[row + i] = sum;
+            unpack(sum, values[v]);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; e++) sum_of_squares += values[v][e] * values[v][e];
+    }
+    sum_of_squares = block_reduce(sum_of_squares, scratch, Add());
+    const float scale = rsqrtf(sum_of_squares / hidden_size + eps);
+
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) {
+        const int i = threadIdx.x + v * blockDim.x;
+        if (i >= num_vectors) continue;
+        float factors[8];
+        unpack(weight[i], factors);
+#pragma unroll
+        for (int e = 0; e < 8; e++) values[v][e] *= scale * factors[e];
+        out[row + i] = pack(values[v]);
+    }
+}

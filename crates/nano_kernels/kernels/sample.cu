@@ -1,0 +1,182 @@
+// The choice of the next token, as crates/nano_kernels/src/reference/sampling.rs defines it:
+// top_k, then top_p, then min_p by a smallest kept logit; then the argmax of
+// (logit - largest) / temperature + gumbel, the lowest id on a tie. Temperature 0 is the argmax.
+//
+// No sort: a threshold is found by quartering the range of the 32-bit keys that order floats, with
+// one pass over the row for two bits. Sums have a fixed order, so a row's choice is the same in
+// any batch.
+//
+// Grid: num_rows. Block: 1024 threads. Shared memory: 384 bytes.
+//
+//   chosen: [num_rows] u32; NO_TOKEN where no logit is a finite number or one is +infinity
+//   logits: [num_rows, vocab_size] f32; NaN and -infinity are never chosen
+//   rows:   [num_rows] RowSampling
+//
+// Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011 (the noise).
+#include "common.cuh"
+
+constexpr u32 NO_TOKEN = 0xffffffffu;
+
+struct RowSampling {
+    float temperature;
+    float top_p;
+    float min_p_margin;  // ln(min_p) * temperature: what is this far below the largest is dropped
+    u32 top_k;           // 0 keeps all
+    u64 seed;
+    u32 position;
+    u32 index;
+};
+
+// Keys order as their floats do. NaN and -infinity get key 0, below every finite number's; the
+// addition makes -0 a 0.
+__device__ __forceinline__ u32 order_key(float value) {
+    const u32 bits = __float_as_uint(__fadd_rn(value, 0.0f));
+    if (!(value > NEGATIVE_INFINITY)) return 0;
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float from_order_key(u32 key) {
+    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+// The first random word of Philox 4x32-10.
+__device__ __forceinline__ u32 philox(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u32 k1) {
+#pragma unroll
+    for (int round = 0; round < 10; round++) {
+        const u64 first = (u64)0xD2511F53u * c0;
+        const u64 second = (u64)0xCD9E8D57u * c2;
+        c0 = (u32)(second >> 32) ^ c1 ^ k0;
+        c1 = (u32)second;
+        c2 = (u32)(first >> 32) ^ c3 ^ k1;
+        c3 = (u32)first;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return c0;
+}
+
+__device__ __forceinline__ float gumbel(const RowSampling& row, u32 token) {
+    const u32 word =
+        philox(row.index, row.position, token, 0, (u32)row.seed, (u32)(row.seed >> 32));
+    const float uniform = ((float)(word >> 9) + 0.5f) / 8388608.0f;
+    return -logf(-logf(uniform));
+}
+
+// No noise exceeds this: -ln(-ln(1 - 2^-24)) and a little.
+constexpr float MAX_GUMBEL = 16.7f;
+constexpr int NUM_CUTS = 3;
+
+// For each cut and over the block, the sum of `weight(logit)` over the logits at or above it.
+template <typename Weight>
+__device__ void sums_above(float (&sums)[NUM_CUTS], const float* logits, int vocab_size,
+                           const float (&cuts)[NUM_CUTS], float* scratch, Weight weight) {
+#pragma unroll
+    for (int c = 0; c < NUM_CUTS; c++) sums[c] = 0.0f;
+#pragma unroll 8
+    for (int token = threadIdx.x; token < vocab_size; token += blockDim.x) {
+        const float logit = logits[token];
+        const float amount = weight(logit);
+#pragma unroll
+        for (int c = 0; c < NUM_CUTS; c++) sums[c] += logit >= cuts[c] ? amount : 0.0f;
+    }
+#pragma unroll
+    for (int c = 0; c < NUM_CUTS; c++) sums[c] = block_reduce(sums[c], scratch, Add());
+}
+
+// The largest number at least `low` above which (itself included) the weights still sum to
+// `share` of what they sum to above `low`; or, if `is_count`, to `share` itself.
+template <typename Weight>
+__device__ float find_threshold(const float* logits, int vocab_size, float low_value,
+                                float high_value, float share, bool is_count, float* scratch,
+                                Weight weight) {
+    u32 low = order_key(low_value), high = order_key(high_value);
+    float cuts[NUM_CUTS], sums[NUM_CUTS];
+    float wanted = share;
+    if (!is_count) {
+        for (int c = 0; c < NUM_CUTS; c++) cuts[c] = low_value;
+        sums_above(sums, logits, vocab_size, cuts, scratch, weight);
+        wanted = sums[0] * share;
+    }
+    while (low < high) {
+        // Three keys in (low, high], ascending; the sums above them descend.
+        const u64 range = high - low;
+        u32 keys[NUM_CUTS];
+        for (int c = 0; c < NUM_CUTS; c++) {
+            keys[c] = low + (u32)((range * (c + 1) + NUM_CUTS) / (NUM_CUTS + 1));
+            cuts[c] = from_order_key(keys[c]);
+        }
+        sums_above(sums, logits, vocab_size, cuts, scratch, weight);
+        u32 next_high = high;
+        for (int c = NUM_CUTS - 1; c >= 0; c--) {
+            if (sums[c] >= wanted) {
+                low = keys[c];
+                break;
+            }
+            next_high = keys[c] - 1;
+        }
+        high = next_high;
+    }
+    return from_order_key(low);
+}
+
+// The largest value so far, the first of equal ones.
+struct Best {
+    float value;
+    u32 token;
+    __device__ void offer(float other, u32 other_token) {
+        if (other > value) {
+            value = other;
+            token = other_token;
+        }
+    }
+    // Orders by value, then by the lower token.
+    __device__ u64 key() const { return (u64)order_key(value) << 32 | ~token; }
+};
+
+extern "C" __global__ void __launch_bounds__(1024)
+sample(u32* chosen, const float* all_logits, const RowSampling* rows, int vocab_size) {
+    __shared__ u64 scratch[WARP];
+    __shared__ float sum_scratch[WARP];
+    const RowSampling row = rows[blockIdx.x];
+    const float* logits = all_logits + (i64)blockIdx.x * vocab_size;
+
+    Best best = {NEGATIVE_INFINITY, 0};
+#pragma unroll 8
+    for (int token = threadIdx.x; token < vocab_size; token += blockDim.x) {
+        best.offer(logits[token], token);
+    }
+    u64 best_key = block_reduce(best.key(), scratch, Max());
+    const u32 largest_key = (u32)(best_key >> 32);
+    const float largest = from_order_key(largest_key);
+    const bool none = largest_key == 0 || !isfinite(largest);
+
+    if (!none && row.temperature > 0.0f) {
+        float least = -3.402823466e38f;  // the lowest finite number
+        if (row.top_k != 0 && row.top_k < vocab_size) {
+            const auto one = [](float) { return 1.0f; };
+            least = find_threshold(logits, vocab_size, least, largest, (float)row.top_k, true,
+                                   sum_scratch, one);
+        }
+        if (row.top_p < 1.0f) {
+            // Finite, or the largest would weigh 0 times infinity.
+            const float scale = fminf(1.0f / row.temperature, 3.402823466e38f);
+            // Not above 1, and a logit that is no number counts nothing: it is above no cut.
+            const auto mass = [&](float logit) { return __expf((logit - largest) * scale); };
+            least = find_threshold(logits, vocab_size, least, largest, row.top_p, false,
+                                   sum_scratch, mass);
+        }
+        least = fmaxf(least, __fadd_rn(largest, row.min_p_margin));
+
+        best = {NEGATIVE_INFINITY, 0};
+#pragma unroll 4
+        for (int token = threadIdx.x; token < vocab_size; token += blockDim.x) {
+            const float logit = logits[token];
+            if (!(logit >= least)) continue;
+            const float scaled = (logit - largest) / row.temperature;
+            if (scaled + MAX_GUMBEL < best.value) continue;  // no noise would make it the best
+            best.offer(scaled + gumbel(row, token), token);
+        }
+        best_key = block_reduce(best.key(), scratch, Max());
+    }
+    if (threadIdx.x == 0) chosen[blockIdx.x] = none ? NO_TOKEN : ~(u32)best_key;
+}

@@ -1,0 +1,61 @@
+//! Residual addition and RMSNorm: `kernels/rms_norm.cu`.
+
+use cudarc::driver::PushKernelArg;
+
+use super::kernels::shape;
+use super::spec::Kernel;
+use super::{Kernels, Result, check};
+
+/// Elements that one thread holds at most.
+const MAX_ELEMENTS_PER_THREAD: usize = 16;
+
+/// One launch; addresses of bf16 memory on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct RmsNorm {
+    /// `[num_tokens, hidden_size]`, written.
+    pub out: u64,
+    /// `[num_tokens, hidden_size]`; with an addend, the sum is left here.
+    pub residual: u64,
+    /// `[num_tokens, hidden_size]`, added to the residual first.
+    pub addend: Option<u64>,
+    /// `[hidden_size]`.
+    pub weight: u64,
+    /// Rows.
+    pub num_tokens: usize,
+    /// A multiple of 8, up to 16384.
+    pub hidden_size: usize,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+impl Kernels {
+    /// Enqueues `residual += addend; out = rms_norm(residual) * weight`.
+    ///
+    /// # Safety
+    /// Every address names as much memory as its shape says, 16-byte aligned, alive until the
+    /// stream has come to the launch; what is written overlaps nothing else.
+    pub unsafe fn rms_norm(&self, launch: &RmsNorm) -> Result<()> {
+        let RmsNorm { out, residual, addend, weight, num_tokens, hidden_size, eps } = *launch;
+        let range = "a multiple of 8 up to 16384";
+        check(
+            hidden_size > 0
+                && hidden_size.is_multiple_of(8)
+                && hidden_size <= 1024 * MAX_ELEMENTS_PER_THREAD,
+            "hidden_size",
+            range,
+            hidden_size,
+        )?;
+        if num_tokens == 0 {
+            return Ok(());
+        }
+        // One vector of 8 a thread as far as threads reach.
+        let num_threads = (hidden_size / 8).next_multiple_of(32).min(1024) as u32;
+        let (addend, hidden_size) = (addend.unwrap_or(0), hidden_size as i32);
+        let mut builder = self.device().stream().launch_builder(self.function(Kernel::RmsNorm));
+        builder.arg(&out).arg(&residual).arg(&addend).arg(&weight).arg(&hidden_size).arg(&eps);
+        // SAFETY: hidden_size was checked against what the kernel's threads hold; the memory is
+        // the caller's word.
+        unsafe { builder.launch(shape((num_tokens as u32, 1, 1), num_threads)) }?;
+        Ok(())
+    }
+}

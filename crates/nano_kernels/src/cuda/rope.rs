@@ -1,0 +1,58 @@
+//! RoPE and the K/V write: `kernels/rope_write_kv.cu`.
+
+use cudarc::driver::PushKernelArg;
+
+use super::kernels::shape;
+use super::spec::Kernel;
+use super::{Kernels, Result, check};
+
+/// One launch; addresses on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct RopeWriteKv {
+    /// `[num_tokens, num_heads, head_dim]` bf16, written: rotated queries.
+    pub query: u64,
+    /// One layer, `[num_blocks, k | v, num_kv_heads, 16, head_dim]` bf16, written by slot.
+    pub cache: u64,
+    /// `[num_tokens, num_heads + 2 * num_kv_heads, head_dim]` bf16.
+    pub qkv: u64,
+    /// `[max_position, 2, head_dim / 2]` f32: cosines, then sines.
+    pub cos_sin: u64,
+    /// `[num_tokens]` i32.
+    pub position: u64,
+    /// `[num_tokens]` i32: `block * 16 + row`; a negative slot, of a padding row, is not written.
+    pub slot: u64,
+    /// Rows.
+    pub num_tokens: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads.
+    pub num_kv_heads: usize,
+    /// A multiple of 16.
+    pub head_dim: usize,
+}
+
+impl Kernels {
+    /// Enqueues the rotation of queries and keys and the write of keys and values.
+    ///
+    /// # Safety
+    /// Every address names as much memory as its shape says, 16-byte aligned, alive until the
+    /// stream has come to the launch; positions are below `max_position`, slots below
+    /// `num_blocks * 16` and distinct.
+    pub unsafe fn rope_write_kv(&self, launch: &RopeWriteKv) -> Result<()> {
+        let RopeWriteKv { query, cache, qkv, cos_sin, position, slot, .. } = *launch;
+        let RopeWriteKv { num_tokens, num_heads, num_kv_heads, head_dim, .. } = *launch;
+        let is_whole = head_dim > 0 && head_dim.is_multiple_of(16);
+        check(is_whole, "head_dim", "a positive multiple of 16", head_dim)?;
+        if num_tokens == 0 {
+            return Ok(());
+        }
+        let (heads, kv_heads, dim) = (num_heads as i32, num_kv_heads as i32, head_dim as i32);
+        let mut builder = self.device().stream().launch_builder(self.function(Kernel::RopeWriteKv));
+        builder.arg(&query).arg(&cache).arg(&qkv).arg(&cos_sin).arg(&position).arg(&slot);
+        builder.arg(&heads).arg(&kv_heads).arg(&dim);
+        // SAFETY: the kernel walks any number of heads of whole vectors, which was checked; the
+        // memory is the caller's word.
+        unsafe { builder.launch(shape((num_tokens as u32, 1, 1), 256)) }?;
+        Ok(())
+    }
+}

@@ -1,0 +1,86 @@
+//! The choice of the next token: `kernels/sample.cu`.
+
+use cudarc::driver::{DeviceRepr, PushKernelArg};
+
+use super::kernels::shape;
+use super::spec::Kernel;
+use super::{Kernels, Result, check};
+use crate::reference::sampling::Sampling;
+
+/// What the kernel writes where no token can be chosen.
+pub const NO_TOKEN: u32 = u32::MAX;
+
+/// How one row's token is chosen, as the kernel reads it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowSampling {
+    temperature: f32,
+    top_p: f32,
+    min_p_margin: f32,
+    top_k: u32,
+    seed: u64,
+    position: u32,
+    index: u32,
+}
+
+// SAFETY: plain numbers without padding, laid out as in the kernel's source.
+unsafe impl DeviceRepr for RowSampling {}
+
+const _: () = assert!(size_of::<RowSampling>() == 32);
+
+impl From<&Sampling> for RowSampling {
+    fn from(sampling: &Sampling) -> Self {
+        Self {
+            temperature: sampling.temperature,
+            top_p: sampling.top_p,
+            // Worked out here, so that the bound is the CPU's to the last bit; -infinity for 0.
+            min_p_margin: if sampling.min_p > 0.0 {
+                sampling.min_p.ln() * sampling.temperature
+            } else {
+                f32::NEG_INFINITY
+            },
+            top_k: sampling.top_k.unwrap_or(0),
+            seed: sampling.seed,
+            position: sampling.position,
+            index: sampling.index,
+        }
+    }
+}
+
+/// One launch; addresses on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample {
+    /// `[num_rows]` u32, written: token ids, or [`NO_TOKEN`].
+    pub chosen: u64,
+    /// `[num_rows, vocab_size]` f32.
+    pub logits: u64,
+    /// `[num_rows]` [`RowSampling`].
+    pub rows: u64,
+    /// Rows.
+    pub num_rows: usize,
+    /// Logits of a row.
+    pub vocab_size: usize,
+}
+
+impl Kernels {
+    /// Enqueues the choice of one token a row, as
+    /// [`sample`](crate::reference::sampling::sample) makes it.
+    ///
+    /// # Safety
+    /// Every address names as much memory as its shape says, naturally aligned, alive until the
+    /// stream has come to the launch, and `chosen` overlaps nothing else.
+    pub unsafe fn sample(&self, launch: &Sample) -> Result<()> {
+        let Sample { chosen, logits, rows, num_rows, vocab_size } = *launch;
+        let is_i32 = i32::try_from(vocab_size).is_ok();
+        check(vocab_size > 0 && is_i32, "vocab_size", "positive and below 2^31", vocab_size)?;
+        if num_rows == 0 {
+            return Ok(());
+        }
+        let size = vocab_size as i32;
+        let mut builder = self.device().stream().launch_builder(self.function(Kernel::Sample));
+        builder.arg(&chosen).arg(&logits).arg(&rows).arg(&size);
+        // SAFETY: the kernel walks rows of any checked size; the memory is the caller's word.
+        unsafe { builder.launch(shape((num_rows as u32, 1, 1), 1024)) }?;
+        Ok(())
+    }
+}

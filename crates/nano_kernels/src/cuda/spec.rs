@@ -1,0 +1,114 @@
+//! The one table of kernels, which the compiler, the launchers, the tests and the benches go by.
+
+/// A kernel in one variant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// Residual addition and RMSNorm.
+    RmsNorm,
+    /// RoPE and the K/V write.
+    RopeWriteKv,
+    /// `SwiGLU`'s gate.
+    SiluMul,
+    /// Rows of a matrix by index.
+    GatherRows,
+    /// Embeddings of token ids from the host or from the step before.
+    EmbedTokens,
+    /// The choice of the next token.
+    Sample,
+    /// Attention of one token a sequence, `head_dim` 64.
+    DecodeAttention64,
+    /// Attention of one token a sequence, `head_dim` 128.
+    DecodeAttention128,
+    /// Attention of many tokens a sequence, `head_dim` 64.
+    PrefillAttention64,
+    /// Attention of many tokens a sequence, `head_dim` 128.
+    PrefillAttention128,
+}
+
+/// What the compiler needs to know of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct KernelSpec {
+    /// Which one it is.
+    pub kernel: Kernel,
+    /// Its name in logs, in the cache and in tables.
+    pub name: &'static str,
+    /// Its function in the source.
+    pub function: &'static str,
+    /// The source's text.
+    pub source: &'static str,
+    /// Macros of the variant, as the compiler takes them.
+    pub defines: &'static [&'static str],
+    /// Shared memory of a launch beyond what the source declares.
+    pub dynamic_shared_bytes: u32,
+}
+
+/// Headers that a source may include, by name.
+pub const HEADERS: [(&str, &str); 2] = [
+    ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("mma.cuh", include_str!("../../kernels/mma.cuh")),
+];
+
+const RMS_NORM: &str = include_str!("../../kernels/rms_norm.cu");
+const ROPE_WRITE_KV: &str = include_str!("../../kernels/rope_write_kv.cu");
+const SILU_MUL: &str = include_str!("../../kernels/silu_mul.cu");
+const GATHER: &str = include_str!("../../kernels/gather.cu");
+const SAMPLE: &str = include_str!("../../kernels/sample.cu");
+const DECODE_ATTENTION: &str = include_str!("../../kernels/decode_attention.cu");
+const PREFILL_ATTENTION: &str = include_str!("../../kernels/prefill_attention.cu");
+
+const HEAD_DIM_64: &[&str] = &["-DHEAD_DIM=64"];
+const HEAD_DIM_128: &[&str] = &["-DHEAD_DIM=128"];
+
+/// Every kernel, in the order of [`Kernel`].
+#[rustfmt::skip]
+pub const KERNELS: [KernelSpec; 10] = [
+    plain(Kernel::RmsNorm, "rms_norm", RMS_NORM),
+    plain(Kernel::RopeWriteKv, "rope_write_kv", ROPE_WRITE_KV),
+    plain(Kernel::SiluMul, "silu_mul", SILU_MUL),
+    plain(Kernel::GatherRows, "gather_rows", GATHER),
+    plain(Kernel::EmbedTokens, "embed_tokens", GATHER),
+    plain(Kernel::Sample, "sample", SAMPLE),
+    decode(Kernel::DecodeAttention64, "decode_attention_64", HEAD_DIM_64, 64),
+    decode(Kernel::DecodeAttention128, "decode_attention_128", HEAD_DIM_128, 128),
+    prefill(Kernel::PrefillAttention64, "prefill_attention_64", HEAD_DIM_64, 64, 64),
+    prefill(Kernel::PrefillAttention128, "prefill_attention_128", HEAD_DIM_128, 128, 32),
+];
+
+type Defines = &'static [&'static str];
+
+const fn plain(kernel: Kernel, name: &'static str, source: &'static str) -> KernelSpec {
+    let function = name;
+    KernelSpec { kernel, name, function, source, defines: &[], dynamic_shared_bytes: 0 }
+}
+
+/// 4 warps with 3 stages each of a block's keys and values.
+const fn decode(kernel: Kernel, name: &'static str, defines: Defines, head_dim: u32) -> KernelSpec {
+    let dynamic_shared_bytes = 4 * 3 * 2 * 16 * head_dim * 2;
+    let spec = plain(kernel, "decode_attention", DECODE_ATTENTION);
+    KernelSpec { name, defines, dynamic_shared_bytes, ..spec }
+}
+
+/// 128 query rows, and 2 stages of `num_keys` keys and values.
+const fn prefill(
+    kernel: Kernel,
+    name: &'static str,
+    defines: Defines,
+    head_dim: u32,
+    num_keys: u32,
+) -> KernelSpec {
+    let dynamic_shared_bytes = (128 + 2 * 2 * num_keys) * head_dim * 2;
+    let spec = plain(kernel, "prefill_attention", PREFILL_ATTENTION);
+    KernelSpec { name, defines, dynamic_shared_bytes, ..spec }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_in_the_order_of_the_kernels() {
+        for (index, spec) in KERNELS.iter().enumerate() {
+            assert_eq!(spec.kernel as usize, index, "{}", spec.name);
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! Paged attention against its reference on a GPU; skips where there is none.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a test fails by a panic and says what it measured"
+)]
+
+mod cuda_fixture;
+
+use cuda_fixture::{Random, assert_close, download, floats, kernels, poisoned};
+use half::bf16;
+use nano_kernels::cuda::attention::{
+    AttentionInput, DecodePlan, Heads, PrefillSequence, prefill_tiles,
+};
+use nano_kernels::cuda::{DeviceBuffer, Graph, Kernels};
+use nano_kernels::reference::attention::{PagedCache, paged_attention};
+
+const BLOCK_SIZE: usize = 16;
+/// Operands and weights are bf16, sums f32.
+const BOUND: f64 = 5e-3;
+
+/// New tokens of one sequence and the length of its cached prefix.
+#[derive(Clone, Copy, Debug)]
+struct Sequence {
+    prefix: usize,
+    num_tokens: usize,
+}
+
+/// A batch on both sides: scattered blocks, NaN wherever no key may be read.
+struct Case {
+    heads: Heads,
+    window: Option<u32>,
+    sequences: Vec<Sequence>,
+    max_blocks: usize,
+    tables: Vec<Vec<u32>>,
+    cache: Vec<bf16>,
+    query: Vec<bf16>,
+    cache_on: DeviceBuffer,
+    query_on: DeviceBuffer,
+    table_on: DeviceBuffer,
+}
+
+impl Case {
+    fn new(
+        kernels: &Kernels,
+        random: &mut Random,
+        heads: Heads,
+        window: Option<u32>,
+        sequences: &[Sequence],
+    ) -> Self {
+        let num_blocks_of =
+            |sequence: &Sequence| (sequence.prefix + sequence.num_tokens).div_ceil(BLOCK_SIZE);
+        let max_blocks = sequences.iter().map(num_blocks_of).max().unwrap() + 1;
+        let num_blocks: usize = sequences.iter().map(num_blocks_of).sum();
+        let mut free = random.shuffled(num_blocks + 1);
+        let tables: Vec<Vec<u32>> = sequences
+            .iter()
+            .map(|sequence| free.split_off(free.len() - num_blocks_of(sequence)))
+            .map(|table| table.into_iter().map(|block| block as u32).collect())
+            .collect();
+
+        let row_len = heads.head_dim;
+        let block_len = 2 * heads.num_kv_heads * BLOCK_SIZE * row_len;
+        let mut cache = random.values((num_blocks + 1) * block_len);
+        for (sequence, table) in sequences.iter().zip(&tables) {
+            let len = sequence.prefix + sequence.num_tokens;
+            for at in len..len.next_multiple_of(BLOCK_SIZE) {
+                let block = table[at / BLOCK_SIZE] as usize * block_len;
+                for head in 0..2 * heads.num_kv_heads {
+                    let row = block + (head * BLOCK_SIZE + at % BLOCK_SIZE) * row_len;
+                    cache[row..][..row_len].fill(bf16::NAN);
+                }
+            }
+        }
+        let num_tokens: usize = sequences.iter().map(|sequence| sequence.num_tokens).sum();
+        let query = random.values(num_tokens * heads.num_heads * row_len);
+
+        // Blocks that every token's window has left behind are gone from the table.
+        let visible_from = |sequence: &Sequence| {
+            window.map_or(0, |window| (sequence.prefix + 1).saturating_sub(window as usize))
+        };
+        let flat: Vec<i32> = sequences
+            .iter()
+            .zip(&tables)
+            .flat_map(|(sequence, table)| {
+                let first_block = visible_from(sequence) / BLOCK_SIZE;
+                (0..max_blocks).map(move |i| match table.get(i) {
+                    Some(&block) if i >= first_block => block as i32,
+                    _ => i32::MAX,
+                })
+            })
+            .collect();
+        let device = kernels.device();
+        Self {
+            cache_on: device.allocate_from(&cache).unwrap(),
+            query_on: device.allocate_from(&query).unwrap(),
+            table_on: device.allocate_from(&flat).unwrap(),
+            heads,
+            window,
+            sequences: sequences.to_vec(),
+            max_blocks,
+            tables,
+            cache,
+            query,
+        }
+    }
+
+    fn input(&self) -> AttentionInput {
+        AttentionInput {
+            query: self.query_on.address(),
+            cache: self.cache_on.address(),
+            block_table: self.table_on.address(),
+            max_blocks: self.max_blocks,
+            heads: self.heads,
+            window: self.window,
+        }
+    }
+
+    fn expected(&self) -> Vec<f32> {
+        let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
+        let data = floats(&self.cache);
+        let cache = PagedCache { data: &data, block_size: BLOCK_SIZE, num_kv_heads, head_dim };
+        let query = floats(&self.query);
+        let mut rows = query.chunks(num_heads * head_dim);
+        let mut expected = Vec::with_capacity(query.len());
+        for (sequence, table) in self.sequences.iter().zip(&self.tables) {
+            for token in 0..sequence.num_tokens {
+                let position = sequence.prefix + token;
+                let window = self.window.map(|window| window as usize);
+                let row = rows.next().unwrap();
+                expected.extend(paged_attention(row, cache, table, position, window));
+            }
+        }
+        expected
+    }
+
+    fn decode(&self, kernels: &Kernels, plan: &DecodePlan) -> Vec<f32> {
+        let device = kernels.device();
+        let lengths: Vec<i32> =
+            self.sequences.iter().map(|s| (s.prefix + s.num_tokens) as i32).collect();
+        let length_on = device.allocate_from(&lengths).unwrap();
+        let out = poisoned(device, self.query.len());
+        // SAFETY: every buffer was allocated with the size of its shape; lengths fit the tables.
+        unsafe {
+            kernels.decode_attention(
+                plan,
+                &self.input(),
+                out.address(),
+                length_on.address(),
+                lengths.len(),
+            )
+        }
+        .unwrap();
+        download(&out)
+    }
+
+    fn prefill(&self, kernels: &Kernels) -> Vec<f32> {
+        let device = kernels.device();
+        let mut first_token = 0;
+        let sequences: Vec<PrefillSequence> = self
+            .sequences
+            .iter()
+            .enumerate()
+            .map(|(sequence, &Sequence { prefix, num_tokens })| {
+                first_token += num_tokens;
+                PrefillSequence {
+                    sequence,
+                    first_token: first_token - num_tokens,
+                    num_tokens,
+                    first_position: prefix,
+                }
+            })
+            .collect();
+        let tiles = prefill_tiles(self.heads, &sequences);
+        let tiles_on = device.allocate_from(&tiles).unwrap();
+        let out = poisoned(device, self.query.len());
+        // SAFETY: every buffer was allocated with the size of its shape; positions fit the tables.
+        unsafe {
+            kernels.prefill_attention(&self.input(), out.address(), tiles_on.address(), tiles.len())
+        }
+        .unwrap();
+        download(&out)
+    }
+}
+
+fn lengths(lengths: &[usize]) -> Vec<Sequence> {
+    lengths.iter().map(|&length| Sequence { prefix: length - 1, num_tokens: 1 }).collect()
+}
+
+const fn heads(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> Heads {
+    Heads { num_heads, num_kv_heads, head_dim }
+}
+
+const MANY_HEADS: [Heads; 8] = [
+    heads(32, 8, 128),
+    heads(32, 8, 64),
+    heads(8, 1, 128),
+    heads(4, 4, 64),
+    heads(6, 2, 128),
+    heads(10, 2, 64),
+    heads(14, 2, 128),
+    heads(12, 2, 64),
+];
+
+#[test]
+fn one_token_sees_all_keys_of_its_sequence() {
+    let Some(kernels) = kernels() else { return };
+    let mut random = Random(8);
+    for heads in MANY_HEADS {
+        let plan = DecodePlan::new(kernels.device(), heads, 70).unwrap();
+        for batch in
+            [vec![1], vec![16], vec![17], vec![513], vec![3000], vec![1, 16, 31, 2, 700, 64]]
+        {
+            let case = Case::new(&kernels, &mut random, heads, None, &lengths(&batch));
+            let what = format!("decode {batch:?}, {heads:?}");
+            assert_close(&what, &case.decode(&kernels, &plan), &case.expected(), BOUND);
+        }
+    }
+    let heads = heads(32, 8, 128);
+    let plan = DecodePlan::new(kernels.device(), heads, 70).unwrap();
+    let batch: Vec<usize> = (0..70).map(|_| 1 + random.below(200)).collect();
+    let case = Case::new(&kernels, &mut random, heads, None, &lengths(&batch));
+    assert_close("decode 70 sequences", &case.decode(&kernels, &plan), &case.expected(), BOUND);
+}
+
+#[test]
+fn one_token_sees_its_window_alone() {
+    let Some(kernels) = kernels() else { return };
+    let mut random = Random(9);
+    for heads in [heads(32, 8, 128), heads(6, 2, 64)] {
+        let plan = DecodePlan::new(kernels.device(), heads, 8).unwrap();
+        for window in [1, 15, 16, 17, 100, 4096] {
+            let batch = [1, 15, 16, 17, 99, 1000, 4500];
+            let case = Case::new(&kernels, &mut random, heads, Some(window), &lengths(&batch));
+            let what = format!("decode, window {window}, {heads:?}");
+            assert_close(&what, &case.decode(&kernels, &plan), &case.expected(), BOUND);
+        }
+    }
+}
+
+#[test]
+fn a_context_of_32k_is_read_to_the_end() {
+    let Some(kernels) = kernels() else { return };
+    let mut random = Random(10);
+    for (heads, window) in
+        [(heads(32, 8, 128), None), (heads(32, 8, 64), None), (heads(32, 8, 128), Some(4096))]
+    {
+        let plan = DecodePlan::new(kernels.device(), heads, 2).unwrap();
+        let case = Case::new(&kernels, &mut random, heads, window, &lengths(&[32_768, 32_767]));
+        let what = format!("decode 32k, window {window:?}, {heads:?}");
+        assert_close(&what, &case.decode(&kernels, &plan), &case.expected(), BOUND);
+        let chunk = [Sequence { prefix: 32_768 - 70, num_tokens: 70 }];
+        let case = Case::new(&kernels, &mut random, heads, window, &chunk);
+        let what = format!("prefill at 32k, window {window:?}, {heads:?}");
+        assert_close(&what, &case.prefill(&kernels), &case.expected(), BOUND);
+    }
+}
+
+#[test]
+fn new_tokens_see_the_prefix_and_each_other_causally() {
+    let Some(kernels) = kernels() else { return };
+    let mut random = Random(11);
+    for heads in MANY_HEADS {
+        for batch in [
+            &[(0, 1)][..],
+            &[(0, 16)],
+            &[(0, 33)],
+            &[(15, 17)],
+            &[(0, 70), (100, 33), (45, 1), (0, 128), (511, 2)],
+            &[(640, 300)],
+        ] {
+            let sequences: Vec<Sequence> =
+                batch.iter().map(|&(prefix, num_tokens)| Sequence { prefix, num_tokens }).collect();
+            let case = Case::new(&kernels, &mut random, heads, None, &sequences);
+            let what = format!("prefill {batch:?}, {heads:?}");
+            assert_close(&what, &case.prefill(&kernels), &case.expected(), BOUND);
+        }
+    }
+}
+
+#[test]
+fn new_tokens_see_their_windows_alone() {
+    let Some(kernels) = kernels() else { return };
+    let mut random = Random(12);
+    for heads in [heads(32, 8, 128), heads(6, 2, 64), heads(2, 2, 128)] {
+        for window in [1, 16, 17, 100, 1000] {
+            let sequences = [(0, 1), (0, 300), (900, 150), (2000, 40)]
+                .map(|(prefix, num_tokens)| Sequence { prefix, num_tokens });
+            let case = Case::new(&kernels, &mut random, heads, Some(window), &sequences);
+            let what = format!("prefill, window {window}, {heads:?}");
+            assert_close(&what, &case.prefill(&kernels), &case.expected(), BOUND);
+        }
+    }
+}
+
+#[test]
+fn one_graph_serves_any_lengths_and_a_padding_row_gets_zeros() {
+    let Some(kernels) = kernels() else { return };
+    let device = kernels.device();
+    let mut random = Random(13);
+    let heads = heads(32, 8, 128);
+    let longest = [2000; 5];
+    let mut case = Case::new(&kernels, &mut random, heads, None, &lengths(&longest));
+    let plan = DecodePlan::new(device, heads, 5).unwrap();
+    let length_on = device.allocate_from(&[0_i32; 5]).unwrap();
+    let out = poisoned(device, case.query.len());
+    let graph = Graph::capture(device, || {
+        // SAFETY: every buffer was allocated with the size of its shape and outlives the graph.
+        unsafe {
+            kernels.decode_attention(&plan, &case.input(), out.address(), length_on.address(), 5)
+        }
+    })
+    .unwrap();
+    for batch in [[2000, 1, 16, 500, 1999], [3, 700, 2, 33, 64], [1, 1, 1, 1, 1]] {
+        let mut on_device: Vec<i32> = batch.iter().map(|&length| length as i32).collect();
+        on_device[3] = 0;
+        length_on.upload(0, &on_device).unwrap();
+        case.sequences = lengths(&batch);
+        let mut expected = case.expected();
+        let row_len = heads.num_heads * heads.head_dim;
+        expected[3 * row_len..4 * row_len].fill(0.0);
+        out.fill(0xff).unwrap();
+        graph.launch().unwrap();
+        assert_close(&format!("graph at {on_device:?}"), &download(&out), &expected, BOUND);
+        let first = download(&out);
+        graph.launch().unwrap();
+        assert_eq!(download(&out), first, "equal launches give equal bits");
+    }
+}
