@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 TORCH   = $(shell $(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("torch").origin))')
 # libtorch, and the NVRTC that compiles every CUDA kernel, also where there is no GPU.
 LIBRARIES = $(TORCH)/lib:$(TORCH)/../nvidia/cu13/lib
-SOURCES := $(shell find crates Cargo.toml Cargo.lock -name '*.rs' -o -name '*.toml' -o -name '*.lock')
+SOURCES := $(shell find crates Cargo.toml Cargo.lock -name '*.rs' -o -name '*.toml' -o -name '*.cu*' -o -name '*.lock')
 
 # torch-sys asks this environment's Python where libtorch is.
 export VIRTUAL_ENV := $(VENV)

@@ -99,11 +99,18 @@ class Engine:
                 continue
             if isinstance(count, bool) or not isinstance(count, int):
                 raise TypeError(f"{name} must be an integer, got {count!r}")
-            if not least <= count < 2**32:
-                message = f"{name} must be in [{least}, {2**32 - 1}], got {count}"
+            most = 1024 if name == "num_threads" else 2**32 - 1
+            if not least <= count <= most:
+                message = f"{name} must be in [{least}, {most}], got {count}"
                 raise InvalidRequestError(message, "invalid_config")
         if kv_cache_gib is not None and not 0 < kv_cache_gib < 2**20:
             message = f"kv_cache_gib must be above 0 and below {2**20}, got {kv_cache_gib}"
+            raise InvalidRequestError(message, "invalid_config")
+        if kv_cache_gib is not None and num_blocks is not None:
+            message = f"kv_cache_gib {kv_cache_gib} and num_blocks {num_blocks} exclude each other"
+            raise InvalidRequestError(message, "invalid_config")
+        if not -(2**63) <= seed < 2**63:
+            message = f"seed must be in [-2**63, 2**63), got {seed}"
             raise InvalidRequestError(message, "invalid_config")
         self.model_dir = _find_model(model, revision)
         self._native = _native.Engine(
@@ -138,7 +145,7 @@ class Engine:
             use_tqdm: Whether to show progress, if stderr is a terminal.
 
         Raises:
-            InvalidRequestError: A prompt or parameter does not hold; none of the prompts is run.
+            InvalidRequestError: A prompt or parameter does not hold; those before it are aborted.
 
         """
         many: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
@@ -278,10 +285,11 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...], hint: str) ->
 
 def _find_model(model: str | os.PathLike[str] | None, revision: str | None) -> Path:
     """Return the directory of a model, downloading a hub id first."""
-    if model is None:
-        return EMBEDDED_MODEL
-    path = Path(model)
-    if path.exists() or path.is_absolute() or not _looks_like_hub_id(os.fspath(model)):
+    path = EMBEDDED_MODEL if model is None else Path(model)
+    if revision is not None and (model is None or path.exists()):
+        message = f"revision {revision!r} is for hub ids, but {str(path)!r} is a directory"
+        raise InvalidRequestError(message, "invalid_config")
+    if model is None or path.exists() or path.is_absolute() or not _looks_like_hub_id(os.fspath(model)):
         return path
     try:
         from huggingface_hub import snapshot_download

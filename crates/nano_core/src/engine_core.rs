@@ -67,6 +67,8 @@ impl<E: Executor> EngineCore<E> {
         let step = self.scheduler.schedule();
         let launched = !step.sequences.is_empty();
         if launched {
+            let (sequences, preempted) = (step.sequences.len(), step.num_preempted);
+            tracing::debug!(step = step.step, tokens = step.num_tokens, sequences, preempted);
             self.executor.launch(&step)?;
             self.executor.sample(&self.scheduler.token_masks(&step))?;
             self.in_flight.push_back(step);

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -88,7 +88,8 @@ pub struct Engine {
     outputs: Sender<Output>,
     threads: Mutex<Option<Threads>>,
     is_closed: AtomicBool,
-    next_request: AtomicU64,
+    /// Taken by valid requests only: the seeds of unseeded ones derive from it.
+    next_request: Mutex<u64>,
     limits: RequestLimits,
     tokenizer: Option<Tokenizer>,
     /// Where a missing tokenizer is missing.
@@ -201,7 +202,7 @@ impl Engine {
             outputs,
             threads: Mutex::new(Some(Threads { engine, output, engine_done })),
             is_closed: AtomicBool::new(false),
-            next_request: AtomicU64::new(0),
+            next_request: Mutex::new(0),
             limits,
             tokenizer: config.tokenizer,
             model_dir: PathBuf::new(),
@@ -250,9 +251,12 @@ impl Engine {
             Prompt::Tokens(tokens) => tokens,
             Prompt::Text(text) => self.encode(&text)?,
         };
-        let id = RequestId(self.next_request.fetch_add(1, Ordering::Relaxed));
-        let request = Request::new(id, prompt.clone(), kind, &self.limits)?;
         let decoder = TextDecoder::new(tokenizer, &prompt, text)?;
+        let mut next_request = self.next_request.lock();
+        let id = RequestId(*next_request);
+        let request = Request::new(id, prompt.clone(), kind, &self.limits)?;
+        *next_request += 1;
+        drop(next_request);
         let mailbox = Arc::new(Mailbox::new());
         let registered = Registered {
             decoder,
@@ -328,13 +332,13 @@ impl Engine {
     /// Calling it again does nothing.
     pub fn close(&self) {
         self.is_closed.store(true, Ordering::Release);
+        if std::process::id() != self.owner {
+            // A forked child has no such threads to wait for, and must not touch their locks.
+            return;
+        }
         let Some(threads) = self.threads.lock().take() else { return };
         let _ = self.commands.send(Command::Close);
         let _ = self.outputs.send(Output::Close);
-        if std::process::id() != self.owner {
-            // A forked child has no such threads to wait for.
-            return;
-        }
         let _ = threads.output.join();
         match threads.engine_done.recv_timeout(CLOSE_GRACE) {
             Err(RecvTimeoutError::Timeout) => {

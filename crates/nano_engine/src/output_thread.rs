@@ -1,13 +1,14 @@
 //! The thread that turns tokens into text and serves every reader.
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
 use nano_core::{FinishReason, RequestId, TokenEvent, TokenId};
 use nano_text::TextDecoder;
 
-use crate::engine_thread::Command;
+use crate::engine_thread::{Command, panic_message};
 use crate::error::{Error, Result};
 use crate::stream::{Finish, Mailbox, StopReason};
 
@@ -48,7 +49,7 @@ pub(crate) fn run(outputs: &Receiver<Output>, commands: &Sender<Command>) {
             },
             Output::Events(events) => {
                 for event in events {
-                    deliver(&mut requests, event, commands);
+                    deliver_or_fail(&mut requests, event, commands);
                 }
             }
             Output::Failed { message } => {
@@ -72,6 +73,23 @@ fn fail_all(requests: &mut HashMap<RequestId, Registered>, error: impl Fn() -> E
     for (_, request) in requests.drain() {
         request.mailbox.fail(error());
     }
+}
+
+/// A panic while one request's text is made ends that request, not the thread that serves all.
+fn deliver_or_fail(
+    requests: &mut HashMap<RequestId, Registered>,
+    event: TokenEvent,
+    commands: &Sender<Command>,
+) {
+    let id = event.request;
+    let delivered = catch_unwind(AssertUnwindSafe(|| deliver(requests, event, commands)));
+    let Err(panic) = delivered else { return };
+    let message = format!("making text panicked: {}", panic_message(panic.as_ref()));
+    tracing::error!("request {id}: {message}");
+    if let Some(request) = requests.remove(&id) {
+        request.mailbox.fail(Error::EngineFailed { message });
+    }
+    let _ = commands.send(Command::Abort(id));
 }
 
 fn deliver(

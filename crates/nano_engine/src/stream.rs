@@ -133,6 +133,7 @@ pub struct RequestStream {
     prompt: Vec<TokenId>,
     mailbox: Arc<Mailbox>,
     commands: Sender<Command>,
+    owner: u32,
 }
 
 impl RequestStream {
@@ -142,7 +143,7 @@ impl RequestStream {
         mailbox: Arc<Mailbox>,
         commands: Sender<Command>,
     ) -> Self {
-        Self { id, prompt, mailbox, commands }
+        Self { id, prompt, mailbox, commands, owner: std::process::id() }
     }
 
     /// The id to abort it by.
@@ -161,6 +162,10 @@ impl RequestStream {
     /// # Errors
     /// The typed reason why the stream breaks off, once, after all news before it.
     pub fn next(&mut self, deadline: Option<Instant>) -> Result<Option<Delta>> {
+        let (owner, here) = (self.owner, std::process::id());
+        if here != owner {
+            return Err(Error::UsedAfterFork { owner, here });
+        }
         let mut state = self.mailbox.state.lock();
         loop {
             if state.has_news {
@@ -218,7 +223,8 @@ impl Delta {
 
 impl Drop for RequestStream {
     fn drop(&mut self) {
-        if !self.mailbox.state.lock().is_over {
+        // In a forked child nobody serves the request, and its lock may be held for ever.
+        if std::process::id() == self.owner && !self.mailbox.state.lock().is_over {
             // The engine may be gone, and with it the request.
             let _ = self.commands.send(Command::Abort(self.id));
         }

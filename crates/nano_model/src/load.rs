@@ -96,12 +96,15 @@ pub fn load(dir: &Path, options: &ModelOptions) -> Result<(CpuExecutor, ModelInf
     if let Some(num_threads) = options.num_threads {
         tch::set_num_threads(num_threads as i32);
     }
-    let _no_grad = tch::no_grad_guard();
     tch::manual_seed(options.seed as i64);
     let spec = config.spec.clone();
     let backend = TchBackend::new(spec.clone(), kind, room.num_blocks, options.block_size)?;
     let source = Source { map: map.as_ref(), backend: &backend };
-    let model = load_decoder(&spec, &source)?;
+    // The guard puts back what it found when it is dropped: this one ends before the executor's.
+    let model = {
+        let _no_grad = tch::no_grad_guard();
+        load_decoder(&spec, &source)?
+    };
     let info = ModelInfo {
         vocab_size: spec.vocab_size as u32,
         max_model_len: room.max_model_len,
@@ -163,44 +166,52 @@ impl CacheRoom {
         let bad = |name, range: String, value: u64| {
             Err(Error::BadOption { name, range, value: value.to_string() })
         };
-        let most = config.max_position_embeddings;
-        if let Some(len) = options.max_model_len.filter(|len| *len > most) {
-            let range = format!("at most the model's max_position_embeddings {most}");
+        let longest = config.max_position_embeddings;
+        if let Some(len) = options.max_model_len.filter(|len| *len > longest) {
+            let range = format!("at most the model's max_position_embeddings {longest}");
             return bad("max_model_len", range, len.into());
         }
-        let len = u64::from(options.max_model_len.unwrap_or(most));
+        let len = u64::from(options.max_model_len.unwrap_or(longest));
         let block_size = u64::from(options.block_size);
         if block_size == 0 || block_size > 1 << 16 {
             return bad("block_size", format!("in [1, {}]", 1 << 16), block_size);
         }
-        let token_bytes = config.spec.kv_elements_per_token() as u64 * element_bytes;
-        let block_bytes = token_bytes * block_size;
-        let given = options.kv_cache_bytes;
-        let num_blocks = match (options.num_blocks, given) {
-            (Some(num_blocks), _) => u64::from(num_blocks),
-            (None, Some(bytes)) => bytes / block_bytes,
+        // Each of a config's sizes is bounded, their product is not.
+        let token_bytes = config.spec.kv_elements_per_token() as u128 * u128::from(element_bytes);
+        let block_bytes = u64::try_from(token_bytes * u128::from(block_size)).ok();
+        let block_bytes = block_bytes.filter(|bytes| *bytes < 1 << 40).ok_or_else(|| {
+            let reason = format!("make a KV cache block of {token_bytes} bytes a token");
+            Error::BadConfig { field: "its sizes".to_owned(), reason }
+        })?;
+        let free = available_bytes().saturating_sub(num_parameters(&config.spec) * element_bytes);
+        let (name, num_blocks) = match (options.num_blocks, options.kv_cache_bytes) {
+            (Some(num_blocks), _) => ("num_blocks", u64::from(num_blocks)),
+            (None, Some(bytes)) => ("kv_cache_gib", bytes / block_bytes),
             (None, None) => {
                 let full = len.div_ceil(block_size) * DEFAULT_FULL_SEQUENCES;
-                let memory = (available_bytes() / 4).min(DEFAULT_MOST_CACHE_BYTES);
-                full.min(memory / block_bytes)
+                let memory = (free / 4).min(DEFAULT_MOST_CACHE_BYTES);
+                ("kv_cache_gib", full.min(memory / block_bytes).max(1))
             }
         };
-        if num_blocks == 0 {
-            let range = format!("at least one block: {block_bytes} bytes of KV cache");
-            return bad("kv_cache_gib", range, given.unwrap_or(0));
-        }
-        // A slot's number has 32 bits, and its tensor's size must be one that can be asked for.
-        let most_blocks = (u64::from(u32::MAX) / block_size).min((1 << 46) / block_bytes);
-        if num_blocks > most_blocks {
-            return bad("num_blocks", format!("at most {most_blocks} here"), num_blocks);
+        // A slot's number has 32 bits, and the whole cache is touched when it is zeroed.
+        let most = (u64::from(u32::MAX) / block_size).min(free / block_bytes);
+        if num_blocks == 0 || num_blocks > most {
+            let range = format!(
+                "from 1 to {most} blocks of {:.6} GiB: {:.1} GiB of memory are free",
+                gib(block_bytes),
+                gib(free)
+            );
+            return bad(name, range, num_blocks);
         }
         let room = (num_blocks * block_size).min(u64::from(u32::MAX)) as u32;
         let max_model_len = match options.max_model_len {
             Some(len) => len,
-            None => most.min(room),
+            None => longest.min(room),
         };
-        if max_model_len < most && options.max_model_len.is_none() {
-            tracing::warn!("max_model_len is lowered from {most} to the KV cache's {room} tokens");
+        if max_model_len < longest && options.max_model_len.is_none() {
+            tracing::warn!(
+                "max_model_len is lowered from {longest} to the KV cache's {room} tokens"
+            );
         }
         Ok(Self { num_blocks: num_blocks as u32, max_model_len, bytes: num_blocks * block_bytes })
     }

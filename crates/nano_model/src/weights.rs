@@ -8,7 +8,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use memmap2::{Advice, Mmap, UncheckedAdvice};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
 use crate::config::{CheckpointDtype, read_json};
 use crate::error::{Error, Result};
@@ -63,19 +63,18 @@ impl WeightMap {
         let _ = map.advise(Advice::Sequential);
         let header_len = header_len(&map).map_err(bad)?;
         let data_start = 8 + header_len;
-        let (_, metadata) = SafeTensors::read_metadata(&map)
-            .map_err(|error| bad(format!("has a malformed safetensors header: {error}")))?;
+        let (_, metadata) = SafeTensors::read_metadata(&map).map_err(|error| match error {
+            SafeTensorError::MetadataIncompleteBuffer => bad(format!(
+                "is truncated or has bytes too many: its tensors do not end at byte {}, where the \
+                 file does",
+                map.len()
+            )),
+            error => bad(format!("has a malformed safetensors header: {error}")),
+        })?;
         let shard = self.shards.len();
         for name in metadata.offset_keys() {
             let Some(info) = metadata.info(&name) else { continue };
             let (start, end) = (data_start + info.data_offsets.0, data_start + info.data_offsets.1);
-            if end > map.len() {
-                let reason = format!(
-                    "is truncated: tensor {name} ends at byte {end}, but the file has {}",
-                    map.len()
-                );
-                return Err(bad(reason));
-            }
             let entry = Entry { shard, dtype: info.dtype, shape: info.shape.clone(), start, end };
             self.entries.insert(name, entry);
         }

@@ -59,7 +59,7 @@ fn count(name: &str, least: u32, value: &Bound<'_, PyAny>) -> PyResult<u32> {
 impl SamplingParams {
     #[new]
     #[pyo3(signature = (*, n=None, temperature=1.0, top_p=1.0, top_k=None, min_p=0.0, seed=None,
-        stop=None, stop_token_ids=None, ignore_eos=false, max_tokens=None, min_tokens=None, detokenize=true,
+        stop=None, stop_token_ids=None, ignore_eos=false, max_tokens=Some(16), min_tokens=None, detokenize=true,
         skip_special_tokens=true, include_stop_str_in_output=false, **unsupported))]
     #[expect(clippy::too_many_arguments, reason = "the keywords of a Python constructor")]
     #[expect(clippy::fn_params_excessive_bools, reason = "vLLM's flags")]
@@ -74,7 +74,7 @@ impl SamplingParams {
         stop: Option<Stop>,
         stop_token_ids: Option<Vec<Bound<'_, PyAny>>>,
         ignore_eos: bool,
-        max_tokens: Option<&Bound<'_, PyAny>>,
+        max_tokens: Option<i128>,
         min_tokens: Option<&Bound<'_, PyAny>>,
         detokenize: bool,
         skip_special_tokens: bool,
@@ -106,7 +106,17 @@ impl SamplingParams {
             seed: seed.map(|seed| seed_bits(seed)).transpose()?,
             stop_token_ids: stop_token_ids.collect::<PyResult<Vec<_>>>()?.into(),
             ignore_eos,
-            max_tokens: max_tokens.map_or(Ok(16), |value| count("max_tokens", 1, value))?,
+            // vLLM's None: as many as max_model_len leaves.
+            max_tokens: match max_tokens {
+                None => u32::MAX,
+                Some(value) => {
+                    u32::try_from(value).ok().filter(|count| *count >= 1).ok_or_else(|| {
+                        let most = u32::MAX;
+                        let message = format!("max_tokens must be in [1, {most}], got {value}");
+                        invalid(py, &message, "invalid_sampling_params")
+                    })?
+                }
+            },
             min_tokens: min_tokens.map_or(Ok(0), |value| count("min_tokens", 0, value))?,
         };
         core.validate().map_err(|error| to_py(py, &error.into()))?;

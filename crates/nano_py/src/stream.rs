@@ -46,6 +46,8 @@ impl RequestStream {
         let mut all = Delta::default();
         while let Some(delta) = self.wait_next(py)? {
             all.absorb(delta);
+            // Also while tokens keep coming.
+            py.check_signals()?;
         }
         Ok(all)
     }

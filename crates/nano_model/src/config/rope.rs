@@ -27,6 +27,12 @@ pub(super) fn parse(fields: &Fields<'_>) -> Result<RopeSpec> {
     let empty = Value::Object(serde_json::Map::new());
     let name = if fields.has("rope_parameters") { "rope_parameters" } else { "rope_scaling" };
     let scaling = fields.get(name).unwrap_or(&empty);
+    if let Some(nested) =
+        scaling.as_object().and_then(|all| all.iter().find(|(_, v)| v.is_object()))
+    {
+        let reason = format!("has its own parameters for {}, which is not supported", nested.0);
+        return Err(fields.bad(name, reason));
+    }
     let kind = ["rope_type", "type"].iter().find_map(|name| scaling.get(name)?.as_str());
     // The type belongs to the message: it says which fields are needed.
     let prefix = kind.map_or(format!("{name}."), |kind| format!("{name} of type {kind}: "));
