@@ -289,7 +289,12 @@ def _find_model(model: str | os.PathLike[str] | None, revision: str | None) -> P
     if revision is not None and (model is None or path.exists()):
         message = f"revision {revision!r} is for hub ids, but {str(path)!r} is a directory"
         raise InvalidRequestError(message, "invalid_config")
-    if model is None or path.exists() or path.is_absolute() or not _looks_like_hub_id(os.fspath(model)):
+    if (
+        model is None
+        or path.exists()
+        or path.is_absolute()
+        or not _looks_like_hub_id(os.fspath(model))
+    ):
         return path
     try:
         from huggingface_hub import snapshot_download

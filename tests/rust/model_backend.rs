@@ -140,9 +140,9 @@ impl Reference {
         let window = self.spec.layers[layer].window.map(|window| window as usize);
         let mut output = Vec::new();
         for sequence in &batch.sequences {
-            for row in sequence.first_row..sequence.first_row + sequence.num_rows {
-                let position = batch.positions[row] as usize;
-                let (query, table) = (&queries[row], &sequence.block_table);
+            let rows = sequence.first_row..sequence.first_row + sequence.num_rows;
+            for (query, &position) in queries[rows.clone()].iter().zip(&batch.positions[rows]) {
+                let (position, table) = (position as usize, &sequence.block_table);
                 output.extend(paged_attention(query, self.cache(), table, position, window));
             }
         }
