@@ -48,7 +48,7 @@ class SamplingParams:
         stop: str | list[str] | None = None,
         stop_token_ids: list[int] | None = None,
         ignore_eos: bool = False,
-        max_tokens: int | None = 16,
+        max_tokens: int | None = ...,  # 16; None is as many as max_model_len leaves
         min_tokens: int | None = None,
         detokenize: bool = True,
         skip_special_tokens: bool = True,

@@ -109,6 +109,8 @@ class Engine:
         if kv_cache_gib is not None and num_blocks is not None:
             message = f"kv_cache_gib {kv_cache_gib} and num_blocks {num_blocks} exclude each other"
             raise InvalidRequestError(message, "invalid_config")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an integer, got {seed!r}")
         if not -(2**63) <= seed < 2**63:
             message = f"seed must be in [-2**63, 2**63), got {seed}"
             raise InvalidRequestError(message, "invalid_config")
