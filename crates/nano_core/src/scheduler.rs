@@ -74,8 +74,8 @@ pub struct SchedulerStats {
 pub struct Scheduler {
     config: SchedulerConfig,
     cache: KvCacheManager,
-    /// Ascending by id, that is by arrival. All hold blocks, and every one in `running` is older
-    /// than every one in `waiting`, except where `max_num_seqs` or the blocks ran out meanwhile.
+    /// Ascending by id, that is by arrival, and each older than every one in `waiting`: whoever
+    /// joins was the oldest there, and whoever is preempted was the newest here. All hold blocks.
     running: Vec<Sequence>,
     /// Ascending by id. None holds a block.
     waiting: VecDeque<Sequence>,
@@ -200,8 +200,7 @@ impl Scheduler {
         let Some(mut sequence) = self.running.pop() else { return };
         let blocks = sequence.preempt();
         self.cache.free(blocks, sequence.last_step);
-        let place = self.waiting.partition_point(|other| other.id < sequence.id);
-        self.waiting.insert(place, sequence);
+        self.waiting.push_front(sequence);
         step.num_preempted += 1;
         self.num_preemptions += 1;
     }
@@ -221,8 +220,7 @@ impl Scheduler {
                 return;
             }
             push_scheduled(step, &mut sequence, num_tokens);
-            let place = self.running.partition_point(|other| other.id < sequence.id);
-            self.running.insert(place, sequence);
+            self.running.push(sequence);
         }
     }
 
@@ -330,8 +328,7 @@ impl Scheduler {
     pub fn check_invariants(&self) {
         let everyone = || self.running.iter().chain(&self.waiting);
         self.cache.check_invariants(everyone().map(|sequence| &sequence.block_table));
-        assert!(self.running.is_sorted_by_key(|sequence| sequence.id), "running out of order");
-        assert!(self.waiting.iter().is_sorted_by_key(|s| s.id), "waiting out of order");
+        assert!(everyone().is_sorted_by_key(|sequence| sequence.id), "out of order");
         assert!(self.running.len() <= self.config.max_num_seqs as usize, "too many run");
         for sequence in &self.waiting {
             assert!(sequence.block_table.is_empty(), "a waiting sequence holds blocks");
@@ -447,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "waiting out of order")]
+    #[should_panic(expected = "out of order")]
     fn the_check_sees_a_queue_out_of_order() {
         let mut scheduler = scheduler();
         scheduler.waiting.extend(scheduler.running.pop());
