@@ -4,6 +4,8 @@
 //! kernel composes its plain ones. Operators only enqueue, so that a captured graph of a device is
 //! the forward pass run once under capture.
 
+mod attention_plan;
+mod bridge;
 pub mod tch;
 
 use crate::batch::Batch;

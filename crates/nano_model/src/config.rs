@@ -51,6 +51,16 @@ impl DecoderSpec {
         (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
     }
 
+    /// Elements of all parameters.
+    pub fn num_parameters(&self) -> u128 {
+        let wide = |size: usize| size as u128;
+        let hidden = wide(self.hidden_size);
+        let attention = wide(self.qkv_size() + self.num_heads * self.head_dim) * hidden;
+        let layer = attention + 3 * wide(self.intermediate_size) * hidden + 2 * hidden;
+        let embeddings = if self.tied { 1 } else { 2 } * wide(self.vocab_size) * hidden;
+        layer * wide(self.layers.len()) + embeddings + hidden
+    }
+
     /// Elements of keys and values that one token keeps over all layers.
     pub fn kv_elements_per_token(&self) -> usize {
         self.layers.len() * 2 * self.num_kv_heads * self.head_dim

@@ -61,7 +61,7 @@ impl CpuExecutor {
     fn run(&mut self, step: &ScheduleOutput) -> Result<()> {
         let batch = Batch::new(step, self.capacity.block_size, &self.previous);
         let logits = forward(&mut self.backend, &self.model, &batch)?;
-        self.logits = self.backend.to_host(&logits)?;
+        self.backend.to_host(&logits, &mut self.logits)?;
         self.step = step.clone();
         Ok(())
     }

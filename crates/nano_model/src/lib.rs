@@ -8,6 +8,7 @@ pub mod backend;
 pub mod batch;
 pub mod config;
 pub mod decoder;
+mod dummy;
 pub mod error;
 pub mod executor;
 pub mod load;

@@ -10,14 +10,17 @@ use tch::{Kind, Tensor};
 use crate::backend::tch::TchBackend;
 use crate::config::{CheckpointDtype, DecoderSpec, GenerationDefaults, ModelConfig};
 use crate::decoder::{Decoder, Layer};
+use crate::dummy::DummyWeights;
 use crate::error::{Error, Result};
 use crate::executor::CpuExecutor;
-use crate::weights::WeightMap;
+use crate::weights::{TensorBytes, WeightMap};
 
 /// The KV cache holds this many sequences of full length, if memory allows and nobody says more.
 const DEFAULT_FULL_SEQUENCES: u64 = 16;
 /// The largest KV cache that nobody asked for.
 const DEFAULT_MOST_CACHE_BYTES: u64 = 4 << 30;
+/// More threads than a machine has cores.
+const MAX_THREADS: usize = 4096;
 
 /// The data type of weights, activations and cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +79,8 @@ pub struct ModelInfo {
     pub dtype: &'static str,
     /// Bytes of all parameters.
     pub weight_bytes: u64,
+    /// Blocks of the KV cache.
+    pub num_blocks: u32,
     /// Bytes of the KV cache.
     pub kv_cache_bytes: u64,
 }
@@ -94,12 +99,19 @@ pub fn load(dir: &Path, options: &ModelOptions) -> Result<(CpuExecutor, ModelInf
     let element_bytes = kind.elt_size_in_bytes() as u64;
     let room = CacheRoom::new(&config, options, element_bytes)?;
     if let Some(num_threads) = options.num_threads {
+        if !(1..=MAX_THREADS).contains(&num_threads) {
+            let (range, value) = (format!("in [1, {MAX_THREADS}]"), num_threads.to_string());
+            return Err(Error::BadOption { name: "num_threads", range, value });
+        }
         tch::set_num_threads(num_threads as i32);
     }
-    tch::manual_seed(options.seed as i64);
     let spec = config.spec.clone();
     let backend = TchBackend::new(spec.clone(), kind, room.num_blocks, options.block_size)?;
-    let source = Source { map: map.as_ref(), backend: &backend };
+    let dummy = DummyWeights::new(options.seed);
+    let dtype =
+        if kind == Kind::Float { CheckpointDtype::Float32 } else { CheckpointDtype::BFloat16 };
+    let weights = map.as_ref().map_or(Weights::Dummy(&dummy, dtype), Weights::Checkpoint);
+    let source = Source { weights, backend: &backend };
     // The guard puts back what it found when it is dropped: this one ends before the executor's.
     let model = {
         let _no_grad = tch::no_grad_guard();
@@ -111,7 +123,8 @@ pub fn load(dir: &Path, options: &ModelOptions) -> Result<(CpuExecutor, ModelInf
         eos_token_ids: config.eos_token_ids,
         generation: config.generation,
         dtype: if kind == Kind::Float { "float32" } else { "bfloat16" },
-        weight_bytes: num_parameters(&spec) * element_bytes,
+        weight_bytes: spec.num_parameters() as u64 * element_bytes,
+        num_blocks: room.num_blocks,
         kv_cache_bytes: room.bytes,
     };
     tracing::info!(
@@ -183,7 +196,8 @@ impl CacheRoom {
             let reason = format!("make a KV cache block of {token_bytes} bytes a token");
             Error::BadConfig { field: "its sizes".to_owned(), reason }
         })?;
-        let free = available_bytes().saturating_sub(num_parameters(&config.spec) * element_bytes);
+        let free =
+            available_bytes().saturating_sub(config.spec.num_parameters() as u64 * element_bytes);
         let (name, num_blocks) = match (options.num_blocks, options.kv_cache_bytes) {
             (Some(num_blocks), _) => ("num_blocks", u64::from(num_blocks)),
             (None, Some(bytes)) => ("kv_cache_gib", bytes / block_bytes),
@@ -193,7 +207,7 @@ impl CacheRoom {
                 ("kv_cache_gib", full.min(memory / block_bytes).max(1))
             }
         };
-        // A slot's number has 32 bits, and the whole cache is touched when it is zeroed.
+        // A slot's number has 32 bits, and a busy engine writes the whole cache.
         let most = (u64::from(u32::MAX) / block_size).min(free / block_bytes);
         if num_blocks == 0 || num_blocks > most {
             let range = format!(
@@ -225,41 +239,48 @@ fn available_bytes() -> u64 {
     kib.map_or(4 << 30, |kib| kib << 10)
 }
 
-fn num_parameters(spec: &DecoderSpec) -> u64 {
-    let hidden = spec.hidden_size;
-    let attention = (spec.qkv_size() + spec.num_heads * spec.head_dim) * hidden;
-    let layer = attention + 3 * spec.intermediate_size * hidden + 2 * hidden;
-    let embeddings = if spec.tied { 1 } else { 2 } * spec.vocab_size * hidden;
-    (layer * spec.layers.len() + embeddings + hidden) as u64
+struct Source<'a> {
+    weights: Weights<'a>,
+    backend: &'a TchBackend,
 }
 
-/// Checkpoint or random numbers.
-struct Source<'a> {
-    map: Option<&'a WeightMap>,
-    backend: &'a TchBackend,
+#[derive(Clone, Copy)]
+enum Weights<'a> {
+    Checkpoint(&'a WeightMap),
+    Dummy(&'a DummyWeights, CheckpointDtype),
 }
 
 impl Source<'_> {
     /// A matrix made of tensors one below the other.
     fn matrix(&self, parts: &[(String, usize)], columns: usize) -> Result<Tensor> {
-        let Some(map) = self.map else {
-            let rows = parts.iter().map(|(_, rows)| rows).sum();
-            return self.backend.random_weight(Some(rows), columns);
-        };
-        let found = parts
-            .iter()
-            .map(|(name, rows)| Ok((map.tensor(name, &[*rows, columns])?, Some(*rows))));
-        let merged = self.backend.weight(&found.collect::<Result<Vec<_>>>()?, columns)?;
-        for (name, _) in parts {
-            map.release(name);
+        match self.weights {
+            Weights::Checkpoint(map) => {
+                let found = parts
+                    .iter()
+                    .map(|(name, rows)| Ok((map.tensor(name, &[*rows, columns])?, Some(*rows))));
+                let found = found.collect::<Result<Vec<_>>>()?;
+                let merged = self.backend.weight(&found, columns)?;
+                for (name, _) in parts {
+                    map.release(name);
+                }
+                Ok(merged)
+            }
+            Weights::Dummy(dummy, dtype) => {
+                let rows: usize = parts.iter().map(|(_, rows)| rows).sum();
+                // Named after its first part: one draw serves the merged matrix.
+                let name = parts.first().map_or("", |(name, _)| name);
+                let bytes = &dummy.tensor(name, rows * columns, dtype);
+                self.backend.weight(&[(TensorBytes { dtype, bytes }, Some(rows))], columns)
+            }
         }
-        Ok(merged)
     }
 
     fn norm(&self, name: &str, size: usize) -> Result<Tensor> {
-        match self.map {
-            None => self.backend.random_weight(None, size),
-            Some(map) => self.backend.weight(&[(map.tensor(name, &[size])?, None)], size),
+        match self.weights {
+            Weights::Checkpoint(map) => {
+                self.backend.weight(&[(map.tensor(name, &[size])?, None)], size)
+            }
+            Weights::Dummy(..) => self.backend.ones(size),
         }
     }
 }

@@ -1,100 +1,98 @@
 //! The back end on libtorch, on the CPU. No other file calls tensor operators, and this one calls
 //! their fallible forms only: the plain ones panic.
+//!
+//! Products, and whatever else is large, are libtorch's. A call costs microseconds, so what is
+//! small is done in one pass by `nano_kernels::cpu`, as is decoding attention, which reads the
+//! cache in place.
 
-use std::collections::BTreeMap;
+use std::num::NonZero;
 
+use half::bf16;
+use nano_kernels::cpu::attention::{KvShape, RowAttention, SingleRow, attend_rows};
+use nano_kernels::cpu::norm::rms_norm;
+use nano_kernels::cpu::rope::{RopeRows, rope_write_kv};
 use tch::{Device, Kind, Tensor};
 
 use crate::backend::Backend;
-use crate::batch::{Batch, BatchSequence};
-use crate::config::{CheckpointDtype, DecoderSpec};
-use crate::error::Result;
+use crate::backend::attention_plan::{AttentionPlan, Single, Tile, seen};
+use crate::backend::bridge::{CacheMemory, Element, elements, elements_mut, with_rows};
+use crate::batch::Batch;
+use crate::config::DecoderSpec;
+use crate::error::{Error, Result};
 use crate::weights::TensorBytes;
-
-/// Query rows of a prefill that attend at once: bounds the mask, and the work on keys that none of
-/// the rows may see.
-const TILE_ROWS: usize = 256;
 
 /// See the [module](self).
 #[derive(Debug)]
 pub struct TchBackend {
     spec: DecoderSpec,
     kind: Kind,
-    /// Per layer `[num_blocks, k | v, num_kv_heads, block_size, head_dim]`.
-    cache: Vec<Tensor>,
-    block_size: usize,
+    shape: KvShape,
+    /// `[layer, block, k | v, kv_head, block_size, head_dim]`.
+    cache: CacheMemory,
+    /// Elements of the cache in one layer.
+    layer_len: usize,
+    /// The windows that the model's layers have, each once.
+    windows: Vec<Option<u32>>,
+    num_threads: NonZero<usize>,
 }
 
-/// A step as tensors.
+/// A step, ready to run.
 #[derive(Debug)]
 pub struct TchStep {
     token_ids: Tensor,
-    /// `[num_tokens, 1, head_dim]`.
-    cos: Tensor,
-    sin: Tensor,
-    /// The block and the offset in it of every row's slot.
-    slot_block: Tensor,
-    slot_offset: Tensor,
-    /// One for each window that the model's layers have.
-    attention: Vec<AttentionPlan>,
     logit_rows: Tensor,
+    /// `[num_tokens, head_dim / 2]`.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    slots: Vec<u32>,
+    block_tables: Vec<Vec<u32>>,
+    /// For each of the model's windows, in their order.
+    attention: Vec<TchPlan>,
 }
 
-/// Who reads what in layers with one kind of window.
 #[derive(Debug)]
-struct AttentionPlan {
-    window: Option<u32>,
-    decodes: Vec<DecodeGroup>,
-    prefills: Vec<Prefill>,
+struct TchPlan {
+    plan: AttentionPlan,
+    /// For each tile 0 or minus infinity, `[num_rows, num_keys]`.
+    masks: Vec<Tensor>,
 }
 
-/// Sequences with a single row that read about as many blocks: they attend together, since an
-/// operator call costs more than the keys of a short sequence.
-#[derive(Debug)]
-struct DecodeGroup {
-    /// Their rows of the batch.
-    rows: Tensor,
-    /// The blocks of each, padded to the same number with blocks that the mask hides.
-    blocks: Tensor,
-    num_sequences: i64,
-    /// `[1, num_sequences, 1, keys]`, 0 or minus infinity.
-    mask: Tensor,
-}
-
-/// A sequence with several rows.
-#[derive(Debug)]
-struct Prefill {
-    /// The blocks that hold the positions read.
-    blocks: Tensor,
-    tiles: Vec<Tile>,
-}
-
-/// Rows that attend at once.
-#[derive(Debug)]
-struct Tile {
-    first_row: i64,
-    num_rows: i64,
-    /// The keys read, counted from the first slot of the plan's blocks.
-    first_key: i64,
-    num_keys: i64,
-    /// `[group * num_rows, num_keys]`, 0 or minus infinity.
-    mask: Tensor,
+/// Calls a method that is generic over the element type.
+macro_rules! by_kind {
+    ($self:ident.$method:ident($($argument:expr),*)) => {
+        if $self.kind == Kind::Float {
+            $self.$method::<f32>($($argument),*)
+        } else {
+            $self.$method::<bf16>($($argument),*)
+        }
+    };
 }
 
 impl TchBackend {
     /// A back end with a zeroed cache: slots that were never written must stay finite, for a
-    /// weight of 0 times infinity is no number.
+    /// weight of 0 times infinity is no number. `kind` is `Float` or `BFloat16`.
     pub fn new(spec: DecoderSpec, kind: Kind, num_blocks: u32, block_size: u32) -> Result<Self> {
-        let shape = [
-            i64::from(num_blocks),
-            2,
-            spec.num_kv_heads as i64,
-            i64::from(block_size),
-            spec.head_dim as i64,
-        ];
-        let layer = |_| Tensor::f_zeros(shape, (kind, Device::Cpu));
-        let cache = spec.layers.iter().map(layer).collect::<std::result::Result<_, _>>()?;
-        Ok(Self { spec, kind, cache, block_size: block_size as usize })
+        let shape = KvShape {
+            num_kv_heads: spec.num_kv_heads,
+            block_size: block_size as usize,
+            head_dim: spec.head_dim,
+        };
+        let layer_len = num_blocks as usize * shape.block_len();
+        let bytes = layer_len * spec.layers.len() * kind.elt_size_in_bytes();
+        let cache = CacheMemory::new(bytes).map_err(|error| Error::BadOption {
+            name: "num_blocks",
+            range: "few enough for the memory of this machine".to_owned(),
+            value: format!("{num_blocks}, which take {bytes} bytes ({error})"),
+        })?;
+        let mut windows: Vec<Option<u32>> = Vec::new();
+        for layer in &spec.layers {
+            if !windows.contains(&layer.window) {
+                windows.push(layer.window);
+            }
+        }
+        let num_threads =
+            NonZero::new(tch::get_num_threads() as usize).unwrap_or(NonZero::<usize>::MIN);
+        Ok(Self { spec, kind, shape, cache, layer_len, windows, num_threads })
     }
 
     /// One parameter from the tensors that it is made of, one below the other, in the engine's
@@ -108,229 +106,177 @@ impl TchBackend {
         columns: usize,
     ) -> Result<Tensor> {
         let rows: usize = parts.iter().map(|(_, rows)| rows.unwrap_or(1)).sum();
-        let columns = columns as i64;
-        let merged = Tensor::f_empty([rows as i64, columns], (self.kind, Device::Cpu))?;
+        let merged = self.empty(rows, columns)?;
         let mut row = 0;
         for (part, part_rows) in parts {
             let part_rows = part_rows.unwrap_or(1) as i64;
-            // SAFETY: the bytes outlive `source`, which is dropped in this iteration; their number
-            // is that of the shape and the type, which WeightMap::tensor and safetensors check; it
-            // is only read. An element may lie at any address: the processors that libtorch runs
-            // on load unaligned values.
-            let source = unsafe {
-                let data = part.bytes.as_ptr();
-                let shape = [part_rows, columns];
-                Tensor::f_from_blob(data, &shape, &[columns, 1], kind(part.dtype), Device::Cpu)?
-            };
-            merged.f_narrow(0, row, part_rows)?.f_copy_(&source)?;
+            with_rows(*part, columns as i64, |part| {
+                Ok(merged.f_narrow(0, row, part_rows)?.f_copy_(part)?)
+            })?;
             row += part_rows;
         }
         let is_norm = parts.iter().all(|(_, rows)| rows.is_none());
         Ok(if is_norm { merged.f_squeeze_dim(0)? } else { merged })
     }
 
-    /// A random parameter: normal with standard deviation 0.02, ones for a norm.
-    pub fn random_weight(&self, rows: Option<usize>, columns: usize) -> Result<Tensor> {
-        let columns = columns as i64;
-        let options = (self.kind, Device::Cpu);
-        match rows {
-            None => Ok(Tensor::f_ones([columns], options)?),
-            Some(rows) => {
-                Ok(Tensor::f_empty([rows as i64, columns], options)?.f_normal_(0.0, 0.02)?)
-            }
+    /// The weight of a norm that changes nothing.
+    pub fn ones(&self, size: usize) -> Result<Tensor> {
+        Ok(Tensor::f_ones([size as i64], (self.kind, Device::Cpu))?)
+    }
+
+    /// The logits on the host: `[num_logit_rows * vocab_size]`, written over `host`.
+    pub fn to_host(&self, logits: &Tensor, host: &mut Vec<f32>) -> Result<()> {
+        host.resize(logits.numel(), 0.0);
+        Ok(logits.f_contiguous()?.f_copy_data(host, logits.numel())?)
+    }
+
+    fn empty(&self, rows: usize, columns: usize) -> Result<Tensor> {
+        Ok(Tensor::f_empty([rows as i64, columns as i64], (self.kind, Device::Cpu))?)
+    }
+
+    fn query_size(&self) -> usize {
+        self.spec.num_heads * self.spec.head_dim
+    }
+
+    fn layer<E: Element>(&self, layer: usize) -> &[E] {
+        &self.cache.elements()[layer * self.layer_len..][..self.layer_len]
+    }
+
+    fn mask(&self, tile: &Tile, window: Option<u32>) -> Result<Tensor> {
+        let num_keys = tile.seen.len();
+        let mut values = vec![f32::NEG_INFINITY; tile.num_rows * num_keys];
+        for (row, values) in values.chunks_exact_mut(num_keys).enumerate() {
+            let seen = seen(tile.first_position + row, window);
+            values[seen.start - tile.seen.start..seen.end - tile.seen.start].fill(0.0);
         }
+        let mask = Tensor::f_from_slice(&values)?.f_to_kind(self.kind)?;
+        Ok(mask.f_view([tile.num_rows as i64, num_keys as i64])?)
     }
 
-    /// The logits on the host: `[num_logit_rows * vocab_size]`.
-    pub fn to_host(&self, logits: &Tensor) -> Result<Vec<f32>> {
-        let mut host = vec![0.0; logits.numel()];
-        logits.f_contiguous()?.f_copy_data(&mut host, logits.numel())?;
-        Ok(host)
+    fn norm_rows<E: Element>(&self, hidden: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        let mut output = hidden.f_empty_like()?;
+        let (rows, weight) = (elements::<E>(hidden)?, elements(weight)?);
+        // SAFETY: made in this function, and not viewed before the slice is gone.
+        let output_elements = unsafe { elements_mut(&mut output) }?;
+        rms_norm(rows, weight, self.spec.rms_norm_eps, output_elements);
+        Ok(output)
     }
 
-    fn rms_norm(&self, hidden: &Tensor, weight: &Tensor) -> Result<Tensor> {
-        let eps = f64::from(self.spec.rms_norm_eps);
-        Ok(hidden.f_rms_norm([self.spec.hidden_size as i64], Some(weight), eps)?)
-    }
-
-    fn group(&self) -> usize {
-        self.spec.num_heads / self.spec.num_kv_heads
-    }
-
-    fn plan(&self, batch: &Batch, window: Option<u32>) -> Result<AttentionPlan> {
-        // Sequences that read at most twice as many blocks as their neighbours.
-        let mut groups: BTreeMap<usize, Vec<&BatchSequence>> = BTreeMap::new();
-        let mut prefills = Vec::new();
-        for sequence in &batch.sequences {
-            if sequence.num_rows == 1 {
-                let size = self.blocks_read(sequence, window).len().next_power_of_two();
-                groups.entry(size).or_default().push(sequence);
-            } else {
-                prefills.push(self.prefill(sequence, window)?);
-            }
-        }
-        let decodes = groups.values().map(|group| self.decode_group(group, window));
-        Ok(AttentionPlan { window, decodes: decodes.collect::<Result<_>>()?, prefills })
-    }
-
-    /// The first position that the row at `position` sees.
-    fn oldest(position: usize, window: Option<u32>) -> usize {
-        window.map_or(0, |window| (position + 1).saturating_sub(window as usize))
-    }
-
-    /// The part of the block table that holds what the sequence's rows see.
-    fn blocks_read<'a>(&self, sequence: &'a BatchSequence, window: Option<u32>) -> &'a [u32] {
-        let first = Self::oldest(sequence.first_position, window) / self.block_size;
-        &sequence.block_table[first..sequence.context_len().div_ceil(self.block_size)]
-    }
-
-    fn decode_group(
-        &self,
-        sequences: &[&BatchSequence],
-        window: Option<u32>,
-    ) -> Result<DecodeGroup> {
-        let tables = sequences.iter().map(|sequence| self.blocks_read(sequence, window));
-        let tables: Vec<&[u32]> = tables.collect();
-        let num_blocks = tables.iter().map(|table| table.len()).max().unwrap_or(0);
-        let num_keys = num_blocks * self.block_size;
-        let mut blocks: Vec<i64> = Vec::with_capacity(tables.len() * num_blocks);
-        let mut mask = Vec::with_capacity(tables.len() * num_keys);
-        for (sequence, table) in sequences.iter().zip(&tables) {
-            let padding = std::iter::repeat(&table[0]);
-            let padded = table.iter().chain(padding).take(num_blocks);
-            blocks.extend(padded.map(|&block| i64::from(block)));
-            let position = sequence.first_position;
-            let oldest = Self::oldest(position, window);
-            let origin = oldest / self.block_size * self.block_size;
-            let seen = oldest - origin..=position - origin;
-            let hidden = (0..num_keys).map(|key| !seen.contains(&key));
-            mask.extend(hidden.map(|hidden| if hidden { f32::NEG_INFINITY } else { 0.0 }));
-        }
-        let num_sequences = sequences.len() as i64;
-        let rows = sequences.iter().map(|sequence| sequence.first_row as i64);
-        let mask = Tensor::f_from_slice(&mask)?;
-        Ok(DecodeGroup {
-            rows: Tensor::f_from_slice(&rows.collect::<Vec<_>>())?,
-            blocks: Tensor::f_from_slice(&blocks)?,
-            num_sequences,
-            mask: mask.f_view([1, num_sequences, 1, num_keys as i64])?.f_to_kind(self.kind)?,
-        })
-    }
-
-    fn prefill(&self, sequence: &BatchSequence, window: Option<u32>) -> Result<Prefill> {
-        let blocks = self.blocks_read(sequence, window).iter().map(|&block| i64::from(block));
-        let blocks: Vec<i64> = blocks.collect();
-        let origin =
-            Self::oldest(sequence.first_position, window) / self.block_size * self.block_size;
-        let mut tiles = Vec::new();
-        for first in (0..sequence.num_rows).step_by(TILE_ROWS) {
-            let num_rows = TILE_ROWS.min(sequence.num_rows - first);
-            let position = sequence.first_position + first;
-            let (from, to) = (Self::oldest(position, window), position + num_rows);
-            let sees = |row: usize, key: usize| {
-                (Self::oldest(position + row, window)..=position + row).contains(&key)
-            };
-            tiles.push(Tile {
-                first_row: (sequence.first_row + first) as i64,
-                num_rows: num_rows as i64,
-                first_key: (from - origin) as i64,
-                num_keys: (to - from) as i64,
-                mask: self.mask(num_rows, from, to, sees)?,
-            });
-        }
-        Ok(Prefill { blocks: Tensor::f_from_slice(&blocks)?, tiles })
-    }
-
-    /// The same rows for every head of a group.
-    fn mask(
-        &self,
-        num_rows: usize,
-        from: usize,
-        to: usize,
-        sees: impl Fn(usize, usize) -> bool,
+    fn rotate_rows<E: Element>(
+        &mut self,
+        layer: usize,
+        qkv: &Tensor,
+        step: &TchStep,
     ) -> Result<Tensor> {
-        let rows = (0..num_rows).flat_map(|row| (from..to).map(move |key| (row, key)));
-        let values = rows.map(|(row, key)| if sees(row, key) { 0.0 } else { f32::NEG_INFINITY });
-        let values: Vec<f32> = values.collect();
-        let mask = Tensor::f_from_slice(&values)?;
-        let mask = mask.f_view([num_rows as i64, (to - from) as i64])?.f_to_kind(self.kind)?;
-        Ok(mask.f_repeat([self.group() as i64, 1])?)
+        let mut query = self.empty(step.slots.len(), self.query_size())?;
+        let rows = RopeRows {
+            qkv: elements::<E>(qkv)?,
+            num_heads: self.spec.num_heads,
+            cos: &step.cos,
+            sin: &step.sin,
+            slots: &step.slots,
+        };
+        let cache = &mut self.cache.elements_mut()[layer * self.layer_len..][..self.layer_len];
+        // SAFETY: made in this function, and not viewed before the slice is gone.
+        let query_elements = unsafe { elements_mut(&mut query) }?;
+        rope_write_kv(rows, self.shape, cache, query_elements);
+        Ok(query)
     }
 
-    /// Keys and values of `layer` in the order of `blocks`: `[2, num_kv_heads, slots, head_dim]`.
-    fn gather(&self, layer: usize, blocks: &Tensor) -> Result<Tensor> {
-        let by_head = self.cache[layer].f_permute([1, 2, 0, 3, 4])?;
-        Ok(by_head.f_index_select(2, blocks)?.f_flatten(2, 3)?)
-    }
-
-    /// Attention of sequences with one row each, written into `output: [num_tokens, num_heads,
-    /// head_dim]`.
-    fn attend_decodes(
-        &self,
-        layer: usize,
-        query: &Tensor,
-        group: &DecodeGroup,
-        output: &mut Tensor,
-    ) -> Result<()> {
-        let heads = self.spec.num_kv_heads as i64;
-        let (queries, head_dim) = (self.group() as i64, self.spec.head_dim as i64);
-        let gathered = self.gather(layer, &group.blocks)?;
-        let gathered = gathered.f_view([2, heads, group.num_sequences, -1, head_dim])?;
-        let (keys, values) = (gathered.f_select(0, 0)?, gathered.f_select(0, 1)?);
-        let rows = query.f_index_select(0, &group.rows)?;
-        let rows =
-            rows.f_view([group.num_sequences, heads, queries, head_dim])?.f_transpose(0, 1)?;
-        let attended = Tensor::f_scaled_dot_product_attention(
-            &rows,
-            &keys,
-            &values,
-            Some(&group.mask),
-            0.0,
-            false,
-            None,
-            false,
-        )?;
-        let attended = attended.f_transpose(0, 1)?.f_flatten(1, 2)?;
-        let _ = output.f_index_copy_(0, &group.rows, &attended)?;
-        Ok(())
-    }
-
-    /// Attention of one sequence with several rows, written into `output` likewise.
-    fn attend_prefill(
-        &self,
-        layer: usize,
-        query: &Tensor,
-        plan: &Prefill,
-        output: &Tensor,
-    ) -> Result<()> {
-        let heads = self.spec.num_kv_heads as i64;
-        let (group, head_dim) = (self.group() as i64, self.spec.head_dim as i64);
-        let gathered = self.gather(layer, &plan.blocks)?.f_unsqueeze(1)?;
-        let (keys, values) = (gathered.f_select(0, 0)?, gathered.f_select(0, 1)?);
-        for tile in &plan.tiles {
-            let keys = keys.f_narrow(2, tile.first_key, tile.num_keys)?;
-            let values = values.f_narrow(2, tile.first_key, tile.num_keys)?;
-            // The heads of a group are further rows of their one head of keys and values.
-            let rows = query.f_narrow(0, tile.first_row, tile.num_rows)?;
-            let rows = rows.f_view([tile.num_rows, heads, group, head_dim])?;
-            let rows = rows.f_permute([1, 2, 0, 3])?;
-            let rows = rows.f_reshape([1, heads, group * tile.num_rows, head_dim])?;
-            let attended = Tensor::f_scaled_dot_product_attention(
-                &rows,
-                &keys,
-                &values,
-                Some(&tile.mask),
-                0.0,
-                false,
-                None,
-                false,
-            )?;
-            let attended = attended.f_view([heads, group, tile.num_rows, head_dim])?;
-            let attended = attended.f_permute([2, 0, 1, 3])?;
-            let place = output.f_narrow(0, tile.first_row, tile.num_rows)?;
-            place.f_view([tile.num_rows, heads, group, head_dim])?.f_copy_(&attended)?;
+    fn attend<E: Element>(&self, layer: usize, query: &Tensor, step: &TchStep) -> Result<Tensor> {
+        let mut output = self.empty(step.slots.len(), self.query_size())?;
+        let cache = self.layer::<E>(layer);
+        let window = self.spec.layers[layer].window;
+        let plans = self.windows.iter().zip(&step.attention);
+        for (_, TchPlan { plan, masks }) in plans.filter(|(of, _)| **of == window) {
+            if !plan.singles.is_empty() {
+                let row = |single: &Single| SingleRow {
+                    row: single.row,
+                    block_table: &step.block_tables[single.sequence],
+                    first: single.seen.start,
+                    end: single.seen.end,
+                };
+                let rows: Vec<SingleRow<'_>> = plan.singles.iter().map(row).collect();
+                let input = RowAttention {
+                    rows: &rows,
+                    query: elements(query)?,
+                    num_heads: self.spec.num_heads,
+                    cache,
+                    shape: self.shape,
+                    num_threads: self.num_threads,
+                };
+                // SAFETY: made in this function, and not viewed before the slice is gone.
+                let output_elements = unsafe { elements_mut(&mut output) }?;
+                attend_rows(&input, output_elements);
+            }
+            for (tile, mask) in plan.tiles.iter().zip(masks) {
+                let blocks = &step.block_tables[tile.sequence];
+                let attended = self.attend_tile(cache, query, tile, blocks, mask)?;
+                let (first, num_rows) = (tile.first_row as i64, tile.num_rows as i64);
+                output.f_narrow(0, first, num_rows)?.f_copy_(&attended)?;
+            }
         }
-        Ok(())
+        Ok(output)
+    }
+
+    fn attend_tile<E: Element>(
+        &self,
+        cache: &[E],
+        query: &Tensor,
+        tile: &Tile,
+        blocks: &[u32],
+        mask: &Tensor,
+    ) -> Result<Tensor> {
+        let kv_heads = self.spec.num_kv_heads as i64;
+        let group = self.spec.num_heads as i64 / kv_heads;
+        let (head_dim, num_rows) = (self.spec.head_dim as i64, tile.num_rows as i64);
+        let num_keys = tile.seen.len() as i64;
+        let gather = |part| -> Result<Tensor> {
+            let mut gathered =
+                self.empty(self.spec.num_kv_heads * tile.seen.len(), self.spec.head_dim)?;
+            // SAFETY: made in this function, and not viewed before the slice is gone.
+            let gathered_elements = unsafe { elements_mut(&mut gathered) }?;
+            self.gather(cache, part, tile, blocks, gathered_elements);
+            Ok(gathered.f_view([kv_heads, num_keys, head_dim])?)
+        };
+        let (keys, values) = (gather(0)?, gather(1)?);
+        // The heads of a group are further rows of their one head of keys and values.
+        let rows = query.f_narrow(0, tile.first_row as i64, num_rows)?;
+        let rows = rows.f_view([num_rows, kv_heads, group, head_dim])?.f_permute([1, 2, 0, 3])?;
+        let rows = rows.f_reshape([kv_heads, group * num_rows, head_dim])?;
+        let scores = rows.f_bmm(&keys.f_transpose(1, 2)?)?;
+        let mut scores = scores.f_view([kv_heads * group, num_rows, num_keys])?;
+        let scores = scores.f_mul_scalar_((head_dim as f64).sqrt().recip())?.f_add_(mask)?;
+        let weights = scores.f_softmax(-1, self.kind)?;
+        let attended = weights.f_view([kv_heads, group * num_rows, num_keys])?.f_bmm(&values)?;
+        let attended = attended.f_view([kv_heads * group, num_rows, head_dim])?;
+        Ok(attended.f_permute([1, 0, 2])?.f_reshape([num_rows, -1])?)
+    }
+
+    /// Copies what a tile sees of the keys or values: `[num_kv_heads, num_keys, head_dim]`.
+    fn gather<E: Element>(
+        &self,
+        cache: &[E],
+        part: usize,
+        tile: &Tile,
+        blocks: &[u32],
+        output: &mut [E],
+    ) {
+        let KvShape { block_size, head_dim, .. } = self.shape;
+        let heads = output.chunks_exact_mut(tile.seen.len() * head_dim);
+        for (kv_head, mut output) in heads.enumerate() {
+            let mut position = tile.seen.start;
+            while position < tile.seen.end {
+                let offset = position % block_size;
+                let len = (block_size - offset).min(tile.seen.end - position);
+                let block = blocks[position / block_size] as usize;
+                let start = self.shape.strip(block, part, kv_head) + offset * head_dim;
+                let (now, rest) = output.split_at_mut(len * head_dim);
+                now.copy_from_slice(&cache[start..start + len * head_dim]);
+                output = rest;
+                position += len;
+            }
+        }
     }
 }
 
@@ -340,32 +286,26 @@ impl Backend for TchBackend {
     type Step = TchStep;
 
     fn prepare(&mut self, batch: &Batch) -> Result<TchStep> {
-        let wide = |values: &[u32]| -> Result<Tensor> {
-            let values: Vec<i64> = values.iter().map(|&value| i64::from(value)).collect();
-            Ok(Tensor::f_from_slice(&values)?)
+        let rope = &self.spec.rope;
+        let angles = batch.positions.iter().flat_map(|&position| {
+            rope.inv_freq.iter().map(move |frequency| position as f32 * frequency)
+        });
+        let (cos, sin) = angles
+            .map(|angle| (angle.cos() * rope.attention_factor, angle.sin() * rope.attention_factor))
+            .unzip();
+        let plan = |&window: &Option<u32>| -> Result<TchPlan> {
+            let plan = AttentionPlan::new(batch, window, self.spec.num_heads);
+            let masks = plan.tiles.iter().map(|tile| self.mask(tile, window));
+            Ok(TchPlan { masks: masks.collect::<Result<_>>()?, plan })
         };
-        let num_tokens = batch.positions.len() as i64;
-        let inv_freq = Tensor::f_from_slice(&self.spec.rope.inv_freq)?;
-        let positions = wide(&batch.positions)?.f_to_kind(Kind::Float)?;
-        let angles = positions.f_view([num_tokens, 1])?.f_mul(&inv_freq)?;
-        let angles = Tensor::f_cat(&[&angles, &angles], 1)?.f_unsqueeze(1)?;
-        let factor = f64::from(self.spec.rope.attention_factor);
-        let mut windows: Vec<Option<u32>> = Vec::new();
-        for layer in &self.spec.layers {
-            if !windows.contains(&layer.window) {
-                windows.push(layer.window);
-            }
-        }
-        let slots = wide(&batch.slot_mapping)?;
-        let block_size = self.block_size as i64;
         Ok(TchStep {
-            token_ids: wide(&batch.token_ids)?,
-            cos: angles.f_cos()?.f_mul_scalar(factor)?.f_to_kind(self.kind)?,
-            sin: angles.f_sin()?.f_mul_scalar(factor)?.f_to_kind(self.kind)?,
-            slot_block: slots.f_floor_divide_scalar(block_size)?,
-            slot_offset: slots.f_remainder(block_size)?,
-            attention: windows.iter().map(|&w| self.plan(batch, w)).collect::<Result<_>>()?,
-            logit_rows: wide(&batch.logit_rows)?,
+            token_ids: indices(&batch.token_ids)?,
+            logit_rows: indices(&batch.logit_rows)?,
+            cos,
+            sin,
+            slots: batch.slot_mapping.clone(),
+            block_tables: batch.sequences.iter().map(|it| it.block_table.clone()).collect(),
+            attention: self.windows.iter().map(plan).collect::<Result<_>>()?,
         })
     }
 
@@ -374,42 +314,16 @@ impl Backend for TchBackend {
     }
 
     fn norm_product(&mut self, hidden: &Tensor, norm: &Tensor, weight: &Tensor) -> Result<Tensor> {
-        Ok(self.rms_norm(hidden, norm)?.f_linear(weight, None::<&Tensor>)?)
+        let normed = by_kind!(self.norm_rows(hidden, norm))?;
+        Ok(normed.f_linear(weight, None::<&Tensor>)?)
     }
 
     fn rope_write_kv(&mut self, layer: usize, qkv: Tensor, step: &TchStep) -> Result<Tensor> {
-        let DecoderSpec { num_heads, num_kv_heads, head_dim, .. } = self.spec;
-        let (num_heads, num_kv_heads) = (num_heads as i64, num_kv_heads as i64);
-        let (head_dim, num_tokens) = (head_dim as i64, qkv.size()[0]);
-        let qkv = qkv.f_view([num_tokens, num_heads + 2 * num_kv_heads, head_dim])?;
-        let plain = qkv.f_narrow(1, 0, num_heads + num_kv_heads)?;
-        let first = plain.f_narrow(2, 0, head_dim / 2)?;
-        let second = plain.f_narrow(2, head_dim / 2, head_dim / 2)?;
-        let turned = Tensor::f_cat(&[&second.f_neg()?, &first], 2)?;
-        let rotated = plain.f_mul(&step.cos)?.f_add(&turned.f_mul(&step.sin)?)?;
-
-        let keys = rotated.f_narrow(1, num_heads, num_kv_heads)?;
-        let values = qkv.f_narrow(1, num_heads + num_kv_heads, num_kv_heads)?;
-        let both = Tensor::f_stack(&[&keys, &values], 1)?;
-        // [num_blocks, block_size, 2, num_kv_heads, head_dim], indexed by the first two.
-        let mut by_slot = self.cache[layer].f_permute([0, 3, 1, 2, 4])?;
-        let slots = [Some(&step.slot_block), Some(&step.slot_offset)];
-        let _ = by_slot.f_index_put_(&slots, &both, false)?;
-        Ok(rotated.f_narrow(1, 0, num_heads)?)
+        by_kind!(self.rotate_rows(layer, &qkv, step))
     }
 
     fn paged_attention(&mut self, layer: usize, query: Tensor, step: &TchStep) -> Result<Tensor> {
-        let window = self.spec.layers[layer].window;
-        let mut output = query.f_empty_like()?.f_contiguous()?;
-        for plan in step.attention.iter().filter(|plan| plan.window == window) {
-            for group in &plan.decodes {
-                self.attend_decodes(layer, &query, group, &mut output)?;
-            }
-            for prefill in &plan.prefills {
-                self.attend_prefill(layer, &query, prefill, &output)?;
-            }
-        }
-        Ok(output.f_flatten(1, 2)?)
+        by_kind!(self.attend(layer, &query, step))
     }
 
     fn product_add(&mut self, input: &Tensor, weight: &Tensor, residual: Tensor) -> Result<Tensor> {
@@ -441,10 +355,8 @@ impl Backend for TchBackend {
     }
 }
 
-fn kind(dtype: CheckpointDtype) -> Kind {
-    match dtype {
-        CheckpointDtype::Float32 => Kind::Float,
-        CheckpointDtype::Float16 => Kind::Half,
-        CheckpointDtype::BFloat16 => Kind::BFloat16,
-    }
+/// libtorch's indices have 64 bits.
+fn indices(values: &[u32]) -> Result<Tensor> {
+    let values: Vec<i64> = values.iter().map(|&value| i64::from(value)).collect();
+    Ok(Tensor::f_from_slice(&values)?)
 }

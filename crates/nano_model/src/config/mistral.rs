@@ -5,7 +5,10 @@ use serde_json::Value;
 
 use super::fields::Fields;
 use super::{DecoderSpec, LayerSpec, rope};
-use crate::error::Result;
+use crate::error::{Error, Result};
+
+const MAX_PARAMETERS: u128 = 1 << 44;
+const MAX_KV_ELEMENTS: u128 = 1 << 28;
 
 /// Where a layer's window comes from.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -39,16 +42,21 @@ pub(super) fn parse(fields: &Fields<'_>, layers: Layers) -> Result<DecoderSpec> 
     if !head_dim.is_multiple_of(2) {
         return Err(fields.bad("head_dim", format!("must be even, got {head_dim}")));
     }
-    match fields.get("hidden_act").and_then(Value::as_str) {
-        None | Some("silu" | "swish") => {}
-        Some(other) => return Err(fields.bad("hidden_act", format!("must be silu, got {other:?}"))),
+    match fields.get("hidden_act").map(|act| act.as_str().ok_or(act)) {
+        None | Some(Ok("silu" | "swish")) => {}
+        Some(Ok(other)) => {
+            return Err(fields.bad("hidden_act", format!("must be silu, got {other:?}")));
+        }
+        Some(Err(other)) => {
+            return Err(fields.bad("hidden_act", format!("must be silu, got {other}")));
+        }
     }
     for name in ["attention_bias", "mlp_bias"] {
         if fields.optional_bool(name)? == Some(true) {
             return Err(fields.bad(name, "is not supported: Mistral's projections have no bias"));
         }
     }
-    Ok(DecoderSpec {
+    let spec = DecoderSpec {
         vocab_size: fields.count("vocab_size")?,
         hidden_size,
         intermediate_size: fields.count("intermediate_size")?,
@@ -59,7 +67,26 @@ pub(super) fn parse(fields: &Fields<'_>, layers: Layers) -> Result<DecoderSpec> 
         layers: layer_specs(fields, layers)?,
         rope: rope::parse(fields)?,
         tied: fields.optional_bool("tie_word_embeddings")?.unwrap_or(false),
-    })
+    };
+    check_size(&spec)?;
+    Ok(spec)
+}
+
+/// No later product of sizes overflows past this.
+fn check_size(spec: &DecoderSpec) -> Result<()> {
+    let too_large = |what: &str, number: u128, most: u128| Error::BadConfig {
+        field: "the sizes together".to_owned(),
+        reason: format!("make {number} {what}, but at most {most} can be run"),
+    };
+    let num_parameters = spec.num_parameters();
+    if num_parameters > MAX_PARAMETERS {
+        return Err(too_large("parameters", num_parameters, MAX_PARAMETERS));
+    }
+    let kv_elements = spec.kv_elements_per_token() as u128;
+    if kv_elements > MAX_KV_ELEMENTS {
+        return Err(too_large("elements of KV cache a token", kv_elements, MAX_KV_ELEMENTS));
+    }
+    Ok(())
 }
 
 fn layer_specs(fields: &Fields<'_>, layers: Layers) -> Result<Vec<LayerSpec>> {

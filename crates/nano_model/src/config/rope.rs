@@ -40,14 +40,23 @@ pub(super) fn parse(fields: &Fields<'_>) -> Result<RopeSpec> {
     let theta_at = if scaling.has("rope_theta") { &scaling } else { fields };
     let theta =
         if theta_at.has("rope_theta") { theta_at.positive("rope_theta")? } else { 10_000.0 };
+    for at in [&scaling, fields] {
+        if let Some(part) = at.optional_number("partial_rotary_factor")?.filter(|it| *it < 1.0) {
+            let reason = format!("must be 1: heads turn as a whole, got {part}");
+            return Err(at.bad("partial_rotary_factor", reason));
+        }
+    }
     let head_dim = head_dim(fields)?;
-    let plain = (0..head_dim / 2).map(|pair| theta.powf(-(2.0 * pair as f64) / head_dim as f64));
-    let plain: Vec<f64> = plain.collect();
+    let plain = plain(theta, head_dim);
     let mut attention_factor = 1.0;
     let inv_freq = match kind {
+        None if ["rope_type", "type", "factor"].iter().any(|name| scaling.has(name)) => {
+            let reason = "must be default, linear, llama3 or yarn, and is no text";
+            return Err(scaling.bad("rope_type", reason));
+        }
         None | Some("default") => plain,
         Some("linear") => {
-            let factor = scaling.positive("factor")?;
+            let factor = scaling.positive("factor")? as f32;
             plain.into_iter().map(|frequency| frequency / factor).collect()
         }
         Some("llama3") => llama3(&scaling, &plain)?,
@@ -63,8 +72,22 @@ pub(super) fn parse(fields: &Fields<'_>) -> Result<RopeSpec> {
             return Err(scaling.bad("rope_type", reason));
         }
     };
-    let inv_freq = inv_freq.into_iter().map(|frequency| frequency as f32).collect();
-    Ok(RopeSpec { inv_freq, attention_factor: attention_factor as f32 })
+    let attention_factor = attention_factor as f32;
+    if !inv_freq.iter().chain([&attention_factor]).all(|number| number.is_finite()) {
+        return Err(fields.bad(name, "gives angles that are not finite"));
+    }
+    Ok(RopeSpec { inv_freq, attention_factor })
+}
+
+/// `theta^(-2 i / head_dim)`, rounded to float32 after each operation as the reference does: at a
+/// position of some thousands the last bit of a frequency is visible in the logits.
+fn plain(theta: f64, head_dim: usize) -> Vec<f32> {
+    let theta = f64::from(theta as f32);
+    let frequency = |pair: usize| {
+        let exponent = (2 * pair) as f32 / head_dim as f32;
+        1.0 / theta.powf(f64::from(exponent)) as f32
+    };
+    (0..head_dim / 2).map(frequency).collect()
 }
 
 fn head_dim(fields: &Fields<'_>) -> Result<usize> {
@@ -75,13 +98,17 @@ fn head_dim(fields: &Fields<'_>) -> Result<usize> {
 }
 
 /// Long wavelengths are stretched by `factor`, short ones are kept, those between are blended.
-fn llama3(scaling: &Fields<'_>, plain: &[f64]) -> Result<Vec<f64>> {
-    let factor = scaling.positive("factor")?;
-    let low = scaling.positive("low_freq_factor")?;
-    let high = scaling.positive("high_freq_factor")?;
-    let old_context = scaling.positive("original_max_position_embeddings")?;
-    let stretch = |&frequency: &f64| {
-        let wavelength = 2.0 * PI / frequency;
+fn llama3(scaling: &Fields<'_>, plain: &[f32]) -> Result<Vec<f32>> {
+    let factor = scaling.positive("factor")? as f32;
+    let low = scaling.positive("low_freq_factor")? as f32;
+    let high = scaling.positive("high_freq_factor")? as f32;
+    if high <= low {
+        let reason = format!("must be above low_freq_factor {low}, got {high}");
+        return Err(scaling.bad("high_freq_factor", reason));
+    }
+    let old_context = scaling.positive("original_max_position_embeddings")? as f32;
+    let stretch = |&frequency: &f32| {
+        let wavelength = 2.0 * PI as f32 / frequency;
         if wavelength < old_context / high {
             return frequency;
         }
@@ -101,12 +128,14 @@ struct Yarn {
 }
 
 impl Yarn {
-    fn stretch(&self, scaling: &Fields<'_>, plain: &[f64]) -> Result<(Vec<f64>, f64)> {
+    fn stretch(&self, scaling: &Fields<'_>, plain: &[f32]) -> Result<(Vec<f32>, f64)> {
         let factor = scaling.positive("factor")?;
         let number = |name: &str, default: f64| -> Result<f64> {
             Ok(scaling.optional_number(name)?.unwrap_or(default))
         };
-        let old_context = number("original_max_position_embeddings", self.max_position)?;
+        let old_name = "original_max_position_embeddings";
+        let is_given = scaling.has(old_name);
+        let old_context = if is_given { scaling.positive(old_name)? } else { self.max_position };
         let (beta_fast, beta_slow) = (number("beta_fast", 32.0)?, number("beta_slow", 1.0)?);
         let truncate = scaling.optional_bool("truncate")?.unwrap_or(true);
         let mut low = self.pair_of(beta_fast, old_context);
@@ -117,8 +146,8 @@ impl Yarn {
         let (low, high) = (low.max(0.0), high.min(self.head_dim as f64 - 1.0));
         let width = if high > low { high - low } else { 0.001 };
         let stretched = plain.iter().enumerate().map(|(pair, frequency)| {
-            let interpolated = ((pair as f64 - low) / width).clamp(0.0, 1.0);
-            frequency / factor * interpolated + frequency * (1.0 - interpolated)
+            let interpolated = ((pair as f32 - low as f32) / width as f32).clamp(0.0, 1.0);
+            frequency / factor as f32 * interpolated + frequency * (1.0 - interpolated)
         });
         let stretched = stretched.collect();
         if let Some(given) = scaling.optional_number("attention_factor")? {

@@ -1,0 +1,231 @@
+//! The decoder as a whole, through the executor: chunks, batches and back ends play no part in what
+//! a sequence says.
+#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
+mod model_fixture;
+
+use std::sync::Arc;
+
+use model_fixture::{BLOCK_SIZE, NUM_BLOCKS, model, options, write_json};
+use nano_core::scheduler::output::{
+    BannedTokens, LogitRows, SampledRow, ScheduledSequence, TokenMasks, TokenSource,
+};
+use nano_core::{BlockId, Executor, SamplingParams, ScheduleOutput, SequenceId, TokenId};
+use nano_kernels::reference::sampling::{Sampling, sample};
+use nano_model::{CpuExecutor, DtypeChoice, LoadFormat, ModelOptions, load};
+
+const VOCAB_SIZE: usize = 31;
+const BOUND: f32 = 2e-5;
+
+fn executor(options: &ModelOptions) -> CpuExecutor {
+    load(model().path(), options).unwrap().0
+}
+
+/// A sequence with its blocks, of which every third one is its own.
+#[derive(Clone)]
+struct Run {
+    number: u32,
+    tokens: Vec<u32>,
+    params: SamplingParams,
+}
+
+impl Run {
+    fn new(number: u32, len: u32) -> Self {
+        let tokens = (0..len).map(|at| (at * 7 + number * 11 + 1) % VOCAB_SIZE as u32).collect();
+        Self { number, tokens, params: SamplingParams::default() }
+    }
+
+    fn schedule(&self, step: &mut ScheduleOutput, computed: u32, end: u32, rows: LogitRows) {
+        let first = step.token_ids.len() as u32;
+        let tokens = &self.tokens[computed as usize..end as usize];
+        step.token_ids.extend(tokens.iter().map(|&token| TokenId(token)));
+        let table = step.block_ids.len() as u32;
+        let blocks = 0..end.div_ceil(BLOCK_SIZE);
+        step.block_ids.extend(blocks.map(|at| BlockId((3 * at + self.number) % NUM_BLOCKS)));
+        step.sequences.push(ScheduledSequence {
+            sequence: SequenceId(self.number.into()),
+            tokens: TokenSource::Host(first..step.token_ids.len() as u32),
+            num_computed_tokens: computed,
+            num_scheduled_tokens: end - computed,
+            block_table: table..step.block_ids.len() as u32,
+            logit_rows: rows,
+            params: Arc::new(self.params.clone()),
+            seed: 1000 + u64::from(self.number),
+        });
+        step.num_tokens += end - computed;
+    }
+}
+
+fn run(executor: &mut CpuExecutor, step: &ScheduleOutput, masks: &TokenMasks) -> Vec<SampledRow> {
+    executor.launch(step).unwrap();
+    executor.sample(masks).unwrap();
+    let rows = executor.collect().unwrap().rows;
+    let asked = step.sequences.iter().filter(|it| it.logit_rows != LogitRows::None);
+    assert!(asked.clone().count() == rows.len());
+    assert!(asked.zip(&rows).all(|(scheduled, row)| scheduled.is_answered_by(row)));
+    rows
+}
+
+/// The logits of all tokens, in chunks that end where `ends` says.
+fn logits(executor: &mut CpuExecutor, sequence: &Run, ends: &[u32]) -> Vec<f32> {
+    let mut logits = Vec::new();
+    let mut computed = 0;
+    for &end in ends {
+        let mut step = ScheduleOutput::default();
+        sequence.schedule(&mut step, computed, end, LogitRows::All);
+        let rows = run(executor, &step, &TokenMasks::default());
+        logits.extend_from_slice(rows[0].logits.as_ref().unwrap());
+        computed = end;
+    }
+    logits
+}
+
+fn assert_close(found: &[f32], expected: &[f32], bound: f32) {
+    assert_eq!(found.len(), expected.len());
+    let errors = found.iter().zip(expected).map(|(found, expected)| (found - expected).abs());
+    let error = errors.fold(0.0, f32::max);
+    assert!(error <= bound, "off by {error}");
+}
+
+#[test]
+fn chunks_and_single_tokens_give_the_logits_of_the_whole() {
+    let mut executor = executor(&options());
+    let sequence = Run::new(0, 33);
+    let whole = logits(&mut executor, &sequence, &[33]);
+    let spread = whole.iter().copied().fold(0.0, f32::max);
+    assert!(spread > 0.5, "logits this flat would hide mistakes: {spread}");
+    for ends in [vec![16, 33], vec![1, 5, 6, 20, 33], (1..=33).collect()] {
+        assert_close(&logits(&mut executor, &sequence, &ends), &whole, BOUND);
+    }
+}
+
+#[test]
+fn neighbours_in_a_batch_change_nothing() {
+    let mut executor = executor(&options());
+    let (first, second, third) = (Run::new(0, 30), Run::new(1, 9), Run::new(2, 18));
+    let alone = [&first, &second, &third]
+        .map(|sequence| logits(&mut executor, sequence, &[sequence.tokens.len() as u32]));
+    // A decode, a whole prefill and the second chunk of one, after the caches' first parts.
+    let mut before = ScheduleOutput::default();
+    first.schedule(&mut before, 0, 29, LogitRows::None);
+    third.schedule(&mut before, 0, 7, LogitRows::None);
+    assert!(run(&mut executor, &before, &TokenMasks::default()).is_empty());
+    let mut step = ScheduleOutput::default();
+    first.schedule(&mut step, 29, 30, LogitRows::All);
+    second.schedule(&mut step, 0, 9, LogitRows::All);
+    third.schedule(&mut step, 7, 18, LogitRows::All);
+    let rows = run(&mut executor, &step, &TokenMasks::default());
+    for ((row, alone), skipped) in rows.iter().zip(&alone).zip([29, 0, 7]) {
+        assert_close(row.logits.as_ref().unwrap(), &alone[skipped * VOCAB_SIZE..], BOUND);
+    }
+}
+
+#[test]
+fn bfloat16_is_near_float32() {
+    let sequence = Run::new(0, 33);
+    let exact = logits(&mut executor(&options()), &sequence, &[33]);
+    let options = ModelOptions { dtype: DtypeChoice::BFloat16, ..options() };
+    let mut executor = executor(&options);
+    let largest = exact.iter().copied().fold(0.0, f32::max);
+    for ends in [vec![33], (1..=33).collect()] {
+        let rounded = logits(&mut executor, &sequence, &ends);
+        assert_close(&rounded, &exact, 0.06 * largest.max(1.0));
+    }
+}
+
+#[test]
+fn tokens_are_sampled_from_the_last_row_as_the_reference_does() {
+    let mut executor = executor(&options());
+    let mut sequence = Run::new(5, 21);
+    let all = logits(&mut executor, &sequence, &[21]);
+    let last = &all[20 * VOCAB_SIZE..];
+    for temperature in [0.0, 0.7, 3.0] {
+        sequence.params = SamplingParams { temperature, top_k: Some(9), ..sequence.params };
+        let mut step = ScheduleOutput::default();
+        sequence.schedule(&mut step, 0, 21, LogitRows::Last(1));
+        let rows = run(&mut executor, &step, &TokenMasks::default());
+        let sampling = Sampling {
+            temperature,
+            top_k: Some(9),
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 1005,
+            position: 21,
+            index: 0,
+        };
+        assert_eq!(rows[0].tokens[0].0, sample(last, &sampling).unwrap());
+    }
+}
+
+#[test]
+fn banned_tokens_are_never_sampled_and_others_are_not_banned() {
+    let mut executor = executor(&options());
+    let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+    let sequences = [3, 4].map(|number| Run { params: greedy.clone(), ..Run::new(number, 5) });
+    let mut step = ScheduleOutput::default();
+    for sequence in &sequences {
+        sequence.schedule(&mut step, 0, 5, LogitRows::Last(1));
+    }
+    let free = run(&mut executor, &step, &TokenMasks::default());
+    let best = free[1].tokens[0];
+    // A token outside the vocabulary is nothing to ban.
+    let banned = BannedTokens { row: 1, token_ids: Arc::from([best, TokenId(9999)]) };
+    let masked = run(&mut executor, &step, &TokenMasks { banned: vec![banned] });
+    assert_eq!(masked[0].tokens, free[0].tokens);
+    assert_ne!(masked[1].tokens[0], best);
+}
+
+#[test]
+fn a_token_may_come_from_the_step_before() {
+    let mut executor = executor(&options());
+    let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+    let mut sequence = Run { params, ..Run::new(1, 6) };
+    let mut step = ScheduleOutput::default();
+    Run::new(0, 3).schedule(&mut step, 0, 3, LogitRows::None);
+    sequence.schedule(&mut step, 0, 6, LogitRows::Last(1));
+    let token = run(&mut executor, &step, &TokenMasks::default())[0].tokens[0];
+    sequence.tokens.push(token.0);
+    let mut step = ScheduleOutput::default();
+    sequence.schedule(&mut step, 6, 7, LogitRows::All);
+    let from_host = run(&mut executor, &step, &TokenMasks::default());
+    // The same again, with the token named by the row that sampled it.
+    let mut before = ScheduleOutput::default();
+    Run::new(0, 3).schedule(&mut before, 0, 3, LogitRows::None);
+    sequence.schedule(&mut before, 0, 6, LogitRows::Last(1));
+    run(&mut executor, &before, &TokenMasks::default());
+    step.sequences[0].tokens = TokenSource::PreviousStep { row: 1 };
+    let from_step = run(&mut executor, &step, &TokenMasks::default());
+    assert_eq!(from_step[0].logits, from_host[0].logits);
+}
+
+#[test]
+fn logits_that_are_no_numbers_end_the_step() {
+    let dir = model();
+    let path = dir.path().join("model.safetensors");
+    let mut file = std::fs::read(&path).unwrap();
+    let len = file.len();
+    // Whatever tensor is last, infinity in it reaches every row.
+    file[len - 2000..].as_chunks_mut::<4>().0.fill(f32::INFINITY.to_le_bytes());
+    std::fs::write(&path, file).unwrap();
+    let (mut executor, _) = load(dir.path(), &options()).unwrap();
+    let mut step = ScheduleOutput::default();
+    Run::new(0, 3).schedule(&mut step, 0, 3, LogitRows::Last(1));
+    executor.launch(&step).unwrap();
+    let error = executor.sample(&TokenMasks::default()).unwrap_err();
+    assert_eq!(error.code(), "executor_failed");
+    assert!(error.to_string().contains("not finite"), "{error}");
+}
+
+#[test]
+fn dummy_weights_need_no_file_and_repeat_themselves() {
+    let dir = tempfile::tempdir().unwrap();
+    write_json(&dir.path().join("config.json"), &model_fixture::config());
+    let run = |seed| {
+        let options = ModelOptions { load_format: LoadFormat::Dummy, seed, ..options() };
+        let (mut executor, info) = load(dir.path(), &options).unwrap();
+        assert_eq!((info.vocab_size, info.num_blocks, info.dtype), (31, NUM_BLOCKS, "float32"));
+        logits(&mut executor, &Run::new(0, 5), &[5])
+    };
+    assert_eq!(run(1), run(1));
+    assert_ne!(run(1), run(2));
+}
