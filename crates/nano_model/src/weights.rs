@@ -82,11 +82,6 @@ impl WeightMap {
         Ok(())
     }
 
-    /// Whether there is such a tensor.
-    pub fn contains(&self, name: &str) -> bool {
-        self.entries.contains_key(name)
-    }
-
     /// The tensor called `name`, which must have the given shape.
     ///
     /// # Errors
