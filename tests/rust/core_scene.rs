@@ -160,6 +160,7 @@ impl Machine {
 }
 
 /// A fake executor that looks at every step before it runs.
+#[derive(Debug)]
 struct Watched {
     fake: FakeExecutor,
     config: SchedulerConfig,

@@ -3,8 +3,8 @@
 
 use nano_kernels::reference::attention::{PagedCache, paged_attention};
 use nano_kernels::reference::{activation, norm, product, rope};
-use nano_model::Backend;
 use nano_model::backend::tch::TchBackend;
+use nano_model::backend::{Backend, Dtype, Values};
 use nano_model::batch::{Batch, BatchSequence};
 use nano_model::config::{CheckpointDtype, DecoderSpec, LayerSpec, RopeSpec};
 use nano_model::weights::TensorBytes;
@@ -31,7 +31,7 @@ fn spec(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> DecoderSpec {
 }
 
 fn backend(spec: &DecoderSpec) -> TchBackend {
-    TchBackend::new(spec.clone(), tch::Kind::Float, NUM_BLOCKS, BLOCK_SIZE).unwrap()
+    TchBackend::new(spec.clone(), Dtype::Float32, NUM_BLOCKS, BLOCK_SIZE).unwrap()
 }
 
 /// Numbers in [-1, 1) that look random and are the same every time.
@@ -48,11 +48,10 @@ fn matrix(values: &[f32], columns: usize) -> Tensor {
     Tensor::from_slice(values).view([-1, columns as i64])
 }
 
-fn weight(backend: &TchBackend, values: &[f32], columns: usize) -> Tensor {
+fn weight(backend: &mut TchBackend, values: &[f32], columns: usize) -> Tensor {
     let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-    let rows = values.len() / columns;
     let part = TensorBytes { dtype: CheckpointDtype::Float32, bytes: &bytes };
-    backend.weight(&[(part, Some(rows))], columns).unwrap()
+    backend.weight(values.len() / columns, columns, Values::Tensors(&[part])).unwrap()
 }
 
 fn host(tensor: &Tensor) -> Vec<f32> {
@@ -199,7 +198,7 @@ fn rope_cache_and_attention_agree_over_prefills_chunks_and_decodes() {
 #[test]
 fn a_prefill_longer_than_a_tile_agrees() {
     let spec = spec(2, 1, 4);
-    let mut backend = TchBackend::new(spec.clone(), tch::Kind::Float, 200, BLOCK_SIZE).unwrap();
+    let mut backend = TchBackend::new(spec.clone(), Dtype::Float32, 200, BLOCK_SIZE).unwrap();
     let mut reference = Reference { spec: spec.clone(), data: vec![0.0; 200 * 4 * 2 * 4] };
     let num_rows = 600;
     let mut step = Batch::default();
@@ -239,19 +238,19 @@ fn norms_products_gates_and_logits_agree() {
     };
 
     let qkv = noise(7 * hidden_size, 6);
-    let qkv_tensor = weight(&backend, &qkv, hidden_size);
+    let qkv_tensor = weight(&mut backend, &qkv, hidden_size);
     let found = backend.norm_product(&hidden_tensor, &norm_tensor, &qkv_tensor).unwrap();
     assert_close(&host(&found), &through(&qkv).concat(), "norm_product");
 
     let gate_up = noise(2 * spec.intermediate_size * hidden_size, 7);
-    let gate_up_tensor = weight(&backend, &gate_up, hidden_size);
+    let gate_up_tensor = weight(&mut backend, &gate_up, hidden_size);
     let found = backend.norm_gated_product(&hidden_tensor, &norm_tensor, &gate_up_tensor).unwrap();
     let gated: Vec<Vec<f32>> =
         through(&gate_up).iter().map(|row| activation::silu_mul(row)).collect();
     assert_close(&host(&found), &gated.concat(), "norm_gated_product");
 
     let down = noise(hidden_size * spec.intermediate_size, 8);
-    let down_tensor = weight(&backend, &down, spec.intermediate_size);
+    let down_tensor = weight(&mut backend, &down, spec.intermediate_size);
     let residual = hidden_tensor.copy();
     let found = backend.product_add(&found, &down_tensor, residual).unwrap();
     let mut expected = hidden.clone();
@@ -264,7 +263,7 @@ fn norms_products_gates_and_logits_agree() {
 
     let step = backend.prepare(&batch(&[(0, 2), (0, 1)])).unwrap();
     let head = noise(spec.vocab_size * hidden_size, 9);
-    let head_tensor = weight(&backend, &head, hidden_size);
+    let head_tensor = weight(&mut backend, &head, hidden_size);
     let found = backend.logits(&hidden_tensor, &norm_tensor, &head_tensor, &step).unwrap();
     let all = through(&head);
     assert_close(&host(&found), &[&all[1][..], &all[2][..]].concat(), "logits of rows 1 and 2");

@@ -12,12 +12,12 @@ use nano_core::scheduler::output::{
 };
 use nano_core::{BlockId, Executor, SamplingParams, ScheduleOutput, SequenceId, TokenId};
 use nano_kernels::reference::sampling::{Sampling, sample};
-use nano_model::{CpuExecutor, DtypeChoice, LoadFormat, ModelOptions, load};
+use nano_model::{DtypeChoice, LoadFormat, ModelOptions, load};
 
 const VOCAB_SIZE: usize = 31;
 const BOUND: f32 = 2e-5;
 
-fn executor(options: &ModelOptions) -> CpuExecutor {
+fn executor(options: &ModelOptions) -> Box<dyn Executor> {
     load(model().path(), options).unwrap().0
 }
 
@@ -56,7 +56,7 @@ impl Run {
     }
 }
 
-fn run(executor: &mut CpuExecutor, step: &ScheduleOutput, masks: &TokenMasks) -> Vec<SampledRow> {
+fn run(executor: &mut dyn Executor, step: &ScheduleOutput, masks: &TokenMasks) -> Vec<SampledRow> {
     executor.launch(step).unwrap();
     executor.sample(masks).unwrap();
     let rows = executor.collect().unwrap().rows;
@@ -67,7 +67,7 @@ fn run(executor: &mut CpuExecutor, step: &ScheduleOutput, masks: &TokenMasks) ->
 }
 
 /// The logits of all tokens, in chunks that end where `ends` says.
-fn logits(executor: &mut CpuExecutor, sequence: &Run, ends: &[u32]) -> Vec<f32> {
+fn logits(executor: &mut dyn Executor, sequence: &Run, ends: &[u32]) -> Vec<f32> {
     let mut logits = Vec::new();
     let mut computed = 0;
     for &end in ends {
@@ -91,11 +91,11 @@ fn assert_close(found: &[f32], expected: &[f32], bound: f32) {
 fn chunks_and_single_tokens_give_the_logits_of_the_whole() {
     let mut executor = executor(&options());
     let sequence = Run::new(0, 33);
-    let whole = logits(&mut executor, &sequence, &[33]);
+    let whole = logits(&mut *executor, &sequence, &[33]);
     let spread = whole.iter().copied().fold(0.0, f32::max);
     assert!(spread > 0.5, "logits this flat would hide mistakes: {spread}");
     for ends in [vec![16, 33], vec![1, 5, 6, 20, 33], (1..=33).collect()] {
-        assert_close(&logits(&mut executor, &sequence, &ends), &whole, BOUND);
+        assert_close(&logits(&mut *executor, &sequence, &ends), &whole, BOUND);
     }
 }
 
@@ -104,17 +104,17 @@ fn neighbours_in_a_batch_change_nothing() {
     let mut executor = executor(&options());
     let (first, second, third) = (Run::new(0, 30), Run::new(1, 9), Run::new(2, 18));
     let alone = [&first, &second, &third]
-        .map(|sequence| logits(&mut executor, sequence, &[sequence.tokens.len() as u32]));
+        .map(|sequence| logits(&mut *executor, sequence, &[sequence.tokens.len() as u32]));
     // A decode, a whole prefill and the second chunk of one, after the caches' first parts.
     let mut before = ScheduleOutput::default();
     first.schedule(&mut before, 0, 29, LogitRows::None);
     third.schedule(&mut before, 0, 7, LogitRows::None);
-    assert!(run(&mut executor, &before, &TokenMasks::default()).is_empty());
+    assert!(run(&mut *executor, &before, &TokenMasks::default()).is_empty());
     let mut step = ScheduleOutput::default();
     first.schedule(&mut step, 29, 30, LogitRows::All);
     second.schedule(&mut step, 0, 9, LogitRows::All);
     third.schedule(&mut step, 7, 18, LogitRows::All);
-    let rows = run(&mut executor, &step, &TokenMasks::default());
+    let rows = run(&mut *executor, &step, &TokenMasks::default());
     for ((row, alone), skipped) in rows.iter().zip(&alone).zip([29, 0, 7]) {
         assert_close(row.logits.as_ref().unwrap(), &alone[skipped * VOCAB_SIZE..], BOUND);
     }
@@ -123,12 +123,12 @@ fn neighbours_in_a_batch_change_nothing() {
 #[test]
 fn bfloat16_is_near_float32() {
     let sequence = Run::new(0, 33);
-    let exact = logits(&mut executor(&options()), &sequence, &[33]);
+    let exact = logits(&mut *executor(&options()), &sequence, &[33]);
     let options = ModelOptions { dtype: DtypeChoice::BFloat16, ..options() };
     let mut executor = executor(&options);
     let largest = exact.iter().copied().fold(0.0, f32::max);
     for ends in [vec![33], (1..=33).collect()] {
-        let rounded = logits(&mut executor, &sequence, &ends);
+        let rounded = logits(&mut *executor, &sequence, &ends);
         assert_close(&rounded, &exact, 0.06 * largest.max(1.0));
     }
 }
@@ -137,13 +137,13 @@ fn bfloat16_is_near_float32() {
 fn tokens_are_sampled_from_the_last_row_as_the_reference_does() {
     let mut executor = executor(&options());
     let mut sequence = Run::new(5, 21);
-    let all = logits(&mut executor, &sequence, &[21]);
+    let all = logits(&mut *executor, &sequence, &[21]);
     let last = &all[20 * VOCAB_SIZE..];
     for temperature in [0.0, 0.7, 3.0] {
         sequence.params = SamplingParams { temperature, top_k: Some(9), ..sequence.params };
         let mut step = ScheduleOutput::default();
         sequence.schedule(&mut step, 0, 21, LogitRows::Last(1));
-        let rows = run(&mut executor, &step, &TokenMasks::default());
+        let rows = run(&mut *executor, &step, &TokenMasks::default());
         let sampling = Sampling {
             temperature,
             top_k: Some(9),
@@ -166,11 +166,11 @@ fn banned_tokens_are_never_sampled_and_others_are_not_banned() {
     for sequence in &sequences {
         sequence.schedule(&mut step, 0, 5, LogitRows::Last(1));
     }
-    let free = run(&mut executor, &step, &TokenMasks::default());
+    let free = run(&mut *executor, &step, &TokenMasks::default());
     let best = free[1].tokens[0];
     // A token outside the vocabulary is nothing to ban.
     let banned = BannedTokens { row: 1, token_ids: Arc::from([best, TokenId(9999)]) };
-    let masked = run(&mut executor, &step, &TokenMasks { banned: vec![banned] });
+    let masked = run(&mut *executor, &step, &TokenMasks { banned: vec![banned] });
     assert_eq!(masked[0].tokens, free[0].tokens);
     assert_ne!(masked[1].tokens[0], best);
 }
@@ -183,18 +183,18 @@ fn a_token_may_come_from_the_step_before() {
     let mut step = ScheduleOutput::default();
     Run::new(0, 3).schedule(&mut step, 0, 3, LogitRows::None);
     sequence.schedule(&mut step, 0, 6, LogitRows::Last(1));
-    let token = run(&mut executor, &step, &TokenMasks::default())[0].tokens[0];
+    let token = run(&mut *executor, &step, &TokenMasks::default())[0].tokens[0];
     sequence.tokens.push(token.0);
     let mut step = ScheduleOutput::default();
     sequence.schedule(&mut step, 6, 7, LogitRows::All);
-    let from_host = run(&mut executor, &step, &TokenMasks::default());
+    let from_host = run(&mut *executor, &step, &TokenMasks::default());
     // The same again, with the token named by the row that sampled it.
     let mut before = ScheduleOutput::default();
     Run::new(0, 3).schedule(&mut before, 0, 3, LogitRows::None);
     sequence.schedule(&mut before, 0, 6, LogitRows::Last(1));
-    run(&mut executor, &before, &TokenMasks::default());
+    run(&mut *executor, &before, &TokenMasks::default());
     step.sequences[0].tokens = TokenSource::PreviousStep { row: 1 };
-    let from_step = run(&mut executor, &step, &TokenMasks::default());
+    let from_step = run(&mut *executor, &step, &TokenMasks::default());
     assert_eq!(from_step[0].logits, from_host[0].logits);
 }
 
@@ -224,7 +224,7 @@ fn dummy_weights_need_no_file_and_repeat_themselves() {
         let options = ModelOptions { load_format: LoadFormat::Dummy, seed, ..options() };
         let (mut executor, info) = load(dir.path(), &options).unwrap();
         assert_eq!((info.vocab_size, info.num_blocks, info.dtype), (31, NUM_BLOCKS, "float32"));
-        logits(&mut executor, &Run::new(0, 5), &[5])
+        logits(&mut *executor, &Run::new(0, 5), &[5])
     };
     assert_eq!(run(1), run(1));
     assert_ne!(run(1), run(2));

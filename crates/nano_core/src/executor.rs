@@ -2,6 +2,8 @@
 
 pub mod fake;
 
+use std::fmt::Debug;
+
 use crate::error::Result;
 use crate::scheduler::output::{ScheduleOutput, StepOutput, TokenMasks};
 
@@ -23,7 +25,7 @@ pub struct Capacity {
 /// [`Capacity::max_steps_in_flight`] steps are launched and not collected. An error ends the
 /// engine: what the device holds is unknown after it. An executor is built, used and dropped on
 /// the engine thread.
-pub trait Executor {
+pub trait Executor: Debug {
     /// Fixed for the executor's life.
     fn capacity(&self) -> Capacity;
 
@@ -35,4 +37,22 @@ pub trait Executor {
 
     /// Waits for the oldest step in flight.
     fn collect(&mut self) -> Result<StepOutput>;
+}
+
+impl<E: Executor + ?Sized> Executor for Box<E> {
+    fn capacity(&self) -> Capacity {
+        (**self).capacity()
+    }
+
+    fn launch(&mut self, step: &ScheduleOutput) -> Result<()> {
+        (**self).launch(step)
+    }
+
+    fn sample(&mut self, masks: &TokenMasks) -> Result<()> {
+        (**self).sample(masks)
+    }
+
+    fn collect(&mut self) -> Result<StepOutput> {
+        (**self).collect()
+    }
 }

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use nano_core::scheduler::output::{LogitRows, ScheduledSequence, TokenMasks, TokenSource};
 use nano_core::{BlockId, Executor, SamplingParams, ScheduleOutput, SequenceId, TokenId};
-use nano_model::{CpuExecutor, DtypeChoice, LoadFormat, ModelOptions};
+use nano_model::{DtypeChoice, LoadFormat, ModelOptions};
 
 const BLOCK_SIZE: u32 = 16;
 const NUM_BLOCKS: u32 = 1024;
@@ -53,7 +53,7 @@ fn median(times: &mut [f64]) -> f64 {
 }
 
 fn time(
-    executor: &mut CpuExecutor,
+    executor: &mut dyn Executor,
     name: &str,
     step: &ScheduleOutput,
     num_runs: usize,
@@ -117,7 +117,7 @@ fn run(dir: &Path) -> Result<(), Box<dyn Error>> {
         ("prefill, 512 rows on 1536", step(1, 1536, 512, 0.0), 5),
     ];
     for (name, step, num_runs) in &cases {
-        time(&mut executor, name, step, *num_runs)?;
+        time(&mut *executor, name, step, *num_runs)?;
     }
     Ok(())
 }

@@ -8,17 +8,73 @@ mod attention_plan;
 mod bridge;
 pub mod tch;
 
+use std::fmt::Debug;
+
 use crate::batch::Batch;
+use crate::config::CheckpointDtype;
+use crate::dummy::DummyTensor;
 use crate::error::Result;
+use crate::weights::TensorBytes;
+
+/// The data type of weights and cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// IEEE single precision.
+    Float32,
+    /// Brain floating point.
+    BFloat16,
+}
+
+impl Dtype {
+    /// Bytes of one element.
+    pub fn num_bytes(self) -> usize {
+        match self {
+            Self::Float32 => 4,
+            Self::BFloat16 => 2,
+        }
+    }
+
+    /// PyTorch's name of it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Float32 => "float32",
+            Self::BFloat16 => "bfloat16",
+        }
+    }
+}
+
+impl From<Dtype> for CheckpointDtype {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::Float32 => Self::Float32,
+            Dtype::BFloat16 => Self::BFloat16,
+        }
+    }
+}
+
+/// Where the numbers of a parameter come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Values<'a> {
+    /// Tensors of a checkpoint, each whole rows, one below the other.
+    Tensors(&'a [TensorBytes<'a>]),
+    /// Random ones.
+    Dummy(DummyTensor<'a>),
+    /// A norm that changes nothing.
+    Ones,
+}
 
 /// Runs the operators of a decoder. `num_tokens` is the number of the step's rows.
-pub trait Backend {
+pub trait Backend: Debug {
     /// Rows of activations on the device.
     type Hidden;
     /// A parameter: plain, quantised or one rank's shard; the decoder does not look inside.
-    type Weight;
+    type Weight: Debug;
     /// What operators need to know about the step, on the device.
     type Step;
+
+    /// One parameter, `[rows, columns]`; a norm has one row. What it was made of can be dropped
+    /// afterwards.
+    fn weight(&mut self, rows: usize, columns: usize, values: Values<'_>) -> Result<Self::Weight>;
 
     /// Uploads a step.
     fn prepare(&mut self, batch: &Batch) -> Result<Self::Step>;
@@ -78,6 +134,9 @@ pub trait Backend {
         weight: &Self::Weight,
         step: &Self::Step,
     ) -> Result<Self::Hidden>;
+
+    /// Waits for logits and copies them, `[num_logit_rows * vocab_size]`, over `host`.
+    fn to_host(&mut self, logits: &Self::Hidden, host: &mut Vec<f32>) -> Result<()>;
 
     /// The sum over all ranks; the identity on one.
     fn all_reduce(&mut self, hidden: Self::Hidden) -> Result<Self::Hidden> {

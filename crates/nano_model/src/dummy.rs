@@ -6,7 +6,7 @@ use std::thread;
 
 use half::bf16;
 
-use crate::config::CheckpointDtype;
+use crate::backend::Dtype;
 
 const STANDARD_DEVIATION: f64 = 0.02;
 /// Draws that all weights are drawn from, one for each value of 16 bits.
@@ -16,14 +16,22 @@ const CHUNK: usize = 1 << 18;
 
 /// A source of random tensors.
 #[derive(Debug)]
-pub(crate) struct DummyWeights {
+pub struct DummyWeights {
     seed: u64,
     draws: Vec<f32>,
 }
 
+/// One random tensor.
+#[derive(Clone, Copy, Debug)]
+pub struct DummyTensor<'a> {
+    weights: &'a DummyWeights,
+    /// Of the weights and the tensor's name.
+    seed: u64,
+}
+
 impl DummyWeights {
     /// Prepares the draws.
-    pub(crate) fn new(seed: u64) -> Self {
+    pub fn new(seed: u64) -> Self {
         let uniform = |number| (hash(seed ^ hash(number)) >> 11) as f64 / (1_u64 << 53) as f64;
         let normal = |draw: u64| {
             // Box and Muller, 1958.
@@ -34,32 +42,28 @@ impl DummyWeights {
         Self { seed, draws: (0..NUM_DRAWS).map(normal).collect() }
     }
 
-    /// The little-endian elements of the tensor called `name`.
-    pub(crate) fn tensor(
-        &self,
-        name: &str,
-        num_elements: usize,
-        dtype: CheckpointDtype,
-    ) -> Vec<u8> {
+    /// The tensor called `name`.
+    pub fn tensor(&self, name: &str) -> DummyTensor<'_> {
+        let seed = name.bytes().fold(self.seed, |seed, byte| hash(seed ^ u64::from(byte)));
+        DummyTensor { weights: self, seed }
+    }
+}
+
+impl DummyTensor<'_> {
+    /// Its little-endian elements.
+    pub fn bytes(&self, num_elements: usize, dtype: Dtype) -> Vec<u8> {
         match dtype {
-            CheckpointDtype::Float32 => self.fill(name, num_elements, f32::to_le_bytes),
-            CheckpointDtype::BFloat16 => {
-                self.fill(name, num_elements, |draw| bf16::from_f32(draw).to_le_bytes())
-            }
-            CheckpointDtype::Float16 => {
-                self.fill(name, num_elements, |draw| half::f16::from_f32(draw).to_le_bytes())
-            }
+            Dtype::Float32 => self.fill(num_elements, f32::to_le_bytes),
+            Dtype::BFloat16 => self.fill(num_elements, |draw| bf16::from_f32(draw).to_le_bytes()),
         }
     }
 
     fn fill<const N: usize>(
         &self,
-        name: &str,
         num_elements: usize,
         encode: impl Fn(f32) -> [u8; N],
     ) -> Vec<u8> {
-        let seed = name.bytes().fold(self.seed, |seed, byte| hash(seed ^ u64::from(byte)));
-        let draws: Vec<[u8; N]> = self.draws.iter().map(|&draw| encode(draw)).collect();
+        let draws: Vec<[u8; N]> = self.weights.draws.iter().map(|&draw| encode(draw)).collect();
         let mut bytes = vec![0; num_elements * N];
         let mut chunks: Vec<(usize, &mut [u8])> = bytes.chunks_mut(CHUNK * N).enumerate().collect();
         let num_threads = thread::available_parallelism().map_or(1, NonZero::get);
@@ -68,7 +72,7 @@ impl DummyWeights {
             for chunks in chunks.chunks_mut(share) {
                 scope.spawn(|| {
                     for (index, chunk) in chunks {
-                        fill_chunk(chunk, hash(seed ^ *index as u64), &draws);
+                        fill_chunk(chunk, hash(self.seed ^ *index as u64), &draws);
                     }
                 });
             }
@@ -102,7 +106,7 @@ mod tests {
     use super::*;
 
     fn floats(weights: &DummyWeights, name: &str, num_elements: usize) -> Vec<f32> {
-        let bytes = weights.tensor(name, num_elements, CheckpointDtype::Float32);
+        let bytes = weights.tensor(name).bytes(num_elements, Dtype::Float32);
         bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
     }
 
@@ -135,7 +139,7 @@ mod tests {
     #[test]
     fn bfloat16_rounds_the_same_numbers() {
         let weights = DummyWeights::new(3);
-        let bytes = weights.tensor("a", 1000, CheckpointDtype::BFloat16);
+        let bytes = weights.tensor("a").bytes(1000, Dtype::BFloat16);
         for (bytes, value) in bytes.as_chunks::<2>().0.iter().zip(floats(&weights, "a", 1000)) {
             assert_eq!(bf16::from_le_bytes(*bytes), bf16::from_f32(value));
         }

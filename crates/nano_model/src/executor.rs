@@ -6,16 +6,16 @@ use nano_core::{Error as CoreError, TokenId};
 use nano_kernels::reference::sampling::{Sampling, sample};
 use smallvec::smallvec;
 
-use crate::backend::tch::TchBackend;
+use crate::backend::Backend;
 use crate::batch::Batch;
 use crate::decoder::{Decoder, forward};
 use crate::error::{Error, Result};
 
-/// Runs steps on the CPU. It lives on one thread: libtorch's no-grad state is per thread.
+/// Runs steps on a back end whose operators are done when they return.
 #[derive(Debug)]
-pub struct CpuExecutor {
-    backend: TchBackend,
-    model: Decoder<TchBackend>,
+pub struct CpuExecutor<B: Backend> {
+    backend: B,
+    model: Decoder<B>,
     capacity: Capacity,
     vocab_size: usize,
     /// The step that was launched and not collected.
@@ -25,26 +25,11 @@ pub struct CpuExecutor {
     rows: Vec<SampledRow>,
     /// The token that each sequence of the last step sampled.
     previous: Vec<TokenId>,
-    _no_grad: NoGrad,
 }
 
-/// `tch`'s guard has no `Debug`.
-struct NoGrad(#[expect(dead_code, reason = "held for its drop")] tch::NoGradGuard);
-
-impl std::fmt::Debug for NoGrad {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("NoGrad")
-    }
-}
-
-impl CpuExecutor {
+impl<B: Backend> CpuExecutor<B> {
     /// Runs `model` on `backend`, whose cache has the given capacity.
-    pub fn new(
-        backend: TchBackend,
-        model: Decoder<TchBackend>,
-        capacity: Capacity,
-        vocab_size: usize,
-    ) -> Self {
+    pub fn new(backend: B, model: Decoder<B>, capacity: Capacity, vocab_size: usize) -> Self {
         Self {
             backend,
             model,
@@ -54,7 +39,6 @@ impl CpuExecutor {
             logits: Vec::new(),
             rows: Vec::new(),
             previous: Vec::new(),
-            _no_grad: NoGrad(tch::no_grad_guard()),
         }
     }
 
@@ -121,7 +105,7 @@ impl CpuExecutor {
     }
 }
 
-impl Executor for CpuExecutor {
+impl<B: Backend> Executor for CpuExecutor<B> {
     fn capacity(&self) -> Capacity {
         self.capacity
     }

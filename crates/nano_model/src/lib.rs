@@ -8,13 +8,13 @@ pub mod backend;
 pub mod batch;
 pub mod config;
 pub mod decoder;
-mod dummy;
+pub mod dummy;
 pub mod error;
 pub mod executor;
 pub mod load;
 pub mod weights;
 
-pub use backend::Backend;
+pub use backend::{Backend, Dtype};
 pub use config::{DecoderSpec, GenerationDefaults, ModelConfig};
 pub use error::{Error, Result};
 pub use executor::CpuExecutor;

@@ -3,17 +3,17 @@
 use std::path::Path;
 
 use nano_core::TokenId;
-use nano_core::executor::Capacity;
-use safetensors::Dtype;
-use tch::{Kind, Tensor};
+use nano_core::executor::{Capacity, Executor};
+use safetensors::Dtype as StoredDtype;
 
 use crate::backend::tch::TchBackend;
+use crate::backend::{Backend, Dtype, Values};
 use crate::config::{CheckpointDtype, DecoderSpec, GenerationDefaults, ModelConfig};
 use crate::decoder::{Decoder, Layer};
 use crate::dummy::DummyWeights;
 use crate::error::{Error, Result};
 use crate::executor::CpuExecutor;
-use crate::weights::{TensorBytes, WeightMap};
+use crate::weights::WeightMap;
 
 /// The KV cache holds this many sequences of full length, if memory allows and nobody says more.
 const DEFAULT_FULL_SEQUENCES: u64 = 16;
@@ -89,15 +89,7 @@ pub struct ModelInfo {
 ///
 /// # Errors
 /// The first thing about the directory or the options that does not hold.
-pub fn load(dir: &Path, options: &ModelOptions) -> Result<(CpuExecutor, ModelInfo)> {
-    let config = ModelConfig::from_dir(dir)?;
-    let map = match options.load_format {
-        LoadFormat::Auto => Some(WeightMap::open(dir)?),
-        LoadFormat::Dummy => None,
-    };
-    let kind = kind(options.dtype, config.dtype.or_else(|| checkpoint_dtype(map.as_ref()?)));
-    let element_bytes = kind.elt_size_in_bytes() as u64;
-    let room = CacheRoom::new(&config, options, element_bytes)?;
+pub fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Executor>, ModelInfo)> {
     if let Some(num_threads) = options.num_threads {
         if !(1..=MAX_THREADS).contains(&num_threads) {
             let (range, value) = (format!("in [1, {MAX_THREADS}]"), num_threads.to_string());
@@ -105,24 +97,39 @@ pub fn load(dir: &Path, options: &ModelOptions) -> Result<(CpuExecutor, ModelInf
         }
         tch::set_num_threads(num_threads as i32);
     }
-    let spec = config.spec.clone();
-    let backend = TchBackend::new(spec.clone(), kind, room.num_blocks, options.block_size)?;
-    let dummy = DummyWeights::new(options.seed);
-    let dtype =
-        if kind == Kind::Float { CheckpointDtype::Float32 } else { CheckpointDtype::BFloat16 };
-    let weights = map.as_ref().map_or(Weights::Dummy(&dummy, dtype), Weights::Checkpoint);
-    let source = Source { weights, backend: &backend };
-    // The guard puts back what it found when it is dropped: this one ends before the executor's.
-    let model = {
-        let _no_grad = tch::no_grad_guard();
-        load_decoder(&spec, &source)?
+    let (executor, info) = load_on(dir, options, TchBackend::new)?;
+    Ok((Box::new(executor), info))
+}
+
+/// Loads the model in `dir` onto the back end that `make` makes from the model's shape, the data
+/// type, the number of blocks and their size.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_on<B: Backend>(
+    dir: &Path,
+    options: &ModelOptions,
+    make: impl FnOnce(DecoderSpec, Dtype, u32, u32) -> Result<B>,
+) -> Result<(CpuExecutor<B>, ModelInfo)> {
+    let config = ModelConfig::from_dir(dir)?;
+    let map = match options.load_format {
+        LoadFormat::Auto => Some(WeightMap::open(dir)?),
+        LoadFormat::Dummy => None,
     };
+    let dtype = dtype(options.dtype, config.dtype.or_else(|| checkpoint_dtype(map.as_ref()?)));
+    let element_bytes = dtype.num_bytes() as u64;
+    let room = CacheRoom::new(&config, options, element_bytes)?;
+    let spec = config.spec.clone();
+    let mut backend = make(spec.clone(), dtype, room.num_blocks, options.block_size)?;
+    let dummy = DummyWeights::new(options.seed);
+    let source = map.as_ref().map_or(Source::Dummy(&dummy), Source::Checkpoint);
+    let model = load_decoder(&spec, source, &mut backend)?;
     let info = ModelInfo {
         vocab_size: spec.vocab_size as u32,
         max_model_len: room.max_model_len,
         eos_token_ids: config.eos_token_ids,
         generation: config.generation,
-        dtype: if kind == Kind::Float { "float32" } else { "bfloat16" },
+        dtype: dtype.name(),
         weight_bytes: spec.num_parameters() as u64 * element_bytes,
         num_blocks: room.num_blocks,
         kv_cache_bytes: room.bytes,
@@ -150,19 +157,19 @@ fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 
-fn kind(choice: DtypeChoice, checkpoint: Option<CheckpointDtype>) -> Kind {
+fn dtype(choice: DtypeChoice, checkpoint: Option<CheckpointDtype>) -> Dtype {
     match (choice, checkpoint) {
         (DtypeChoice::Float32, _) | (DtypeChoice::Auto, Some(CheckpointDtype::Float32)) => {
-            Kind::Float
+            Dtype::Float32
         }
-        (DtypeChoice::BFloat16 | DtypeChoice::Auto, _) => Kind::BFloat16,
+        (DtypeChoice::BFloat16 | DtypeChoice::Auto, _) => Dtype::BFloat16,
     }
 }
 
 fn checkpoint_dtype(map: &WeightMap) -> Option<CheckpointDtype> {
     match map.dtype()? {
-        Dtype::F32 => Some(CheckpointDtype::Float32),
-        Dtype::F16 => Some(CheckpointDtype::Float16),
+        StoredDtype::F32 => Some(CheckpointDtype::Float32),
+        StoredDtype::F16 => Some(CheckpointDtype::Float16),
         _ => None,
     }
 }
@@ -239,58 +246,59 @@ fn available_bytes() -> u64 {
     kib.map_or(4 << 30, |kib| kib << 10)
 }
 
-struct Source<'a> {
-    weights: Weights<'a>,
-    backend: &'a TchBackend,
-}
-
 #[derive(Clone, Copy)]
-enum Weights<'a> {
+enum Source<'a> {
     Checkpoint(&'a WeightMap),
-    Dummy(&'a DummyWeights, CheckpointDtype),
+    Dummy(&'a DummyWeights),
 }
 
 impl Source<'_> {
     /// A matrix made of tensors one below the other.
-    fn matrix(&self, parts: &[(String, usize)], columns: usize) -> Result<Tensor> {
-        match self.weights {
-            Weights::Checkpoint(map) => {
-                let found = parts
-                    .iter()
-                    .map(|(name, rows)| Ok((map.tensor(name, &[*rows, columns])?, Some(*rows))));
+    fn matrix<B: Backend>(
+        self,
+        backend: &mut B,
+        parts: &[(String, usize)],
+        columns: usize,
+    ) -> Result<B::Weight> {
+        let rows = parts.iter().map(|(_, rows)| rows).sum();
+        match self {
+            Source::Checkpoint(map) => {
+                let found = parts.iter().map(|(name, rows)| map.tensor(name, &[*rows, columns]));
                 let found = found.collect::<Result<Vec<_>>>()?;
-                let merged = self.backend.weight(&found, columns)?;
+                let weight = backend.weight(rows, columns, Values::Tensors(&found))?;
                 for (name, _) in parts {
                     map.release(name);
                 }
-                Ok(merged)
+                Ok(weight)
             }
-            Weights::Dummy(dummy, dtype) => {
-                let rows: usize = parts.iter().map(|(_, rows)| rows).sum();
+            Source::Dummy(dummy) => {
                 // Named after its first part: one draw serves the merged matrix.
                 let name = parts.first().map_or("", |(name, _)| name);
-                let bytes = &dummy.tensor(name, rows * columns, dtype);
-                self.backend.weight(&[(TensorBytes { dtype, bytes }, Some(rows))], columns)
+                backend.weight(rows, columns, Values::Dummy(dummy.tensor(name)))
             }
         }
     }
 
-    fn norm(&self, name: &str, size: usize) -> Result<Tensor> {
-        match self.weights {
-            Weights::Checkpoint(map) => {
-                self.backend.weight(&[(map.tensor(name, &[size])?, None)], size)
+    fn norm<B: Backend>(self, backend: &mut B, name: &str, size: usize) -> Result<B::Weight> {
+        match self {
+            Source::Checkpoint(map) => {
+                backend.weight(1, size, Values::Tensors(&[map.tensor(name, &[size])?]))
             }
-            Weights::Dummy(..) => self.backend.ones(size),
+            Source::Dummy(_) => backend.weight(1, size, Values::Ones),
         }
     }
 }
 
-fn load_decoder(spec: &DecoderSpec, source: &Source<'_>) -> Result<Decoder<TchBackend>> {
+fn load_decoder<B: Backend>(
+    spec: &DecoderSpec,
+    source: Source<'_>,
+    backend: &mut B,
+) -> Result<Decoder<B>> {
     let hidden = spec.hidden_size;
     let query_size = spec.num_heads * spec.head_dim;
     let kv_size = spec.num_kv_heads * spec.head_dim;
     let embedding_name = "model.embed_tokens.weight".to_owned();
-    let layer = |index: usize| -> Result<Layer<Tensor>> {
+    let mut layer = |index: usize| -> Result<Layer<B::Weight>> {
         let name = |part: &str| format!("model.layers.{index}.{part}.weight");
         let qkv = [
             (name("self_attn.q_proj"), query_size),
@@ -302,19 +310,24 @@ fn load_decoder(spec: &DecoderSpec, source: &Source<'_>) -> Result<Decoder<TchBa
             (name("mlp.up_proj"), spec.intermediate_size),
         ];
         Ok(Layer {
-            attention_norm: source.norm(&name("input_layernorm"), hidden)?,
-            qkv: source.matrix(&qkv, hidden)?,
-            output: source.matrix(&[(name("self_attn.o_proj"), hidden)], query_size)?,
-            mlp_norm: source.norm(&name("post_attention_layernorm"), hidden)?,
-            gate_up: source.matrix(&gate_up, hidden)?,
-            down: source.matrix(&[(name("mlp.down_proj"), hidden)], spec.intermediate_size)?,
+            attention_norm: source.norm(backend, &name("input_layernorm"), hidden)?,
+            qkv: source.matrix(backend, &qkv, hidden)?,
+            output: source.matrix(backend, &[(name("self_attn.o_proj"), hidden)], query_size)?,
+            mlp_norm: source.norm(backend, &name("post_attention_layernorm"), hidden)?,
+            gate_up: source.matrix(backend, &gate_up, hidden)?,
+            down: source.matrix(
+                backend,
+                &[(name("mlp.down_proj"), hidden)],
+                spec.intermediate_size,
+            )?,
         })
     };
-    let lm_head = || source.matrix(&[("lm_head.weight".to_owned(), spec.vocab_size)], hidden);
+    let layers = (0..spec.layers.len()).map(&mut layer).collect::<Result<_>>()?;
+    let lm_head = [("lm_head.weight".to_owned(), spec.vocab_size)];
     Ok(Decoder {
-        embedding: source.matrix(&[(embedding_name, spec.vocab_size)], hidden)?,
-        layers: (0..spec.layers.len()).map(layer).collect::<Result<_>>()?,
-        norm: source.norm("model.norm.weight", hidden)?,
-        lm_head: if spec.tied { None } else { Some(lm_head()?) },
+        embedding: source.matrix(backend, &[(embedding_name, spec.vocab_size)], hidden)?,
+        layers,
+        norm: source.norm(backend, "model.norm.weight", hidden)?,
+        lm_head: if spec.tied { None } else { Some(source.matrix(backend, &lm_head, hidden)?) },
     })
 }

@@ -13,9 +13,9 @@ use nano_kernels::cpu::norm::rms_norm;
 use nano_kernels::cpu::rope::{RopeRows, rope_write_kv};
 use tch::{Device, Kind, Tensor};
 
-use crate::backend::Backend;
 use crate::backend::attention_plan::{AttentionPlan, Single, Tile, seen};
 use crate::backend::bridge::{CacheMemory, Element, elements, elements_mut, with_rows};
+use crate::backend::{Backend, Dtype, Values};
 use crate::batch::Batch;
 use crate::config::DecoderSpec;
 use crate::error::{Error, Result};
@@ -34,6 +34,16 @@ pub struct TchBackend {
     /// The windows that the model's layers have, each once.
     windows: Vec<Option<u32>>,
     num_threads: NonZero<usize>,
+    _no_grad: NoGrad,
+}
+
+/// libtorch's no-grad state is per thread, and so is a back end. `tch`'s guard has no `Debug`.
+struct NoGrad(#[expect(dead_code, reason = "held for its drop")] tch::NoGradGuard);
+
+impl std::fmt::Debug for NoGrad {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("NoGrad")
+    }
 }
 
 /// A step, ready to run.
@@ -70,15 +80,15 @@ macro_rules! by_kind {
 
 impl TchBackend {
     /// A back end with a zeroed cache: slots that were never written must stay finite, for a
-    /// weight of 0 times infinity is no number. `kind` is `Float` or `BFloat16`.
-    pub fn new(spec: DecoderSpec, kind: Kind, num_blocks: u32, block_size: u32) -> Result<Self> {
+    /// weight of 0 times infinity is no number.
+    pub fn new(spec: DecoderSpec, dtype: Dtype, num_blocks: u32, block_size: u32) -> Result<Self> {
         let shape = KvShape {
             num_kv_heads: spec.num_kv_heads,
             block_size: block_size as usize,
             head_dim: spec.head_dim,
         };
         let layer_len = num_blocks as usize * shape.block_len();
-        let bytes = layer_len * spec.layers.len() * kind.elt_size_in_bytes();
+        let bytes = layer_len * spec.layers.len() * dtype.num_bytes();
         let cache = CacheMemory::new(bytes).map_err(|error| Error::BadOption {
             name: "num_blocks",
             range: "few enough for the memory of this machine".to_owned(),
@@ -92,42 +102,12 @@ impl TchBackend {
         }
         let num_threads =
             NonZero::new(tch::get_num_threads() as usize).unwrap_or(NonZero::<usize>::MIN);
-        Ok(Self { spec, kind, shape, cache, layer_len, windows, num_threads })
-    }
-
-    /// One parameter from the tensors that it is made of, one below the other, in the engine's
-    /// data type.
-    ///
-    /// # Shapes
-    /// Each part is `[rows, columns]`, or `[columns]` for a norm, whose `rows` is `None`.
-    pub fn weight(
-        &self,
-        parts: &[(TensorBytes<'_>, Option<usize>)],
-        columns: usize,
-    ) -> Result<Tensor> {
-        let rows: usize = parts.iter().map(|(_, rows)| rows.unwrap_or(1)).sum();
-        let merged = self.empty(rows, columns)?;
-        let mut row = 0;
-        for (part, part_rows) in parts {
-            let part_rows = part_rows.unwrap_or(1) as i64;
-            with_rows(*part, columns as i64, |part| {
-                Ok(merged.f_narrow(0, row, part_rows)?.f_copy_(part)?)
-            })?;
-            row += part_rows;
-        }
-        let is_norm = parts.iter().all(|(_, rows)| rows.is_none());
-        Ok(if is_norm { merged.f_squeeze_dim(0)? } else { merged })
-    }
-
-    /// The weight of a norm that changes nothing.
-    pub fn ones(&self, size: usize) -> Result<Tensor> {
-        Ok(Tensor::f_ones([size as i64], (self.kind, Device::Cpu))?)
-    }
-
-    /// The logits on the host: `[num_logit_rows * vocab_size]`, written over `host`.
-    pub fn to_host(&self, logits: &Tensor, host: &mut Vec<f32>) -> Result<()> {
-        host.resize(logits.numel(), 0.0);
-        Ok(logits.f_contiguous()?.f_copy_data(host, logits.numel())?)
+        let kind = match dtype {
+            Dtype::Float32 => Kind::Float,
+            Dtype::BFloat16 => Kind::BFloat16,
+        };
+        let no_grad = NoGrad(tch::no_grad_guard());
+        Ok(Self { spec, kind, shape, cache, layer_len, windows, num_threads, _no_grad: no_grad })
     }
 
     fn empty(&self, rows: usize, columns: usize) -> Result<Tensor> {
@@ -285,6 +265,30 @@ impl Backend for TchBackend {
     type Weight = Tensor;
     type Step = TchStep;
 
+    fn weight(&mut self, rows: usize, columns: usize, values: Values<'_>) -> Result<Tensor> {
+        let mut merged = self.empty(rows, columns)?;
+        match values {
+            Values::Tensors(parts) => {
+                let mut row = 0;
+                for part in parts {
+                    row += with_rows(*part, columns as i64, |part| {
+                        let part_rows = part.size()[0];
+                        merged.f_narrow(0, row, part_rows)?.f_copy_(part)?;
+                        Ok(part_rows)
+                    })?;
+                }
+            }
+            Values::Dummy(dummy) => {
+                let dtype = if self.kind == Kind::Float { Dtype::Float32 } else { Dtype::BFloat16 };
+                let part =
+                    TensorBytes { dtype: dtype.into(), bytes: &dummy.bytes(rows * columns, dtype) };
+                with_rows(part, columns as i64, |part| Ok(merged.f_copy_(part)?))?;
+            }
+            Values::Ones => merged = merged.f_fill_(1.0)?,
+        }
+        Ok(merged)
+    }
+
     fn prepare(&mut self, batch: &Batch) -> Result<TchStep> {
         let rope = &self.spec.rope;
         let angles = batch.positions.iter().flat_map(|&position| {
@@ -352,6 +356,11 @@ impl Backend for TchBackend {
     ) -> Result<Tensor> {
         let rows = hidden.f_index_select(0, &step.logit_rows)?;
         Ok(self.norm_product(&rows, norm, weight)?.f_to_kind(Kind::Float)?)
+    }
+
+    fn to_host(&mut self, logits: &Tensor, host: &mut Vec<f32>) -> Result<()> {
+        host.resize(logits.numel(), 0.0);
+        Ok(logits.f_contiguous()?.f_copy_data(host, logits.numel())?)
     }
 }
 
