@@ -103,8 +103,11 @@ __device__ __forceinline__ void soften(Running& running, float (&scores)[ROW_TIL
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
             // No key of this row is visible yet: any finite reference gives weights of zero.
-            const float reference = largest == NEGATIVE_INFINITY ? 0.0f : largest * scale;
-            const float shrink = exp2_fast(running.largest[m][half] * scale - reference);
+            const float reference = largest == NEGATIVE_INFINITY ? 0.0f : __fmul_rn(largest, scale);
+            // Rounded as the reference was: exactly 1 where the largest stays, so that steps in which
+            // a row sees nothing, more or fewer by where its tile ends, leave its bits alone.
+            const float shrink =
+                exp2_fast(__fmul_rn(running.largest[m][half], scale) - reference);
             running.largest[m][half] = largest;
             float sum = 0.0f;
 #pragma unroll

@@ -6,6 +6,7 @@
 
 mod attention_plan;
 mod bridge;
+pub mod cuda;
 pub mod tch;
 
 use std::fmt::Debug;

@@ -191,9 +191,10 @@ pub struct PrefillSequence {
     pub first_position: usize,
 }
 
-/// A run of tokens that one thread block a K/V head works on, as the kernel reads it.
+/// A run of tokens that one thread block a K/V head works on, as the kernel reads it; the default
+/// has none.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PrefillTile {
     sequence: i32,
     first_token: i32,

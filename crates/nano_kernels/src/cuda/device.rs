@@ -7,9 +7,12 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUdevice_attribute};
-use cudarc::driver::{CudaContext, CudaStream, DeviceRepr, result};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DeviceRepr, result};
 
 use super::{Error, Result, is_out_of_memory};
+
+/// The unit in which host memory is locked.
+const PAGE_BYTES: usize = 4096;
 
 /// A GPU with the one stream that all work of its owner goes through.
 #[derive(Clone, Debug)]
@@ -121,6 +124,12 @@ impl Device {
         Ok(PinnedBuffer { pointer, num_bytes, context: Arc::clone(&self.context) })
     }
 
+    /// A point in the stream, recorded nowhere yet.
+    pub fn new_event(&self) -> Result<Event> {
+        let event = self.context.new_event(None)?;
+        Ok(Event { event, stream: Arc::clone(&self.stream) })
+    }
+
     pub(super) fn context(&self) -> &Arc<CudaContext> {
         &self.context
     }
@@ -174,6 +183,32 @@ impl DeviceBuffer {
         // SAFETY: `interval` checked the bounds; `data` outlives the copy, which is waited for.
         unsafe { result::memcpy_htod_async(target, data, stream) }?;
         Ok(self.stream.synchronize()?)
+    }
+
+    /// As [`upload`](Self::upload), for data too large to pass through a staging buffer: the
+    /// driver reads its pages in place, at several times the speed, where it can lock them.
+    ///
+    /// # Panics
+    /// If `data` reaches past the end.
+    pub fn upload_large(&self, offset_bytes: usize, data: &[u8]) -> Result<()> {
+        let start = data.as_ptr() as usize / PAGE_BYTES * PAGE_BYTES;
+        let end = (data.as_ptr() as usize + data.len()).next_multiple_of(PAGE_BYTES);
+        self.stream.context().bind_to_thread()?;
+        // SAFETY: these are the pages that hold `data`. They are locked for reading alone, and
+        // unlocked below, before the borrow ends.
+        let locked = unsafe {
+            sys::cuMemHostRegister_v2(
+                start as *mut c_void,
+                end - start,
+                sys::CU_MEMHOSTREGISTER_READ_ONLY,
+            )
+        };
+        let uploaded = self.upload(offset_bytes, data);
+        if locked == sys::CUresult::CUDA_SUCCESS {
+            // SAFETY: locked above, and the copy has ended.
+            unsafe { sys::cuMemHostUnregister(start as *mut c_void) }.result()?;
+        }
+        uploaded
     }
 
     /// Copies from `offset_bytes` into `data`, after the work enqueued so far, and waits.
@@ -270,6 +305,38 @@ impl PinnedBuffer {
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as above, and the borrow is unique.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), self.num_bytes) }
+    }
+}
+
+impl PinnedBuffer {
+    /// Copies `data` to `offset_bytes`.
+    ///
+    /// # Panics
+    /// If `data` reaches past the end.
+    pub fn write<T: DeviceRepr>(&mut self, offset_bytes: usize, data: &[T]) {
+        let num_bytes = size_of_val(data);
+        // SAFETY: these are the bytes of `data`, which types for the device have no padding in.
+        let bytes = unsafe { std::slice::from_raw_parts(data.as_ptr().cast::<u8>(), num_bytes) };
+        self.as_mut_slice()[offset_bytes..offset_bytes + num_bytes].copy_from_slice(bytes);
+    }
+}
+
+/// A point in the stream that the host can wait for.
+#[derive(Debug)]
+pub struct Event {
+    event: CudaEvent,
+    stream: Arc<CudaStream>,
+}
+
+impl Event {
+    /// Moves it behind the work enqueued so far.
+    pub fn record(&self) -> Result<()> {
+        Ok(self.event.record(&self.stream)?)
+    }
+
+    /// Waits until the stream has come to it, and says if any work failed.
+    pub fn wait(&self) -> Result<()> {
+        Ok(self.event.synchronize()?)
     }
 }
 

@@ -15,6 +15,12 @@ pub enum Kernel {
     EmbedTokens,
     /// The choice of the next token.
     Sample,
+    /// Tokens taken out of that choice.
+    BanTokens,
+    /// Random parameters.
+    FillRandom,
+    /// bf16 parameters from other types.
+    RoundToBf16,
     /// Attention of one token a sequence, `head_dim` 64.
     DecodeAttention64,
     /// Attention of one token a sequence, `head_dim` 128.
@@ -53,6 +59,7 @@ const ROPE_WRITE_KV: &str = include_str!("../../kernels/rope_write_kv.cu");
 const SILU_MUL: &str = include_str!("../../kernels/silu_mul.cu");
 const GATHER: &str = include_str!("../../kernels/gather.cu");
 const SAMPLE: &str = include_str!("../../kernels/sample.cu");
+const WEIGHTS: &str = include_str!("../../kernels/weights.cu");
 const DECODE_ATTENTION: &str = include_str!("../../kernels/decode_attention.cu");
 const PREFILL_ATTENTION: &str = include_str!("../../kernels/prefill_attention.cu");
 
@@ -61,13 +68,16 @@ const HEAD_DIM_128: &[&str] = &["-DHEAD_DIM=128"];
 
 /// Every kernel, in the order of [`Kernel`].
 #[rustfmt::skip]
-pub const KERNELS: [KernelSpec; 10] = [
+pub const KERNELS: [KernelSpec; 13] = [
     plain(Kernel::RmsNorm, "rms_norm", RMS_NORM),
     plain(Kernel::RopeWriteKv, "rope_write_kv", ROPE_WRITE_KV),
     plain(Kernel::SiluMul, "silu_mul", SILU_MUL),
     plain(Kernel::GatherRows, "gather_rows", GATHER),
     plain(Kernel::EmbedTokens, "embed_tokens", GATHER),
     plain(Kernel::Sample, "sample", SAMPLE),
+    plain(Kernel::BanTokens, "ban_tokens", SAMPLE),
+    plain(Kernel::FillRandom, "fill_random", WEIGHTS),
+    plain(Kernel::RoundToBf16, "round_to_bf16", WEIGHTS),
     decode(Kernel::DecodeAttention64, "decode_attention_64", HEAD_DIM_64, 64),
     decode(Kernel::DecodeAttention128, "decode_attention_128", HEAD_DIM_128, 128),
     prefill(Kernel::PrefillAttention64, "prefill_attention_64", HEAD_DIM_64, 64, 64),
