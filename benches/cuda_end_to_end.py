@@ -20,6 +20,7 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 CONFIG = {
@@ -103,13 +104,11 @@ class Bench:
         """Seconds between the items of a stream, its first one left out."""
         from nano_batch import SamplingParams
 
-        params = SamplingParams(
-            temperature=0, ignore_eos=True, max_tokens=count, detokenize=False
-        )
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=count, detokenize=False)
         times = []
         for output in self.engine.stream(self.fresh(1, length)[0], params):
             times += [time.perf_counter()] * len(output.outputs[0].token_ids)
-        return [after - before for before, after in zip(times[1:], times[2:], strict=False)]
+        return [after - before for before, after in pairwise(times[1:])]
 
     def burst(self, count, length, out):
         times = [self.seconds(self.fresh(count, length), [out] * count) for _ in range(self.runs)]
