@@ -13,8 +13,11 @@ mod cuda_fixture;
 use cuda_fixture::{Random, assert_close, download, floats, kernels};
 use half::{bf16, f16};
 use nano_kernels::cuda::gemm::{Output, Product, Trial, rows_of_memory};
+use nano_kernels::cuda::thin::{Epilogue, ThinProduct};
 use nano_kernels::cuda::weights::NUM_DRAWS;
 use nano_kernels::cuda::{Device, DeviceBuffer, Gemm};
+use nano_kernels::reference::activation::silu_mul;
+use nano_kernels::reference::norm::rms_norm;
 use nano_kernels::reference::product::product;
 
 /// bf16 rounds by 2⁻⁸ of a value at worst.
@@ -88,6 +91,83 @@ fn products_of_any_number_of_rows_agree_with_the_reference() {
                 let what = format!("{:?}, deterministic {is_deterministic}", case.shape);
                 assert_close(&what, &case.run(device, &mut gemm), &case.reference(), ROUNDING);
             }
+        }
+    }
+}
+
+#[test]
+fn thin_products_with_norm_gate_and_residual_agree_with_the_references() {
+    let Some(kernels) = kernels() else { return };
+    let device = kernels.device();
+    let mut random = Random(9);
+    for (num_tokens, out_features, in_features) in [
+        (1, 6144, 4096),
+        (1, 512, 14336),
+        (2, 300, 1032),
+        (3, 151, 96),
+        (4, 1024, 4096),
+        (1, 2, 8),
+        (4, 97, 264),
+    ] {
+        assert!(kernels.has_thin_product(num_tokens, in_features));
+        let input = random.values(num_tokens * in_features);
+        let weight = random.values(out_features * in_features);
+        let norm_weight = random.values(in_features);
+        let before = random.values(num_tokens * out_features);
+        let on = |values: &[bf16]| device.allocate_from(values).unwrap();
+        let (input_on, weight_on, norm_on) = (on(&input), on(&weight), on(&norm_weight));
+        for (epilogue, with_norm) in [
+            (Epilogue::Bf16, true),
+            (Epilogue::AddBf16, false),
+            (Epilogue::F32, true),
+            (Epilogue::Gated, true),
+        ] {
+            if epilogue == Epilogue::Gated && out_features % 2 == 1 {
+                continue;
+            }
+            let width = if epilogue == Epilogue::Gated { out_features / 2 } else { out_features };
+            let element_bytes = if epilogue == Epilogue::F32 { 4 } else { 2 };
+            let out = device.allocate(num_tokens * width * element_bytes).unwrap();
+            out.fill(0xff).unwrap();
+            if epilogue == Epilogue::AddBf16 {
+                out.upload(0, &before).unwrap();
+            }
+            let launch = ThinProduct {
+                out: out.address(),
+                input: input_on.address(),
+                norm: with_norm.then(|| norm_on.address()),
+                weight: weight_on.address(),
+                num_tokens,
+                out_features,
+                in_features,
+                epilogue,
+                eps: 1e-5,
+            };
+            // SAFETY: every buffer was allocated above with the size of its shape.
+            unsafe { kernels.thin_product(&launch) }.unwrap();
+            let rows = floats(&input);
+            let rows = rows.chunks_exact(in_features).enumerate();
+            let expected: Vec<f32> = rows
+                .flat_map(|(token, row)| {
+                    let normed = rms_norm(row, &floats(&norm_weight), 1e-5);
+                    let mut y = product(if with_norm { &normed } else { row }, &floats(&weight));
+                    if epilogue == Epilogue::AddBf16 {
+                        let before = &before[token * out_features..];
+                        y.iter_mut().zip(before).for_each(|(y, before)| *y += before.to_f32());
+                    }
+                    if epilogue == Epilogue::Gated { silu_mul(&y) } else { y }
+                })
+                .collect();
+            let found = if epilogue == Epilogue::F32 {
+                let mut values = vec![0.0_f32; expected.len()];
+                out.download(0, &mut values).unwrap();
+                values
+            } else {
+                download(&out)
+            };
+            let what = format!("{num_tokens} x {out_features} x {in_features} {epilogue:?}");
+            // The normalised input is rounded once more than the reference's.
+            assert_close(&what, &found, &expected, 1.5 * ROUNDING);
         }
     }
 }

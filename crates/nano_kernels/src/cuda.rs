@@ -16,6 +16,7 @@ pub mod norm;
 pub mod rope;
 pub mod sampling;
 pub mod spec;
+pub mod thin;
 pub mod weights;
 
 pub use device::{Device, DeviceBuffer, Event, PinnedBuffer};

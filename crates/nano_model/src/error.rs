@@ -88,7 +88,8 @@ pub enum Error {
     Cuda(#[from] CudaError),
     /// The GPU has too little memory for the model.
     #[error(
-        "{what} needs {needed_gib:.2} GiB of GPU memory, but {free_gib:.2} GiB are free: {hint}"
+        "{needed_gib:.2} GiB of GPU memory are needed for {what}, but {free_gib:.2} GiB are free: \
+         {hint}"
     )]
     GpuMemory {
         /// The part of the model.

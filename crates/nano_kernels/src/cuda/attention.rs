@@ -166,7 +166,8 @@ impl Kernels {
         if num_tiles == 0 {
             return Ok(());
         }
-        let grid = (num_tiles as u32, heads.num_kv_heads as u32, 1);
+        check(num_tiles <= 65_535, "num_tiles", "at most 65535", num_tiles)?;
+        let grid = (heads.num_kv_heads as u32, num_tiles as u32, 1);
         let (num_heads, max_blocks) = (heads.num_heads as i32, input.max_blocks as i32);
         let (window, scale) = (window_or_all(input.window), heads.scale());
         let mut builder = self.device().stream().launch_builder(self.function(kernel));

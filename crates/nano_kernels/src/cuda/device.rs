@@ -21,7 +21,11 @@ pub struct Device {
     stream: Arc<CudaStream>,
     architecture: String,
     num_multiprocessors: u32,
+    max_shared_bytes: u32,
 }
+
+/// Shared memory that a kernel of the table declares in its source at most.
+const DECLARED_SHARED_BYTES: u32 = 1024;
 
 /// The device's memory at one moment, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,9 +60,11 @@ impl Device {
             )));
         }
         let multiprocessors = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let shared = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         Ok(Self {
             architecture: architecture(major, minor),
             num_multiprocessors: context.attribute(multiprocessors)? as u32,
+            max_shared_bytes: context.attribute(shared)? as u32 - DECLARED_SHARED_BYTES,
             stream: context.new_stream()?,
             context,
         })
@@ -77,6 +83,11 @@ impl Device {
     /// Multiprocessors, over which a launch spreads its thread blocks.
     pub fn num_multiprocessors(&self) -> u32 {
         self.num_multiprocessors
+    }
+
+    /// Dynamic shared memory that a thread block can have.
+    pub fn max_shared_bytes(&self) -> u32 {
+        self.max_shared_bytes
     }
 
     /// Free and total memory now.

@@ -23,9 +23,16 @@ const FIXED_ROWS: usize = 256;
 /// Plans are cheap to make again: a bound keeps ever new shapes from growing memory.
 const MAX_PLANS: usize = 8192;
 /// The algorithms of a shape that are timed, of those that cuBLASLt thinks best.
-const MAX_CANDIDATES: usize = 12;
+const MAX_CANDIDATES: usize = 16;
+/// Those of them that are timed again, with care.
+const NUM_FINALISTS: usize = 4;
 /// Above this many rows a product takes so long that fewer are timed, fewer times.
 const FEW_ROWS: usize = 256;
+/// Up to this many rows a product cannot fill the device without splitting what it sums over.
+const SPLIT_ROWS: usize = 64;
+/// The splits that are tried beside those that cuBLASLt thinks of, with each of its first picks.
+const SPLITS: [u32; 4] = [2, 3, 4, 6];
+const NUM_SPLIT_PICKS: usize = 3;
 
 /// What becomes of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -169,15 +176,19 @@ impl Gemm {
             if trial.product.num_rows == 0 || self.algorithms.contains_key(&key) {
                 continue;
             }
-            let mut best: Option<(f64, sys::cublasLtMatmulAlgo_t)> = None;
-            for algorithm in self.candidates(&trial.product)? {
-                // SAFETY: the caller's word.
-                let Ok(seconds) = (unsafe { self.time(trial, algorithm) }) else { continue };
-                if best.is_none_or(|(least, _)| seconds < least) {
-                    best = Some((seconds, algorithm));
-                }
-            }
-            if let Some((_, algorithm)) = best {
+            let candidates = self.candidates(&trial.product)?;
+            // Those that fail are left out.
+            let timed = |gemm: &Self, algorithms: Vec<sys::cublasLtMatmulAlgo_t>, care| {
+                let seconds = |algorithm: &sys::cublasLtMatmulAlgo_t| {
+                    // SAFETY: the caller's word.
+                    unsafe { gemm.time(trial, *algorithm, care) }.unwrap_or(f64::INFINITY)
+                };
+                let mut timed: Vec<_> = algorithms.iter().map(|it| (seconds(it), *it)).collect();
+                timed.sort_by(|a, b| a.0.total_cmp(&b.0));
+                timed.into_iter().filter(|(seconds, _)| seconds.is_finite()).map(|(_, it)| it)
+            };
+            let finalists = timed(self, candidates, 1).take(NUM_FINALISTS).collect();
+            if let Some(algorithm) = timed(self, finalists, 4).next() {
                 self.algorithms.insert(key, algorithm);
                 num_tuned += 1;
             }
@@ -191,18 +202,24 @@ impl Gemm {
         Ok(())
     }
 
-    /// Seconds of one product, the best of a few replays of a graph of them.
-    unsafe fn time(&self, trial: &Trial, algorithm: sys::cublasLtMatmulAlgo_t) -> Result<f64> {
+    /// Seconds of one product, the best of `care` replays of a graph of them.
+    unsafe fn time(
+        &self,
+        trial: &Trial,
+        algorithm: sys::cublasLtMatmulAlgo_t,
+        care: usize,
+    ) -> Result<f64> {
         let plan = self.new_plan(&trial.product, Some(algorithm))?;
-        let (launches, replays) = if trial.product.num_rows > FEW_ROWS { (2, 2) } else { (8, 4) };
+        let launches = if trial.product.num_rows > FEW_ROWS { 2 } else { 4 + 2 * care };
         let graph = Graph::capture(&self.device, || {
             trial.weights.iter().cycle().take(launches).try_for_each(|&weight| {
                 // SAFETY: the caller's word.
                 unsafe { self.enqueue(&plan, &algorithm, trial.out, trial.input, weight) }
             })
         })?;
+        graph.launch()?;
         let mut best = f64::INFINITY;
-        for _ in 0..replays {
+        for _ in 0..care {
             self.device.synchronize()?;
             let start = Instant::now();
             graph.launch()?;
@@ -308,7 +325,16 @@ impl Gemm {
     fn candidates(&self, product: &Product) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
         let plan = self.new_plan(product, None)?;
         let few = product.num_rows > FEW_ROWS;
-        self.heuristic(&plan, if few { MAX_CANDIDATES / 2 } else { MAX_CANDIDATES })
+        let mut found =
+            self.heuristic(&plan, if few { MAX_CANDIDATES / 2 } else { MAX_CANDIDATES })?;
+        if product.num_rows <= SPLIT_ROWS {
+            let picks: Vec<_> = found.iter().take(NUM_SPLIT_PICKS).copied().collect();
+            for (pick, split) in picks.iter().flat_map(|it| SPLITS.map(|split| (it, split))) {
+                let variant = split_variant(*pick, split);
+                found.extend(variant.filter(|variant| self.serves(&plan, variant)));
+            }
+        }
+        Ok(found)
     }
 
     /// The algorithms that cuBLASLt thinks best, at most `count`.
@@ -368,6 +394,27 @@ fn bucket(num_rows: usize) -> usize {
         0..=4 | FEW_ROWS.. => num_rows.next_power_of_two(),
         _ => num_rows.next_multiple_of(8),
     }
+}
+
+/// The algorithm with its sum cut into `split` parts, which are added up in f32.
+fn split_variant(
+    mut algorithm: sys::cublasLtMatmulAlgo_t,
+    split: u32,
+) -> Option<sys::cublasLtMatmulAlgo_t> {
+    use sys::cublasLtMatmulAlgoConfigAttributes_t as Attribute;
+    let in_f32 = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+    for (attribute, value) in [
+        (Attribute::CUBLASLT_ALGO_CONFIG_SPLITK_NUM, split),
+        (Attribute::CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, in_f32),
+    ] {
+        let value = (&raw const value).cast();
+        // SAFETY: both attributes are of this size, and read before the call returns.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoConfigSetAttribute(&raw mut algorithm, attribute, value, 4)
+        };
+        status.result().ok()?;
+    }
+    Some(algorithm)
 }
 
 /// A line of the cache.

@@ -14,6 +14,7 @@ use nano_kernels::cuda::gemm::{Output, Product, Trial, rows_of_memory};
 use nano_kernels::cuda::norm::RmsNorm;
 use nano_kernels::cuda::rope::RopeWriteKv;
 use nano_kernels::cuda::sampling::Sample;
+use nano_kernels::cuda::thin::{Epilogue, ThinProduct};
 use nano_kernels::cuda::{Device, DeviceBuffer, Gemm, Kernels};
 
 use crate::backend::{Backend, Values};
@@ -194,11 +195,15 @@ impl CudaBackend {
         for input in [residual, normed, context, gated] {
             input.fill(0x3c)?;
         }
+        let (kernels, is_deterministic) = (&self.kernels, self.is_deterministic);
         let mut trials = Vec::new();
         for &num_rows in num_rows {
             let mut add =
                 |weights: Vec<&CudaWeight>, out: &DeviceBuffer, input: &DeviceBuffer, output| {
                     let Some(first) = weights.first() else { return };
+                    if !is_deterministic && kernels.has_thin_product(num_rows, first.columns) {
+                        return;
+                    }
                     trials.push(Trial {
                         product: Product {
                             num_rows,
@@ -319,13 +324,24 @@ impl CudaBackend {
         Ok(CudaHidden { address: out, ..hidden })
     }
 
+    /// A product with the norm before it: in one launch for a few rows, else in two.
     fn product(
         &mut self,
         out: u64,
         input: CudaHidden,
+        norm: Option<&CudaWeight>,
         weight: &CudaWeight,
         output: Output,
     ) -> Result<CudaHidden> {
+        let epilogue = match output {
+            Output::Bf16 => Epilogue::Bf16,
+            Output::AddBf16 => Epilogue::AddBf16,
+            Output::F32 => Epilogue::F32,
+        };
+        if let Some(out) = self.thin_product(out, input, norm, weight, epilogue)? {
+            return Ok(out);
+        }
+        let input = norm.map_or(Ok(input), |norm| self.norm(input, norm))?;
         let product = Product {
             num_rows: input.num_rows,
             out_features: weight.rows,
@@ -335,6 +351,36 @@ impl CudaBackend {
         // SAFETY: as in `norm`.
         unsafe { self.gemm.product(&product, out, input.address, weight.buffer.address()) }?;
         Ok(CudaHidden { address: out, ..input })
+    }
+
+    /// `None` where there are too many rows, or every row must be computed alike.
+    fn thin_product(
+        &self,
+        out: u64,
+        input: CudaHidden,
+        norm: Option<&CudaWeight>,
+        weight: &CudaWeight,
+        epilogue: Epilogue,
+    ) -> Result<Option<CudaHidden>> {
+        let num_tokens = input.num_rows;
+        let has_shape = self.kernels.has_thin_product(num_tokens, weight.columns);
+        if self.is_deterministic || !has_shape {
+            return Ok(None);
+        }
+        let launch = ThinProduct {
+            out,
+            input: input.address,
+            norm: norm.map(|norm| norm.buffer.address()),
+            weight: weight.buffer.address(),
+            num_tokens,
+            out_features: weight.rows,
+            in_features: weight.columns,
+            epilogue,
+            eps: self.spec.rms_norm_eps,
+        };
+        // SAFETY: as in `norm`.
+        unsafe { self.kernels.thin_product(&launch) }?;
+        Ok(Some(CudaHidden { address: out, ..input }))
     }
 
     /// One checkpoint tensor into its place in a weight.
@@ -425,8 +471,7 @@ impl Backend for CudaBackend {
         norm: &CudaWeight,
         weight: &CudaWeight,
     ) -> Result<CudaHidden> {
-        let normed = self.norm(*hidden, norm)?;
-        self.product(self.activations.qkv.address(), normed, weight, Output::Bf16)
+        self.product(self.activations.qkv.address(), *hidden, Some(norm), weight, Output::Bf16)
     }
 
     fn rope_write_kv(
@@ -488,7 +533,7 @@ impl Backend for CudaBackend {
         weight: &CudaWeight,
         residual: CudaHidden,
     ) -> Result<CudaHidden> {
-        self.product(residual.address, *input, weight, Output::AddBf16)
+        self.product(residual.address, *input, None, weight, Output::AddBf16)
     }
 
     fn norm_gated_product(
@@ -497,10 +542,14 @@ impl Backend for CudaBackend {
         norm: &CudaWeight,
         gate_up: &CudaWeight,
     ) -> Result<CudaHidden> {
-        let normed = self.norm(*hidden, norm)?;
-        let both =
-            self.product(self.activations.gate_up.address(), normed, gate_up, Output::Bf16)?;
         let out = self.activations.gated.address();
+        if let Some(gated) =
+            self.thin_product(out, *hidden, Some(norm), gate_up, Epilogue::Gated)?
+        {
+            return Ok(gated);
+        }
+        let both = self.activations.gate_up.address();
+        let both = self.product(both, *hidden, Some(norm), gate_up, Output::Bf16)?;
         let launch = SiluMul {
             out,
             gate_up: both.address,
@@ -544,8 +593,7 @@ impl Backend for CudaBackend {
                 unsafe { self.kernels.gather_rows(&gather, logit_row + first as u64 * 4) }?;
                 rows.address = gather.out;
             }
-            let normed = self.norm(rows, norm)?;
-            logits = self.product(out, normed, weight, Output::F32)?;
+            logits = self.product(out, rows, Some(norm), weight, Output::F32)?;
             if step.keeps_logits {
                 let kept = &mut self.kept[first * vocab_size..][..num_rows * vocab_size];
                 self.activations.logits.download(0, kept)?;
