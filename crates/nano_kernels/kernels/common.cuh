@@ -15,6 +15,24 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 constexpr int BLOCK_SIZE = 16;
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
 
+// Lets the next kernel of the stream begin, and waits until the one before has ended, with all that
+// it wrote. Every kernel calls both before it reads what another one writes, or writes anything:
+// the kernels of a stream overlap, see src/cuda/kernels.rs.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void begin() {
+    let_next_begin();
+    wait_for_previous();
+}
+
 // One 16-byte access: eight bf16 values.
 struct alignas(16) Bf16x8 {
     u32 pairs[4];

@@ -196,6 +196,7 @@ decode_attention(bf16* out, float* partial, float* partial_ml, u32* arrived, con
     extern __shared__ __align__(128) bf16 shared[];
     __shared__ float warp_largest[NUM_WARPS][MAX_GROUP], warp_sum[NUM_WARPS][MAX_GROUP];
     __shared__ bool is_last;
+    begin();
     const int split = blockIdx.x, kv_head = blockIdx.y, sequence = blockIdx.z;
     const int num_kv_heads = gridDim.y, group = num_heads / num_kv_heads;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;

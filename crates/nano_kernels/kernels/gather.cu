@@ -22,6 +22,7 @@ __device__ __forceinline__ void copy_row(Bf16x8* out, const Bf16x8* source, u32 
 extern "C" __global__ void __launch_bounds__(256)
 gather_rows(Bf16x8* out, const Bf16x8* source, const u32* index, u32 num_source_rows,
             int row_size) {
+    begin();
     copy_row(out, source, index[blockIdx.x], num_source_rows, row_size);
 }
 
@@ -34,6 +35,7 @@ gather_rows(Bf16x8* out, const Bf16x8* source, const u32* index, u32 num_source_
 extern "C" __global__ void __launch_bounds__(256)
 embed_tokens(Bf16x8* out, const Bf16x8* source, const u32* token, const u32* from_sampled,
              const u32* sampled, u32 num_source_rows, int row_size) {
+    begin();
     u32 id = token[blockIdx.x];
     if (from_sampled[blockIdx.x] != 0) id = sampled[id];
     copy_row(out, source, id, num_source_rows, row_size);

@@ -162,6 +162,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 prefill_attention(bf16* out, const bf16* query, const bf16* cache, const int* block_table,
                   const Tile* tiles, int num_heads, int max_blocks, int window, float scale) {
     extern __shared__ __align__(1024) bf16 shared[];
+    begin();
     const Tile tile = tiles[blockIdx.y];
     const int kv_head = blockIdx.x, num_kv_heads = gridDim.x, group = num_heads / num_kv_heads;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;

@@ -23,6 +23,7 @@ extern "C" __global__ void __launch_bounds__(1024)
 rms_norm(Bf16x8* out, Bf16x8* residual, const Bf16x8* addend, const Bf16x8* weight,
          int hidden_size, float eps) {
     __shared__ float scratch[WARP];
+    begin();
     const int num_vectors = hidden_size / 8;
     const i64 row = (i64)blockIdx.x * num_vectors;
 

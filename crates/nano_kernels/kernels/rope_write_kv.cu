@@ -29,6 +29,7 @@ extern "C" __global__ void __launch_bounds__(256)
 rope_write_kv(bf16* query, bf16* cache, const bf16* qkv, const float* cos_sin,
               const int* position, const int* slot, int num_heads, int num_kv_heads,
               int head_dim) {
+    begin();
     const i64 token = blockIdx.x;
     const int half_dim = head_dim / 2;
     const int units_per_head = half_dim / 8;

@@ -137,6 +137,7 @@ extern "C" __global__ void __launch_bounds__(1024)
 sample(u32* chosen, const float* all_logits, const RowSampling* rows, int vocab_size) {
     __shared__ u64 scratch[WARP];
     __shared__ float sum_scratch[WARP];
+    begin();
     const RowSampling row = rows[blockIdx.x];
     const float* logits = all_logits + (i64)blockIdx.x * vocab_size;
 
@@ -189,6 +190,7 @@ sample(u32* chosen, const float* all_logits, const RowSampling* rows, int vocab_
 //   banned: [num_banned] pairs of row and token; a token outside the vocabulary is ignored
 extern "C" __global__ void __launch_bounds__(256)
 ban_tokens(float* logits, const uint2* banned, int num_banned, u32 vocab_size) {
+    begin();
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= num_banned) return;
     const u32 row = banned[i].x, token = banned[i].y;

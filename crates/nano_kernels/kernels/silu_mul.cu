@@ -12,6 +12,7 @@
 
 extern "C" __global__ void __launch_bounds__(256)
 silu_mul(Bf16x8* out, const Bf16x8* gate_up, int intermediate_size) {
+    begin();
     const int num_vectors = intermediate_size / 8;
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= num_vectors) return;

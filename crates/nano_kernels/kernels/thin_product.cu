@@ -25,7 +25,7 @@
 #include "common.cuh"
 
 #ifndef NUM_TOKENS
-#error "NUM_TOKENS is 1, 2 or 4"
+#error "NUM_TOKENS is 1 or 2"
 #endif
 constexpr int NUM_WARPS = 8;
 constexpr int NUM_THREADS = NUM_WARPS * WARP;
@@ -86,6 +86,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 thin_product(void* out, const Bf16x8* input, const Bf16x8* norm, const Bf16x8* weight,
              int num_tokens, int out_features, int in_features, int epilogue, float eps) {
     extern __shared__ __align__(16) Bf16x8 x[];
+    let_next_begin();
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int num_vectors = in_features / 8;
     const int num_rounds = (num_vectors + WARP * UNROLL - 1) / (WARP * UNROLL);
@@ -109,6 +110,7 @@ thin_product(void* out, const Bf16x8* input, const Bf16x8* norm, const Bf16x8* w
     };
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) load(unit, 0, u);
+    wait_for_previous();
     stage(x, input, norm, num_tokens, num_vectors, eps);
 
     for (; unit < num_units; unit += stride) {

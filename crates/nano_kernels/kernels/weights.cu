@@ -22,6 +22,7 @@ constexpr i64 CHUNK = 1 << 18;
 // Source: Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014.
 extern "C" __global__ void __launch_bounds__(256)
 fill_random(bf16* out, const bf16* draws, i64 num_elements, u64 seed) {
+    begin();
     const i64 stride = (i64)gridDim.x * blockDim.x * 4;
     for (i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < num_elements; i += stride) {
         const u64 bits = hash(hash(seed ^ (u64)(i / CHUNK)) + i % CHUNK / 4);
@@ -43,6 +44,7 @@ fill_random(bf16* out, const bf16* draws, i64 num_elements, u64 seed) {
 //   source: [num_elements] f32, or f16 where `is_half`
 extern "C" __global__ void __launch_bounds__(256)
 round_to_bf16(bf16* out, const void* source, i64 num_elements, int is_half) {
+    begin();
     const i64 stride = (i64)gridDim.x * blockDim.x;
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < num_elements; i += stride) {
         float value;

@@ -15,6 +15,7 @@ pub mod kernels;
 pub mod norm;
 pub mod rope;
 pub mod sampling;
+pub mod skinny;
 pub mod spec;
 pub mod thin;
 pub mod weights;

@@ -1,7 +1,5 @@
 //! `SwiGLU`'s gate: `kernels/silu_mul.cu`.
 
-use cudarc::driver::PushKernelArg;
-
 use super::kernels::shape;
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
@@ -39,11 +37,10 @@ impl Kernels {
         }
         let grid = ((intermediate_size / 8).div_ceil(256) as u32, num_tokens as u32, 1);
         let size = intermediate_size as i32;
-        let mut builder = self.device().stream().launch_builder(self.function(Kernel::SiluMul));
-        builder.arg(&out).arg(&gate_up).arg(&size);
+        let mut launch = self.launch(Kernel::SiluMul);
+        launch.arg(&out).arg(&gate_up).arg(&size);
         // SAFETY: rows are whole vectors and the grid covers them, as checked; the memory is the
         // caller's word.
-        unsafe { builder.launch(shape(grid, 256)) }?;
-        Ok(())
+        unsafe { launch.launch(shape(grid, 256)) }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::f32::consts::LOG2_E;
 
-use cudarc::driver::{DeviceRepr, PushKernelArg};
+use cudarc::driver::DeviceRepr;
 
 use super::kernels::shape_of;
 use super::spec::Kernel;
@@ -137,14 +137,13 @@ impl Kernels {
         let scratch = (plan.partial.address(), plan.partial_ml.address(), plan.arrived.address());
         let (num_heads, max_blocks) = (heads.num_heads as i32, input.max_blocks as i32);
         let (window, scale) = (window_or_all(input.window), heads.scale());
-        let mut builder = self.device().stream().launch_builder(self.function(kernel));
-        builder.arg(&out).arg(&scratch.0).arg(&scratch.1).arg(&scratch.2).arg(&input.query);
-        builder.arg(&input.cache).arg(&input.block_table).arg(&length).arg(&num_heads);
-        builder.arg(&max_blocks).arg(&window).arg(&scale);
+        let mut launch = self.launch(kernel);
+        launch.arg(&out).arg(&scratch.0).arg(&scratch.1).arg(&scratch.2).arg(&input.query);
+        launch.arg(&input.cache).arg(&input.block_table).arg(&length).arg(&num_heads);
+        launch.arg(&max_blocks).arg(&window).arg(&scale);
         // SAFETY: heads and sequences were checked against the plan, whose scratch memory holds
         // every launch up to its limit; the rest of the memory is the caller's word.
-        unsafe { builder.launch(shape_of(kernel, grid, NUM_THREADS)) }?;
-        Ok(())
+        unsafe { launch.launch(shape_of(kernel, grid, NUM_THREADS)) }
     }
 
     /// Enqueues causal attention of many tokens a sequence, cut into `tiles: [num_tiles]`
@@ -170,12 +169,11 @@ impl Kernels {
         let grid = (heads.num_kv_heads as u32, num_tiles as u32, 1);
         let (num_heads, max_blocks) = (heads.num_heads as i32, input.max_blocks as i32);
         let (window, scale) = (window_or_all(input.window), heads.scale());
-        let mut builder = self.device().stream().launch_builder(self.function(kernel));
-        builder.arg(&out).arg(&input.query).arg(&input.cache).arg(&input.block_table).arg(&tiles);
-        builder.arg(&num_heads).arg(&max_blocks).arg(&window).arg(&scale);
+        let mut launch = self.launch(kernel);
+        launch.arg(&out).arg(&input.query).arg(&input.cache).arg(&input.block_table).arg(&tiles);
+        launch.arg(&num_heads).arg(&max_blocks).arg(&window).arg(&scale);
         // SAFETY: the heads were checked; the memory is the caller's word.
-        unsafe { builder.launch(shape_of(kernel, grid, NUM_THREADS)) }?;
-        Ok(())
+        unsafe { launch.launch(shape_of(kernel, grid, NUM_THREADS)) }
     }
 }
 

@@ -22,6 +22,7 @@ pub struct Device {
     architecture: String,
     num_multiprocessors: u32,
     max_shared_bytes: u32,
+    overlaps_kernels: bool,
 }
 
 /// Shared memory that a kernel of the table declares in its source at most.
@@ -63,6 +64,7 @@ impl Device {
         let shared = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         Ok(Self {
             architecture: architecture(major, minor),
+            overlaps_kernels: major >= 9,
             num_multiprocessors: context.attribute(multiprocessors)? as u32,
             max_shared_bytes: context.attribute(shared)? as u32 - DECLARED_SHARED_BYTES,
             stream: context.new_stream()?,
@@ -139,6 +141,11 @@ impl Device {
     pub fn new_event(&self) -> Result<Event> {
         let event = self.context.new_event(None)?;
         Ok(Event { event, stream: Arc::clone(&self.stream) })
+    }
+
+    /// Whether a kernel can begin before the one in front of it has ended.
+    pub(super) fn overlaps_kernels(&self) -> bool {
+        self.overlaps_kernels
     }
 
     pub(super) fn context(&self) -> &Arc<CudaContext> {

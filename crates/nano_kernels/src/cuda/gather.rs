@@ -1,7 +1,5 @@
 //! Rows by index and embeddings: `kernels/gather.cu`.
 
-use cudarc::driver::PushKernelArg;
-
 use super::kernels::shape;
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
@@ -45,11 +43,10 @@ impl Kernels {
             return Ok(());
         }
         let (num_source_rows, size) = (num_source_rows as u32, row_size as i32);
-        let mut builder = self.device().stream().launch_builder(self.function(Kernel::GatherRows));
-        builder.arg(&out).arg(&source).arg(&index).arg(&num_source_rows).arg(&size);
+        let mut launch = self.launch(Kernel::GatherRows);
+        launch.arg(&out).arg(&source).arg(&index).arg(&num_source_rows).arg(&size);
         // SAFETY: rows are whole vectors, as checked; the memory is the caller's word.
-        unsafe { builder.launch(shape((num_rows as u32, 1, 1), 256)) }?;
-        Ok(())
+        unsafe { launch.launch(shape((num_rows as u32, 1, 1), 256)) }
     }
 
     /// Enqueues the embeddings of tokens whose ids may still be on the device alone.
@@ -64,13 +61,11 @@ impl Kernels {
             return Ok(());
         }
         let (num_source_rows, size) = (num_source_rows as u32, row_size as i32);
-        let function = self.function(Kernel::EmbedTokens);
-        let mut builder = self.device().stream().launch_builder(function);
-        builder.arg(&out).arg(&source).arg(&token).arg(&from_sampled).arg(&sampled);
-        builder.arg(&num_source_rows).arg(&size);
+        let mut launch = self.launch(Kernel::EmbedTokens);
+        launch.arg(&out).arg(&source).arg(&token).arg(&from_sampled).arg(&sampled);
+        launch.arg(&num_source_rows).arg(&size);
         // SAFETY: rows are whole vectors, as checked; the memory is the caller's word.
-        unsafe { builder.launch(shape((num_rows as u32, 1, 1), 256)) }?;
-        Ok(())
+        unsafe { launch.launch(shape((num_rows as u32, 1, 1), 256)) }
     }
 }
 

@@ -210,7 +210,7 @@ impl Gemm {
         care: usize,
     ) -> Result<f64> {
         let plan = self.new_plan(&trial.product, Some(algorithm))?;
-        let launches = if trial.product.num_rows > FEW_ROWS { 2 } else { 4 + 2 * care };
+        let launches = if trial.product.num_rows > FEW_ROWS { 3 } else { 4 + 2 * care };
         let graph = Graph::capture(&self.device, || {
             trial.weights.iter().cycle().take(launches).try_for_each(|&weight| {
                 // SAFETY: the caller's word.
@@ -392,7 +392,8 @@ pub fn rows_of_memory(num_rows: usize) -> usize {
 fn bucket(num_rows: usize) -> usize {
     match num_rows {
         0..=4 | FEW_ROWS.. => num_rows.next_power_of_two(),
-        _ => num_rows.next_multiple_of(8),
+        5..=SPLIT_ROWS => num_rows.next_multiple_of(8),
+        _ => num_rows.next_multiple_of(32),
     }
 }
 
@@ -508,7 +509,7 @@ mod tests {
 
     #[test]
     fn nearby_row_counts_share_a_bucket() {
-        let rows = [1, 2, 3, 5, 9, 17, 256, 257, 1000, 2048];
-        assert_eq!(rows.map(bucket), [1, 2, 4, 8, 16, 24, 256, 512, 1024, 2048]);
+        let rows = [1, 2, 3, 5, 9, 17, 65, 256, 257, 1000, 2048];
+        assert_eq!(rows.map(bucket), [1, 2, 4, 8, 16, 24, 96, 256, 512, 1024, 2048]);
     }
 }

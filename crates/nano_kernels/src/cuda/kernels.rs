@@ -3,8 +3,11 @@
 //! The launchers are methods of [`Kernels`], one file an operator. Addresses are `u64` of the
 //! device; a launcher checks shapes, and its caller answers for the memory behind them.
 
-use cudarc::driver::sys::CUfunction_attribute;
-use cudarc::driver::{CudaFunction, LaunchConfig};
+use std::ffi::c_void;
+use std::ptr;
+
+use cudarc::driver::sys::{self, CUfunction_attribute};
+use cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig};
 use cudarc::nvrtc::Ptx;
 
 use super::compile::{Compiler, Cubin};
@@ -42,8 +45,68 @@ impl Kernels {
         &self.device
     }
 
+    /// A launch of `kernel`, to be given its arguments.
+    pub(super) fn launch(&self, kernel: Kernel) -> Launch<'_> {
+        Launch { device: &self.device, function: self.function(kernel), arguments: Vec::new() }
+    }
+
     pub(super) fn function(&self, kernel: Kernel) -> &CudaFunction {
         &self.functions[kernel as usize]
+    }
+}
+
+/// A launch in the making.
+///
+/// Where the device can, a kernel begins while the one before it ends: it does what needs nothing
+/// of that one, and then calls `wait_for_previous`. So every kernel of the table calls it.
+pub(super) struct Launch<'a> {
+    device: &'a Device,
+    function: &'a CudaFunction,
+    arguments: Vec<*mut c_void>,
+}
+
+impl<'a> Launch<'a> {
+    /// The next argument, in the order of the source; it is read by `launch`.
+    pub(super) fn arg<T: DeviceRepr>(&mut self, value: &'a T) -> &mut Self {
+        self.arguments.push(ptr::from_ref(value).cast_mut().cast());
+        self
+    }
+
+    /// Enqueues it.
+    ///
+    /// # Safety
+    /// The arguments are the kernel's by number and type, and hold what it asks for.
+    pub(super) unsafe fn launch(&mut self, shape: LaunchConfig) -> Result<()> {
+        self.device.context().bind_to_thread()?;
+        // SAFETY: all zeros are a value of this plain structure.
+        let mut overlap: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        overlap.id =
+            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        overlap.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: shape.grid_dim.0,
+            gridDimY: shape.grid_dim.1,
+            gridDimZ: shape.grid_dim.2,
+            blockDimX: shape.block_dim.0,
+            blockDimY: shape.block_dim.1,
+            blockDimZ: shape.block_dim.2,
+            sharedMemBytes: shape.shared_mem_bytes,
+            hStream: self.device.stream().cu_stream(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.device.overlaps_kernels()),
+        };
+        // SAFETY: the configuration and the arguments outlive the call, which copies them; the
+        // rest is the caller's word.
+        unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                self.function.cu_function(),
+                self.arguments.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        }
+        .result()?;
+        Ok(())
     }
 }
 

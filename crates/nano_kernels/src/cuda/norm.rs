@@ -1,7 +1,5 @@
 //! Residual addition and RMSNorm: `kernels/rms_norm.cu`.
 
-use cudarc::driver::PushKernelArg;
-
 use super::kernels::shape;
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
@@ -51,11 +49,10 @@ impl Kernels {
         // One vector of 8 a thread as far as threads reach.
         let num_threads = (hidden_size / 8).next_multiple_of(32).min(1024) as u32;
         let (addend, hidden_size) = (addend.unwrap_or(0), hidden_size as i32);
-        let mut builder = self.device().stream().launch_builder(self.function(Kernel::RmsNorm));
-        builder.arg(&out).arg(&residual).arg(&addend).arg(&weight).arg(&hidden_size).arg(&eps);
+        let mut launch = self.launch(Kernel::RmsNorm);
+        launch.arg(&out).arg(&residual).arg(&addend).arg(&weight).arg(&hidden_size).arg(&eps);
         // SAFETY: hidden_size was checked against what the kernel's threads hold; the memory is
         // the caller's word.
-        unsafe { builder.launch(shape((num_tokens as u32, 1, 1), num_threads)) }?;
-        Ok(())
+        unsafe { launch.launch(shape((num_tokens as u32, 1, 1), num_threads)) }
     }
 }

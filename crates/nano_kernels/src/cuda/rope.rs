@@ -1,7 +1,5 @@
 //! RoPE and the K/V write: `kernels/rope_write_kv.cu`.
 
-use cudarc::driver::PushKernelArg;
-
 use super::kernels::shape;
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
@@ -47,12 +45,11 @@ impl Kernels {
             return Ok(());
         }
         let (heads, kv_heads, dim) = (num_heads as i32, num_kv_heads as i32, head_dim as i32);
-        let mut builder = self.device().stream().launch_builder(self.function(Kernel::RopeWriteKv));
-        builder.arg(&query).arg(&cache).arg(&qkv).arg(&cos_sin).arg(&position).arg(&slot);
-        builder.arg(&heads).arg(&kv_heads).arg(&dim);
+        let mut launch = self.launch(Kernel::RopeWriteKv);
+        launch.arg(&query).arg(&cache).arg(&qkv).arg(&cos_sin).arg(&position).arg(&slot);
+        launch.arg(&heads).arg(&kv_heads).arg(&dim);
         // SAFETY: the kernel walks any number of heads of whole vectors, which was checked; the
         // memory is the caller's word.
-        unsafe { builder.launch(shape((num_tokens as u32, 1, 1), 256)) }?;
-        Ok(())
+        unsafe { launch.launch(shape((num_tokens as u32, 1, 1), 256)) }
     }
 }

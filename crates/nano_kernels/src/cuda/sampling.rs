@@ -1,6 +1,6 @@
 //! The choice of the next token: `kernels/sample.cu`.
 
-use cudarc::driver::{DeviceRepr, PushKernelArg};
+use cudarc::driver::DeviceRepr;
 
 use super::kernels::shape;
 use super::spec::Kernel;
@@ -77,11 +77,10 @@ impl Kernels {
             return Ok(());
         }
         let size = vocab_size as i32;
-        let mut builder = self.device().stream().launch_builder(self.function(Kernel::Sample));
-        builder.arg(&chosen).arg(&logits).arg(&rows).arg(&size);
+        let mut launch = self.launch(Kernel::Sample);
+        launch.arg(&chosen).arg(&logits).arg(&rows).arg(&size);
         // SAFETY: the kernel walks rows of any checked size; the memory is the caller's word.
-        unsafe { builder.launch(shape((num_rows as u32, 1, 1), 1024)) }?;
-        Ok(())
+        unsafe { launch.launch(shape((num_rows as u32, 1, 1), 1024)) }
     }
 
     /// Enqueues `logits[row, token] = -infinity` for each of `banned: [num_banned, 2]` u32, a row
@@ -100,11 +99,10 @@ impl Kernels {
             return Ok(());
         }
         let (count, vocab_size) = (num_banned as i32, vocab_size as u32);
-        let mut builder = self.device().stream().launch_builder(self.function(Kernel::BanTokens));
-        builder.arg(&logits).arg(&banned).arg(&count).arg(&vocab_size);
+        let mut launch = self.launch(Kernel::BanTokens);
+        launch.arg(&logits).arg(&banned).arg(&count).arg(&vocab_size);
         let grid = (num_banned.div_ceil(256) as u32, 1, 1);
         // SAFETY: the grid covers the pairs; the memory is the caller's word.
-        unsafe { builder.launch(shape(grid, 256)) }?;
-        Ok(())
+        unsafe { launch.launch(shape(grid, 256)) }
     }
 }

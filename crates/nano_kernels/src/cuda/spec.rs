@@ -25,8 +25,14 @@ pub enum Kernel {
     ThinProduct1,
     /// Products of two rows.
     ThinProduct2,
-    /// Products of three or four rows.
-    ThinProduct4,
+    /// Products of up to 8 rows, on Hopper.
+    SkinnyProduct8,
+    /// Products of up to 16 rows, on Hopper.
+    SkinnyProduct16,
+    /// Products of up to 32 rows, on Hopper.
+    SkinnyProduct32,
+    /// Products of up to 64 rows, on Hopper.
+    SkinnyProduct64,
     /// Attention of one token a sequence, `head_dim` 64.
     DecodeAttention64,
     /// Attention of one token a sequence, `head_dim` 128.
@@ -65,6 +71,7 @@ const ROPE_WRITE_KV: &str = include_str!("../../kernels/rope_write_kv.cu");
 const SILU_MUL: &str = include_str!("../../kernels/silu_mul.cu");
 const GATHER: &str = include_str!("../../kernels/gather.cu");
 const SAMPLE: &str = include_str!("../../kernels/sample.cu");
+const SKINNY_PRODUCT: &str = include_str!("../../kernels/skinny_product.cu");
 const THIN_PRODUCT: &str = include_str!("../../kernels/thin_product.cu");
 const WEIGHTS: &str = include_str!("../../kernels/weights.cu");
 const DECODE_ATTENTION: &str = include_str!("../../kernels/decode_attention.cu");
@@ -75,7 +82,7 @@ const HEAD_DIM_128: &[&str] = &["-DHEAD_DIM=128"];
 
 /// Every kernel, in the order of [`Kernel`].
 #[rustfmt::skip]
-pub const KERNELS: [KernelSpec; 16] = [
+pub const KERNELS: [KernelSpec; 19] = [
     plain(Kernel::RmsNorm, "rms_norm", RMS_NORM),
     plain(Kernel::RopeWriteKv, "rope_write_kv", ROPE_WRITE_KV),
     plain(Kernel::SiluMul, "silu_mul", SILU_MUL),
@@ -85,9 +92,12 @@ pub const KERNELS: [KernelSpec; 16] = [
     plain(Kernel::BanTokens, "ban_tokens", SAMPLE),
     plain(Kernel::FillRandom, "fill_random", WEIGHTS),
     plain(Kernel::RoundToBf16, "round_to_bf16", WEIGHTS),
-    thin(Kernel::ThinProduct1, "thin_product_1", &["-DNUM_TOKENS=1"]),
-    thin(Kernel::ThinProduct2, "thin_product_2", &["-DNUM_TOKENS=2"]),
-    thin(Kernel::ThinProduct4, "thin_product_4", &["-DNUM_TOKENS=4"]),
+    product(Kernel::ThinProduct1, "thin_product_1", THIN_PRODUCT, &["-DNUM_TOKENS=1"]),
+    product(Kernel::ThinProduct2, "thin_product_2", THIN_PRODUCT, &["-DNUM_TOKENS=2"]),
+    product(Kernel::SkinnyProduct8, "skinny_product_8", SKINNY_PRODUCT, &["-DNUM_TOKENS=8"]),
+    product(Kernel::SkinnyProduct16, "skinny_product_16", SKINNY_PRODUCT, &["-DNUM_TOKENS=16"]),
+    product(Kernel::SkinnyProduct32, "skinny_product_32", SKINNY_PRODUCT, &["-DNUM_TOKENS=32"]),
+    product(Kernel::SkinnyProduct64, "skinny_product_64", SKINNY_PRODUCT, &["-DNUM_TOKENS=64"]),
     decode(Kernel::DecodeAttention64, "decode_attention_64", HEAD_DIM_64, 64),
     decode(Kernel::DecodeAttention128, "decode_attention_128", HEAD_DIM_128, 128),
     prefill(Kernel::PrefillAttention64, "prefill_attention_64", HEAD_DIM_64, 64, 64),
@@ -101,10 +111,19 @@ const fn plain(kernel: Kernel, name: &'static str, source: &'static str) -> Kern
     KernelSpec { kernel, name, function, source, defines: &[], dynamic_shared_bytes: 0 }
 }
 
-/// As many rows of input as the device has room for.
-const fn thin(kernel: Kernel, name: &'static str, defines: Defines) -> KernelSpec {
-    let spec = plain(kernel, "thin_product", THIN_PRODUCT);
-    KernelSpec { name, defines, dynamic_shared_bytes: u32::MAX, ..spec }
+/// As much shared memory as the device has.
+const fn product(
+    kernel: Kernel,
+    name: &'static str,
+    source: &'static str,
+    defines: Defines,
+) -> KernelSpec {
+    let function = if matches!(kernel, Kernel::ThinProduct1 | Kernel::ThinProduct2) {
+        "thin_product"
+    } else {
+        "skinny_product"
+    };
+    KernelSpec { name, defines, dynamic_shared_bytes: u32::MAX, ..plain(kernel, function, source) }
 }
 
 /// 4 warps with 3 stages each of a block's keys and values.

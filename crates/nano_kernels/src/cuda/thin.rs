@@ -1,13 +1,13 @@
 //! Products of a few rows, with norm, residual and gate: `kernels/thin_product.cu`.
 
-use cudarc::driver::{LaunchConfig, PushKernelArg};
+use cudarc::driver::LaunchConfig;
 
 use super::kernels::shape;
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
 
 /// Rows that a launch takes at most.
-pub const MAX_TOKENS: usize = 4;
+pub const MAX_TOKENS: usize = 2;
 const NUM_THREADS: u32 = 256;
 
 /// What becomes of a product.
@@ -50,7 +50,7 @@ impl Kernels {
     /// Whether [`thin_product`](Self::thin_product) has this shape on this device, which keeps the
     /// input in shared memory.
     pub fn has_thin_product(&self, num_tokens: usize, in_features: usize) -> bool {
-        let bytes = num_tokens.next_power_of_two() * in_features * 2;
+        let bytes = num_tokens * in_features * 2;
         num_tokens <= MAX_TOKENS
             && in_features.is_multiple_of(8)
             && bytes <= self.device().max_shared_bytes() as usize
@@ -73,8 +73,7 @@ impl Kernels {
         }
         let (kernel, most_tokens) = match num_tokens {
             1 => (Kernel::ThinProduct1, 1),
-            2 => (Kernel::ThinProduct2, 2),
-            _ => (Kernel::ThinProduct4, 4),
+            _ => (Kernel::ThinProduct2, 2),
         };
         let function = self.function(kernel);
         let shared_mem_bytes = (most_tokens * in_features * 2) as u32;
@@ -87,13 +86,12 @@ impl Kernels {
         let (norm, tokens) = (norm.unwrap_or(0), num_tokens as i32);
         let (rows, columns) = (out_features as i32, in_features as i32);
         let (epilogue, eps) = (launch.epilogue as i32, launch.eps);
-        let mut builder = self.device().stream().launch_builder(function);
-        builder.arg(&out).arg(&input).arg(&norm).arg(&weight).arg(&tokens).arg(&rows);
-        builder.arg(&columns).arg(&epilogue).arg(&eps);
+        let mut launch = self.launch(kernel);
+        launch.arg(&out).arg(&input).arg(&norm).arg(&weight).arg(&tokens).arg(&rows);
+        launch.arg(&columns).arg(&epilogue).arg(&eps);
         let config = LaunchConfig { shared_mem_bytes, ..shape((num_blocks, 1, 1), NUM_THREADS) };
         // SAFETY: the input fits the shared memory, as checked, and the kernel walks any number of
         // output features; the memory is the caller's word.
-        unsafe { builder.launch(config) }?;
-        Ok(())
+        unsafe { launch.launch(config) }
     }
 }

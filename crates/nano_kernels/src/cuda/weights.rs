@@ -1,7 +1,5 @@
 //! Parameters made on the device: `kernels/weights.cu`.
 
-use cudarc::driver::PushKernelArg;
-
 use super::kernels::shape;
 use super::spec::Kernel;
 use super::{Kernels, Result};
@@ -26,11 +24,10 @@ impl Kernels {
     ) -> Result<()> {
         let num_blocks = num_elements.div_ceil(4 * 256).clamp(1, MAX_BLOCKS) as u32;
         let count = num_elements as i64;
-        let mut builder = self.device().stream().launch_builder(self.function(Kernel::FillRandom));
-        builder.arg(&out).arg(&draws).arg(&count).arg(&seed);
+        let mut launch = self.launch(Kernel::FillRandom);
+        launch.arg(&out).arg(&draws).arg(&count).arg(&seed);
         // SAFETY: the kernel walks any number of elements; the memory is the caller's word.
-        unsafe { builder.launch(shape((num_blocks, 1, 1), 256)) }?;
-        Ok(())
+        unsafe { launch.launch(shape((num_blocks, 1, 1), 256)) }
     }
 
     /// Enqueues `out: [num_elements]` bf16, rounded from f32, or from f16 if `is_half`.
@@ -46,10 +43,9 @@ impl Kernels {
     ) -> Result<()> {
         let num_blocks = num_elements.div_ceil(256).clamp(1, MAX_BLOCKS) as u32;
         let (count, is_half) = (num_elements as i64, i32::from(is_half));
-        let mut builder = self.device().stream().launch_builder(self.function(Kernel::RoundToBf16));
-        builder.arg(&out).arg(&source).arg(&count).arg(&is_half);
+        let mut launch = self.launch(Kernel::RoundToBf16);
+        launch.arg(&out).arg(&source).arg(&count).arg(&is_half);
         // SAFETY: the kernel walks any number of elements; the memory is the caller's word.
-        unsafe { builder.launch(shape((num_blocks, 1, 1), 256)) }?;
-        Ok(())
+        unsafe { launch.launch(shape((num_blocks, 1, 1), 256)) }
     }
 }

@@ -348,8 +348,16 @@ impl CudaBackend {
             in_features: weight.columns,
             output,
         };
-        // SAFETY: as in `norm`.
-        unsafe { self.gemm.product(&product, out, input.address, weight.buffer.address()) }?;
+        let (from, weight) = (input.address, weight.buffer.address());
+        let is_skinny = self.kernels.has_skinny_product(product.num_rows, product.in_features);
+        // SAFETY: as in `norm`; weights were written long before any step.
+        unsafe {
+            if is_skinny && !self.is_deterministic {
+                self.kernels.skinny_product(&product, out, from, weight)?;
+            } else {
+                self.gemm.product(&product, out, from, weight)?;
+            }
+        }
         Ok(CudaHidden { address: out, ..input })
     }
 

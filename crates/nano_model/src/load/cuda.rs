@@ -112,7 +112,8 @@ pub(super) fn load(
     Ok((executor, info))
 }
 
-/// Rows whose products are timed: every graph's, and prompts' up to the largest step.
+/// Rows whose products are timed: every graph's, and prompts' up to the largest step. Those that
+/// share an algorithm go by the most rows among them, so the largest come first.
 fn product_sizes(limits: StepLimits) -> Vec<usize> {
     let mut sizes = graph_sizes(limits.max_tokens.min(limits.max_sequences));
     let largest = limits.max_tokens;
@@ -121,6 +122,7 @@ fn product_sizes(limits: StepLimits) -> Vec<usize> {
     sizes.push(largest);
     sizes.sort_unstable();
     sizes.dedup();
+    sizes.reverse();
     sizes
 }
 
