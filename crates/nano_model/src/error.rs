@@ -78,6 +78,14 @@ pub enum Error {
         /// What was given.
         value: String,
     },
+    /// The system has no memory for a part of the model.
+    #[error("no memory for {what}: {reason}")]
+    NoMemory {
+        /// The part.
+        what: &'static str,
+        /// What the system says.
+        reason: String,
+    },
     /// An operator of libtorch failed.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
@@ -101,6 +109,7 @@ impl Error {
             Self::TensorShape { .. } => "tensor_misshapen",
             Self::TensorDtype { .. } => "tensor_dtype_unsupported",
             Self::BadOption { .. } => "invalid_config",
+            Self::NoMemory { .. } => "out_of_memory",
             Self::Torch(_) => "libtorch_failed",
             Self::NotFinite { .. } => "logits_not_finite",
         }

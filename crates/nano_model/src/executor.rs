@@ -45,7 +45,7 @@ impl<B: Backend> CpuExecutor<B> {
     fn run(&mut self, step: &ScheduleOutput) -> Result<()> {
         let batch = Batch::new(step, self.capacity.block_size, &self.previous);
         let logits = forward(&mut self.backend, &self.model, &batch)?;
-        self.backend.to_host(&logits, &mut self.logits)?;
+        self.backend.to_host(logits, &mut self.logits)?;
         self.step = step.clone();
         Ok(())
     }

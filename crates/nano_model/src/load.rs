@@ -1,12 +1,14 @@
 //! From a directory and options to an executor.
 
+use std::num::NonZero;
 use std::path::Path;
 
+use half::bf16;
 use nano_core::TokenId;
 use nano_core::executor::{Capacity, Executor};
 use safetensors::Dtype as StoredDtype;
 
-use crate::backend::tch::TchBackend;
+use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, Dtype, Values};
 use crate::config::{CheckpointDtype, DecoderSpec, GenerationDefaults, ModelConfig};
 use crate::decoder::{Decoder, Layer};
@@ -90,15 +92,30 @@ pub struct ModelInfo {
 /// # Errors
 /// The first thing about the directory or the options that does not hold.
 pub fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Executor>, ModelInfo)> {
-    if let Some(num_threads) = options.num_threads {
-        if !(1..=MAX_THREADS).contains(&num_threads) {
-            let (range, value) = (format!("in [1, {MAX_THREADS}]"), num_threads.to_string());
-            return Err(Error::BadOption { name: "num_threads", range, value });
-        }
-        tch::set_num_threads(num_threads as i32);
+    if let Some(num_threads) = options.num_threads.filter(|it| !(1..=MAX_THREADS).contains(it)) {
+        let (range, value) = (format!("in [1, {MAX_THREADS}]"), num_threads.to_string());
+        return Err(Error::BadOption { name: "num_threads", range, value });
     }
-    let (executor, info) = load_on(dir, options, TchBackend::new)?;
-    Ok((Box::new(executor), info))
+    let asked = options.num_threads.and_then(NonZero::new);
+    let num_threads = asked
+        .unwrap_or_else(|| std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN));
+    let checkpoint = Checkpoint::open(dir, options)?;
+    Ok(match checkpoint.dtype {
+        Dtype::Float32 => {
+            boxed(checkpoint.load(dir, options, |spec, _, num_blocks, block_size| {
+                CpuBackend::<f32>::new(spec, num_blocks, block_size, num_threads)
+            })?)
+        }
+        Dtype::BFloat16 => {
+            boxed(checkpoint.load(dir, options, |spec, _, num_blocks, block_size| {
+                CpuBackend::<bf16>::new(spec, num_blocks, block_size, num_threads)
+            })?)
+        }
+    })
+}
+
+fn boxed(loaded: (impl Executor + 'static, ModelInfo)) -> (Box<dyn Executor>, ModelInfo) {
+    (Box::new(loaded.0), loaded.1)
 }
 
 /// Loads the model in `dir` onto the back end that `make` makes from the model's shape, the data
@@ -111,46 +128,70 @@ pub fn load_on<B: Backend>(
     options: &ModelOptions,
     make: impl FnOnce(DecoderSpec, Dtype, u32, u32) -> Result<B>,
 ) -> Result<(CpuExecutor<B>, ModelInfo)> {
-    let config = ModelConfig::from_dir(dir)?;
-    let map = match options.load_format {
-        LoadFormat::Auto => Some(WeightMap::open(dir)?),
-        LoadFormat::Dummy => None,
-    };
-    let dtype = dtype(options.dtype, config.dtype.or_else(|| checkpoint_dtype(map.as_ref()?)));
-    let element_bytes = dtype.num_bytes() as u64;
-    let room = CacheRoom::new(&config, options, element_bytes)?;
-    let spec = config.spec.clone();
-    let mut backend = make(spec.clone(), dtype, room.num_blocks, options.block_size)?;
-    let dummy = DummyWeights::new(options.seed);
-    let source = map.as_ref().map_or(Source::Dummy(&dummy), Source::Checkpoint);
-    let model = load_decoder(&spec, source, &mut backend)?;
-    let info = ModelInfo {
-        vocab_size: spec.vocab_size as u32,
-        max_model_len: room.max_model_len,
-        eos_token_ids: config.eos_token_ids,
-        generation: config.generation,
-        dtype: dtype.name(),
-        weight_bytes: spec.num_parameters() as u64 * element_bytes,
-        num_blocks: room.num_blocks,
-        kv_cache_bytes: room.bytes,
-    };
-    tracing::info!(
-        "loaded {} in {}: weights {:.2} GiB, KV cache {:.2} GiB in {} blocks of {}, \
-         max_model_len {}",
-        dir.display(),
-        info.dtype,
-        gib(info.weight_bytes),
-        gib(room.bytes),
-        room.num_blocks,
-        options.block_size,
-        room.max_model_len,
-    );
-    let capacity = Capacity {
-        num_blocks: room.num_blocks,
-        block_size: options.block_size,
-        max_steps_in_flight: 1,
-    };
-    Ok((CpuExecutor::new(backend, model, capacity, spec.vocab_size), info))
+    Checkpoint::open(dir, options)?.load(dir, options, make)
+}
+
+/// What a directory holds.
+struct Checkpoint {
+    config: ModelConfig,
+    /// `None` for dummy weights.
+    map: Option<WeightMap>,
+    dtype: Dtype,
+}
+
+impl Checkpoint {
+    fn open(dir: &Path, options: &ModelOptions) -> Result<Self> {
+        let config = ModelConfig::from_dir(dir)?;
+        let map = match options.load_format {
+            LoadFormat::Auto => Some(WeightMap::open(dir)?),
+            LoadFormat::Dummy => None,
+        };
+        let dtype = dtype(options.dtype, config.dtype.or_else(|| checkpoint_dtype(map.as_ref()?)));
+        Ok(Self { config, map, dtype })
+    }
+
+    fn load<B: Backend>(
+        self,
+        dir: &Path,
+        options: &ModelOptions,
+        make: impl FnOnce(DecoderSpec, Dtype, u32, u32) -> Result<B>,
+    ) -> Result<(CpuExecutor<B>, ModelInfo)> {
+        let Self { config, map, dtype } = self;
+        let element_bytes = dtype.num_bytes() as u64;
+        let room = CacheRoom::new(&config, options, element_bytes)?;
+        let spec = config.spec.clone();
+        let mut backend = make(spec.clone(), dtype, room.num_blocks, options.block_size)?;
+        let dummy = DummyWeights::new(options.seed);
+        let source = map.as_ref().map_or(Source::Dummy(&dummy), Source::Checkpoint);
+        let model = load_decoder(&spec, source, &mut backend)?;
+        let info = ModelInfo {
+            vocab_size: spec.vocab_size as u32,
+            max_model_len: room.max_model_len,
+            eos_token_ids: config.eos_token_ids,
+            generation: config.generation,
+            dtype: dtype.name(),
+            weight_bytes: spec.num_parameters() as u64 * element_bytes,
+            num_blocks: room.num_blocks,
+            kv_cache_bytes: room.bytes,
+        };
+        tracing::info!(
+            "loaded {} in {}: weights {:.2} GiB, KV cache {:.2} GiB in {} blocks of {}, \
+             max_model_len {}",
+            dir.display(),
+            info.dtype,
+            gib(info.weight_bytes),
+            gib(room.bytes),
+            room.num_blocks,
+            options.block_size,
+            room.max_model_len,
+        );
+        let capacity = Capacity {
+            num_blocks: room.num_blocks,
+            block_size: options.block_size,
+            max_steps_in_flight: 1,
+        };
+        Ok((CpuExecutor::new(backend, model, capacity, spec.vocab_size), info))
+    }
 }
 
 fn gib(bytes: u64) -> f64 {
@@ -260,12 +301,22 @@ impl Source<'_> {
         parts: &[(String, usize)],
         columns: usize,
     ) -> Result<B::Weight> {
+        self.merged(parts, columns, |rows, values| backend.weight(rows, columns, values))
+    }
+
+    /// Gives `make` the number of rows and the values of tensors one below the other.
+    fn merged<W>(
+        self,
+        parts: &[(String, usize)],
+        columns: usize,
+        make: impl FnOnce(usize, Values<'_>) -> Result<W>,
+    ) -> Result<W> {
         let rows = parts.iter().map(|(_, rows)| rows).sum();
         match self {
             Source::Checkpoint(map) => {
                 let found = parts.iter().map(|(name, rows)| map.tensor(name, &[*rows, columns]));
                 let found = found.collect::<Result<Vec<_>>>()?;
-                let weight = backend.weight(rows, columns, Values::Tensors(&found))?;
+                let weight = make(rows, Values::Tensors(&found))?;
                 for (name, _) in parts {
                     map.release(name);
                 }
@@ -274,18 +325,17 @@ impl Source<'_> {
             Source::Dummy(dummy) => {
                 // Named after its first part: one draw serves the merged matrix.
                 let name = parts.first().map_or("", |(name, _)| name);
-                backend.weight(rows, columns, Values::Dummy(dummy.tensor(name)))
+                make(rows, Values::Dummy(dummy.tensor(name)))
             }
         }
     }
 
     fn norm<B: Backend>(self, backend: &mut B, name: &str, size: usize) -> Result<B::Weight> {
-        match self {
-            Source::Checkpoint(map) => {
-                backend.weight(1, size, Values::Tensors(&[map.tensor(name, &[size])?]))
-            }
-            Source::Dummy(_) => backend.weight(1, size, Values::Ones),
-        }
+        let tensor = match self {
+            Source::Checkpoint(map) => Some(map.tensor(name, &[size])?),
+            Source::Dummy(_) => None,
+        };
+        backend.norm_weight(size, tensor)
     }
 }
 
@@ -314,7 +364,9 @@ fn load_decoder<B: Backend>(
             qkv: source.matrix(backend, &qkv, hidden)?,
             output: source.matrix(backend, &[(name("self_attn.o_proj"), hidden)], query_size)?,
             mlp_norm: source.norm(backend, &name("post_attention_layernorm"), hidden)?,
-            gate_up: source.matrix(backend, &gate_up, hidden)?,
+            gate_up: source.merged(&gate_up, hidden, |rows, values| {
+                backend.gate_up_weight(rows, hidden, values)
+            })?,
             down: source.matrix(
                 backend,
                 &[(name("mlp.down_proj"), hidden)],
