@@ -14,6 +14,7 @@ pub mod norm;
 pub mod pool;
 pub mod product;
 pub mod rope;
+pub mod sampling;
 mod shared;
 
 pub use element::Element;

@@ -117,7 +117,8 @@ fn run(dir: &Path) -> Result<(), Box<dyn Error>> {
         ("prefill, 512 rows on 1536", step(1, 1536, 512, 0.0), 5),
     ];
     let only = std::env::var("STEP_ONLY").unwrap_or_default();
-    for (name, step, num_runs) in cases.iter().filter(|(name, ..)| name.contains(&only)) {
+    for (name, step, num_runs) in cases.iter().filter(|(name, ..)| only.is_empty() || *name == only)
+    {
         time(&mut *executor, name, step, *num_runs)?;
     }
     Ok(())

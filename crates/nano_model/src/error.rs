@@ -89,12 +89,6 @@ pub enum Error {
     /// An operator of libtorch failed.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
-    /// The logits of a row hold no finite number.
-    #[error("the logits of a sequence at position {position} are not finite")]
-    NotFinite {
-        /// The position of the token that was to be sampled.
-        position: u32,
-    },
 }
 
 impl Error {
@@ -111,7 +105,6 @@ impl Error {
             Self::BadOption { .. } => "invalid_config",
             Self::NoMemory { .. } => "out_of_memory",
             Self::Torch(_) => "libtorch_failed",
-            Self::NotFinite { .. } => "logits_not_finite",
         }
     }
 }

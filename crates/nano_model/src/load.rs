@@ -6,6 +6,7 @@ use std::path::Path;
 use half::bf16;
 use nano_core::TokenId;
 use nano_core::executor::{Capacity, Executor};
+use nano_kernels::cpu::Element;
 use safetensors::Dtype as StoredDtype;
 
 use crate::backend::cpu::CpuBackend;
@@ -100,22 +101,29 @@ pub fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Executor>, Mo
     let num_threads = asked
         .unwrap_or_else(|| std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN));
     let checkpoint = Checkpoint::open(dir, options)?;
-    Ok(match checkpoint.dtype {
-        Dtype::Float32 => {
-            boxed(checkpoint.load(dir, options, |spec, _, num_blocks, block_size| {
-                CpuBackend::<f32>::new(spec, num_blocks, block_size, num_threads)
-            })?)
-        }
-        Dtype::BFloat16 => {
-            boxed(checkpoint.load(dir, options, |spec, _, num_blocks, block_size| {
-                CpuBackend::<bf16>::new(spec, num_blocks, block_size, num_threads)
-            })?)
-        }
-    })
+    match checkpoint.dtype {
+        Dtype::Float32 => load_cpu::<f32>(checkpoint, dir, options, num_threads),
+        Dtype::BFloat16 => load_cpu::<bf16>(checkpoint, dir, options, num_threads),
+    }
 }
 
-fn boxed(loaded: (impl Executor + 'static, ModelInfo)) -> (Box<dyn Executor>, ModelInfo) {
-    (Box::new(loaded.0), loaded.1)
+fn load_cpu<E: Element>(
+    checkpoint: Checkpoint,
+    dir: &Path,
+    options: &ModelOptions,
+    num_threads: NonZero<usize>,
+) -> Result<(Box<dyn Executor>, ModelInfo)> {
+    let (backend, model, info) =
+        checkpoint.load(dir, options, |spec, _, num_blocks, block_size| {
+            CpuBackend::<E>::new(spec, num_blocks, block_size, num_threads)
+        })?;
+    let capacity = Capacity {
+        num_blocks: info.num_blocks,
+        block_size: options.block_size,
+        max_steps_in_flight: 1,
+    };
+    let executor = CpuExecutor::new(backend, model, capacity, info.vocab_size as usize);
+    Ok((Box::new(executor), info))
 }
 
 /// Loads the model in `dir` onto the back end that `make` makes from the model's shape, the data
@@ -127,7 +135,7 @@ pub fn load_on<B: Backend>(
     dir: &Path,
     options: &ModelOptions,
     make: impl FnOnce(DecoderSpec, Dtype, u32, u32) -> Result<B>,
-) -> Result<(CpuExecutor<B>, ModelInfo)> {
+) -> Result<(B, Decoder<B>, ModelInfo)> {
     Checkpoint::open(dir, options)?.load(dir, options, make)
 }
 
@@ -155,7 +163,7 @@ impl Checkpoint {
         dir: &Path,
         options: &ModelOptions,
         make: impl FnOnce(DecoderSpec, Dtype, u32, u32) -> Result<B>,
-    ) -> Result<(CpuExecutor<B>, ModelInfo)> {
+    ) -> Result<(B, Decoder<B>, ModelInfo)> {
         let Self { config, map, dtype } = self;
         let element_bytes = dtype.num_bytes() as u64;
         let room = CacheRoom::new(&config, options, element_bytes)?;
@@ -185,12 +193,7 @@ impl Checkpoint {
             options.block_size,
             room.max_model_len,
         );
-        let capacity = Capacity {
-            num_blocks: room.num_blocks,
-            block_size: options.block_size,
-            max_steps_in_flight: 1,
-        };
-        Ok((CpuExecutor::new(backend, model, capacity, spec.vocab_size), info))
+        Ok((backend, model, info))
     }
 }
 

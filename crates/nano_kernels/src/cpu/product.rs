@@ -22,8 +22,8 @@ use tile::{Ahead, Sums, TileRows, run_tile};
 pub(super) const MAX_TILE_ROWS: usize = 12;
 /// Tiles that share each read of parameters.
 const MAX_TILES: usize = 4;
-/// Words of a panel that are read at once: with those of its neighbour half of a first cache.
-const BLOCK_WORDS: usize = 128;
+/// Words of a panel that are read at once: with those of its neighbour a first cache.
+const BLOCK_WORDS: usize = 512;
 /// Numbers of rows at which blocks pay: fewer wait for memory alone, whose stream the processor
 /// sees by itself; more wait for arithmetic alone.
 const BLOCK_ROWS: Range<usize> = 6..MAX_TILES * MAX_TILE_ROWS + 1;
@@ -68,9 +68,12 @@ impl<E: Element> PackedRows<E> {
             // SAFETY: a tile is one task's.
             let tile = unsafe { words.slice(first * num_words, tile_rows * num_words) };
             let mut row = vec![0.0; num_words * E::PER_WORD];
+            let mut words = vec![E::Word::default(); num_words];
             for index in 0..tile_rows {
                 read(first + index, &mut row[..columns]);
-                isa.run(PackRow::<E> { row: &row, tile, index, tile_rows });
+                isa.run(Narrow::<E> { row: &row, words: &mut words });
+                let places = tile.iter_mut().skip(index).step_by(tile_rows);
+                places.zip(&words).for_each(|(place, word)| *place = *word);
             }
         });
     }
@@ -80,18 +83,15 @@ impl<E: Element> PackedRows<E> {
     }
 }
 
-struct PackRow<'a, E: Element> {
+struct Narrow<'a, E: Element> {
     row: &'a [f32],
-    tile: &'a mut [E::Word],
-    index: usize,
-    tile_rows: usize,
+    words: &'a mut [E::Word],
 }
 
-impl<E: Element> Kernel for PackRow<'_, E> {
+impl<E: Element> Kernel for Narrow<'_, E> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let words = self.tile.iter_mut().skip(self.index).step_by(self.tile_rows);
-        for (word, values) in words.zip(self.row.chunks_exact(E::PER_WORD)) {
+        for (word, values) in self.words.iter_mut().zip(self.row.chunks_exact(E::PER_WORD)) {
             *word = E::word_of(values);
         }
     }

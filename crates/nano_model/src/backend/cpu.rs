@@ -105,6 +105,11 @@ impl<E: Element> CpuBackend<E> {
         })
     }
 
+    /// The threads, for what is done with logits.
+    pub fn pool(&mut self) -> &mut Pool {
+        &mut self.pool
+    }
+
     /// Rows of given values, as an operator would have made them.
     pub fn hidden(&self, values: &[f32]) -> Rows {
         let mut rows = self.rows(1, values.len());
