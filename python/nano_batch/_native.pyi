@@ -117,14 +117,17 @@ class Engine:
         cls,
         model_dir: str | PathLike[str],
         *,
+        device: str,
         dtype: str,
         max_model_len: int | None,
+        gpu_memory_utilization: float,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         block_size: int,
         num_blocks: int | None,
         kv_cache_bytes: int | None,
         num_threads: int | None,
+        deterministic: bool,
         seed: int,
         dummy_weights: bool,
     ) -> Engine: ...
@@ -142,6 +145,8 @@ class Engine:
     def num_blocks(self) -> int: ...
     @property
     def block_size(self) -> int: ...
+    @property
+    def device(self) -> str: ...
     @property
     def dtype(self) -> str: ...
     def close(self) -> None: ...

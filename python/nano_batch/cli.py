@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-v", "--verbose", action="store_true", help="log what is loaded")
     engine = generate.add_argument_group("engine")
     add = engine.add_argument
-    add("--device", default="auto", help="auto or cpu")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", default="auto", help="auto, float32 or bfloat16")
     add("--max-model-len", type=int, help="tokens of prompt and output together")
     add("--num-blocks", type=int, help="blocks of the KV cache")

@@ -26,16 +26,21 @@ class Engine:
 
     Args:
         model: A directory in Hugging Face's form, a hub id, or None for the embedded model.
-        device: "auto" or "cpu".
-        dtype: "auto" (the checkpoint's), "float32" or "bfloat16".
+        device: "cpu", "cuda", "cuda:1" and so on, or "auto": the first GPU if it can run the model
+            as asked, else the CPU.
+        dtype: "auto" (the checkpoint's; bfloat16 on a GPU), "float32" or "bfloat16".
         max_model_len: Tokens of prompt and output together; None is the config's limit, lowered
             to what the KV cache can hold.
+        gpu_memory_utilization: Share of a GPU's memory that may be in use, with the KV cache
+            taking what the rest leaves.
         max_num_seqs: Sequences that run at the same time.
         max_num_batched_tokens: Tokens of one step; a longer prompt runs in chunks.
         block_size: Tokens of a KV cache block.
         num_blocks: Blocks of the KV cache; None derives it from `kv_cache_gib` or free memory.
         kv_cache_gib: Size of the KV cache in GiB, if `num_blocks` is None.
         num_threads: Threads of a CPU step; None is one per core.
+        deterministic: On a GPU, whether a request's tokens are exactly the same in any batch, at
+            the cost of speed.
         seed: What the seeds of unseeded requests derive from.
         load_format: "auto", or "dummy" for random weights of the config's shapes.
         revision: The hub's branch, tag or commit, for a hub id.
@@ -70,17 +75,14 @@ class Engine:
         load_format: str = "auto",
     ) -> None:
         """Load the model and start serving."""
-        _check_choice("device", device, ("auto", "cpu"), "CUDA devices are not supported yet")
         _check_choice(
             "load_format", load_format, ("auto", "dummy"), "safetensors is what auto reads"
         )
         neutral = {
-            "gpu_memory_utilization": (gpu_memory_utilization, 0.9),
             "enable_prefix_caching": (enable_prefix_caching, False),
             "quantization": (quantization, None),
             "tensor_parallel_size": (tensor_parallel_size, 1),
             "max_itl_ms": (max_itl_ms, None),
-            "deterministic": (deterministic, False),
         }
         for name, (value, only) in neutral.items():
             if value != only:
@@ -103,6 +105,12 @@ class Engine:
             if not least <= count <= most:
                 message = f"{name} must be in [{least}, {most}], got {count}"
                 raise InvalidRequestError(message, "invalid_config")
+        if not 0 < gpu_memory_utilization <= 1:
+            message = (
+                "gpu_memory_utilization must be above 0 and at most 1, "
+                f"got {gpu_memory_utilization}"
+            )
+            raise InvalidRequestError(message, "invalid_config")
         if kv_cache_gib is not None and not 0 < kv_cache_gib < 2**20:
             message = f"kv_cache_gib must be above 0 and below {2**20}, got {kv_cache_gib}"
             raise InvalidRequestError(message, "invalid_config")
@@ -117,14 +125,17 @@ class Engine:
         self.model_dir = _find_model(model, revision)
         self._native = _native.Engine(
             self.model_dir,
+            device=device,
             dtype=dtype,
             max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             block_size=block_size,
             num_blocks=num_blocks,
             kv_cache_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
             num_threads=num_threads,
+            deterministic=deterministic,
             seed=seed,
             dummy_weights=load_format == "dummy",
         )
@@ -213,6 +224,11 @@ class Engine:
 
         """
         return self._native.tokenizer()
+
+    @property
+    def device(self) -> str:
+        """What the model runs on: "cpu", or the GPU's name."""
+        return self._native.device
 
     @property
     def max_model_len(self) -> int:

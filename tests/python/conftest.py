@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import nano_batch
 import random_models
 import recital_model
+from devices import EXACT
 from hypothesis import settings
 from nano_batch import Engine, SamplingParams
 from recital_model import EOS_ID, TEXT
@@ -26,7 +27,7 @@ settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=T
 settings.load_profile("fixed")
 
 ROOT = Path(__file__).resolve().parents[2]
-PLAIN: dict[str, Any] = {"device": "cpu", "dtype": "float32", "num_threads": 1}
+PLAIN: dict[str, Any] = EXACT["cpu"]
 
 
 @pytest.fixture(scope="session")
@@ -42,13 +43,14 @@ def embedded_model() -> Path:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of one of `random_models.MODELS`, written when first asked for."""
+    """The directory of a model of `random_models`, written when first asked for."""
+    all_models = random_models.MODELS | random_models.GPU_MODELS
     written: dict[str, Path] = {}
 
     def directory(name: str) -> Path:
         if name not in written:
             path = tmp_path_factory.mktemp("model")
-            written[name] = random_models.write(random_models.MODELS[name], path)
+            written[name] = random_models.write(all_models[name], path)
         return written[name]
 
     return directory

@@ -7,7 +7,7 @@ Each `ModelSpec` stands for one way in which checkpoints differ. `write` makes i
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,19 @@ MODELS = {
         }
     ),
 }
+
+
+def _for_gpu(spec: ModelSpec) -> ModelSpec:
+    """The same with sizes that the kernels of a GPU have."""
+    changes = {"hidden_size": 192, "intermediate_size": 176, "head_dim": 64, **spec.changes}
+    if changes["head_dim"] != 128:
+        changes["head_dim"] = 64
+    for size in ("hidden_size", "intermediate_size"):
+        changes[size] = math.ceil(changes[size] / 8) * 8
+    return replace(spec, changes=changes)
+
+
+GPU_MODELS = {f"{name} on a GPU": _for_gpu(spec) for name, spec in MODELS.items()}
 
 
 def build(spec: ModelSpec) -> torch.nn.Module:

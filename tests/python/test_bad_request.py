@@ -150,8 +150,7 @@ def test_a_sentencepiece_file_alone_is_named_with_a_hint(tmp_path, open_engine):
 
 OPTIONS = {
     "device of no kind": ({"device": "tpu"}, ["device", "tpu"]),
-    "cuda": ({"device": "cuda"}, ["device", "cuda", "not supported yet"]),
-    "cuda:1": ({"device": "cuda:1"}, ["device", "cuda:1", "not supported yet"]),
+    "device without a number": ({"device": "cuda:x"}, ["device", "cuda:x", "cuda:N"]),
     "dtype of no kind": ({"dtype": "int3"}, ["dtype", "int3", "bfloat16"]),
     "float16": ({"dtype": "float16"}, ["dtype", "float16", "bfloat16"]),
     "load_format": ({"load_format": "gguf"}, ["load_format", "gguf"]),
@@ -159,8 +158,8 @@ OPTIONS = {
     "quantization": ({"quantization": "int8"}, ["quantization", "int8", "not supported yet"]),
     "tensor parallelism": ({"tensor_parallel_size": 2}, ["tensor_parallel_size", "supported yet"]),
     "max_itl_ms": ({"max_itl_ms": 20}, ["max_itl_ms", "not supported yet"]),
-    "deterministic": ({"deterministic": True}, ["deterministic", "not supported yet"]),
-    "gpu_memory_utilization": ({"gpu_memory_utilization": 0.5}, ["gpu_memory_utilization", 0.5]),
+    "deterministic": ({"deterministic": True}, ["deterministic", "False on the CPU"]),
+    "more than a GPU": ({"gpu_memory_utilization": 1.1}, ["gpu_memory_utilization", 1, 1.1]),
     "max_num_seqs 0": ({"max_num_seqs": 0}, ["max_num_seqs", 1, 0]),
     "max_num_seqs negative": ({"max_num_seqs": -4}, ["max_num_seqs", "-4"]),
     "max_num_batched_tokens 0": ({"max_num_batched_tokens": 0}, ["max_num_batched_tokens", 0]),

@@ -70,7 +70,7 @@ def test_wrong_usage_exits_with_2(arguments, command):
     ("arguments", "words"),
     [
         (["/no/such/model"], ["/no/such/model"]),
-        (["--device", "cuda"], ["cuda", "not supported yet"]),
+        (["--device", "cuda:77"], ["no CUDA device"]),
         (["--temperature", "-1"], ["temperature", "-1"]),
         (["--max-tokens", "0"], ["max_tokens", "0"]),
         (["--max-model-len", "3"], ["max_model_len", "3"]),

@@ -16,7 +16,7 @@ use nano_model::backend::Backend;
 use nano_model::backend::tch::TchBackend;
 use nano_model::batch::Batch;
 use nano_model::decoder::forward;
-use nano_model::load::load_on;
+use nano_model::load::cpu::load_on;
 use nano_model::{DtypeChoice, LoadFormat, ModelOptions, load};
 
 const VOCAB_SIZE: usize = 31;
@@ -232,7 +232,8 @@ fn the_whole_agrees_with_libtorch() {
     let found: Vec<f32> = rows.into_iter().flat_map(|row| row.logits.unwrap()).collect();
 
     let (mut oracle, decoder, _) = load_on(dir.path(), &options(), TchBackend::new).unwrap();
-    let logits = forward(&mut oracle, &decoder, &Batch::new(&step, BLOCK_SIZE, &[])).unwrap();
+    let prepared = oracle.prepare(&Batch::new(&step, BLOCK_SIZE, &[])).unwrap();
+    let logits = forward(&mut oracle, &decoder, &prepared).unwrap();
     let mut expected = Vec::new();
     oracle.to_host(logits, &mut expected).unwrap();
     assert_close(&found, &expected, BOUND);

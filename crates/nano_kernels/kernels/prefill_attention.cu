@@ -11,7 +11,8 @@
 // and values are read once a group. Keys come KEYS at a time through STAGES stages of shared
 // memory; each warp owns 16 ROW_TILES rows and keeps their running softmax in registers.
 //
-// Grid: (num_tiles, num_kv_heads). Block: 32 NUM_WARPS.
+// Grid: (num_kv_heads, num_tiles), so that blocks begin in the order of the tiles, whatever their
+// head. Block: 32 NUM_WARPS.
 // Shared memory: (ROWS + STAGES 2 KEYS) HEAD_DIM 2 bytes, dynamic.
 //
 //   out:         [num_tokens, num_heads, HEAD_DIM] bf16
@@ -103,8 +104,11 @@ __device__ __forceinline__ void soften(Running& running, float (&scores)[ROW_TIL
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
             // No key of this row is visible yet: any finite reference gives weights of zero.
-            const float reference = largest == NEGATIVE_INFINITY ? 0.0f : largest * scale;
-            const float shrink = exp2_fast(running.largest[m][half] * scale - reference);
+            const float reference = largest == NEGATIVE_INFINITY ? 0.0f : __fmul_rn(largest, scale);
+            // Rounded as the reference was: exactly 1 where the largest stays, so that steps in which
+            // a row sees nothing, more or fewer by where its tile ends, leave its bits alone.
+            const float shrink =
+                exp2_fast(__fmul_rn(running.largest[m][half], scale) - reference);
             running.largest[m][half] = largest;
             float sum = 0.0f;
 #pragma unroll
@@ -158,8 +162,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS)
 prefill_attention(bf16* out, const bf16* query, const bf16* cache, const int* block_table,
                   const Tile* tiles, int num_heads, int max_blocks, int window, float scale) {
     extern __shared__ __align__(1024) bf16 shared[];
-    const Tile tile = tiles[blockIdx.x];
-    const int kv_head = blockIdx.y, num_kv_heads = gridDim.y, group = num_heads / num_kv_heads;
+    const Tile tile = tiles[blockIdx.y];
+    const int kv_head = blockIdx.x, num_kv_heads = gridDim.x, group = num_heads / num_kv_heads;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int num_rows = tile.num_tokens * group;
     // Where the row's head lies in query and out.

@@ -180,3 +180,17 @@ sample(u32* chosen, const float* all_logits, const RowSampling* rows, int vocab_
     }
     if (threadIdx.x == 0) chosen[blockIdx.x] = none ? NO_TOKEN : ~(u32)best_key;
 }
+
+// Takes tokens out of the choice: their logits become -infinity.
+//
+// Grid and block: together at least num_banned threads.
+//
+//   logits: [num_rows, vocab_size] f32, written
+//   banned: [num_banned] pairs of row and token; a token outside the vocabulary is ignored
+extern "C" __global__ void __launch_bounds__(256)
+ban_tokens(float* logits, const uint2* banned, int num_banned, u32 vocab_size) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= num_banned) return;
+    const u32 row = banned[i].x, token = banned[i].y;
+    if (token < vocab_size) logits[(i64)row * vocab_size + token] = NEGATIVE_INFINITY;
+}

@@ -9,17 +9,22 @@ pub mod attention;
 pub mod compile;
 pub mod device;
 pub mod gather;
+pub mod gemm;
 pub mod graph;
 pub mod kernels;
 pub mod norm;
 pub mod rope;
 pub mod sampling;
 pub mod spec;
+pub mod thin;
+pub mod weights;
 
-pub use device::{Device, DeviceBuffer, PinnedBuffer};
+pub use device::{Device, DeviceBuffer, Event, PinnedBuffer};
+pub use gemm::Gemm;
 pub use graph::Graph;
 pub use kernels::Kernels;
 
+use cudarc::cublaslt::result::CublasError;
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::CUresult;
 
@@ -57,6 +62,9 @@ pub enum Error {
     /// A call of the driver failed; after a failed kernel, every later call does.
     #[error("CUDA error: {0}")]
     Driver(String),
+    /// cuBLASLt cannot be loaded, or a call of it failed.
+    #[error("cuBLASLt: {0}")]
+    Library(String),
     /// A kernel was asked for a shape that it does not have.
     #[error("{name} must be {range}, got {value}")]
     Shape {
@@ -73,6 +81,12 @@ impl From<DriverError> for Error {
     fn from(error: DriverError) -> Self {
         let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
         Self::Driver(text.unwrap_or_else(|_| format!("{:?}", error.0)))
+    }
+}
+
+impl From<CublasError> for Error {
+    fn from(error: CublasError) -> Self {
+        Self::Library(format!("{error}"))
     }
 }
 

@@ -5,6 +5,7 @@
 //! the forward pass run once under capture.
 
 pub mod cpu;
+pub mod cuda;
 pub mod tch;
 
 use std::fmt::Debug;

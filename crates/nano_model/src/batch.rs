@@ -28,6 +28,8 @@ impl BatchSequence {
 pub struct Batch {
     /// `[num_tokens]`.
     pub token_ids: Vec<u32>,
+    /// The rows whose token is the one given for a sequence of the step before.
+    pub previous_rows: Vec<u32>,
     /// The position of each token in its sequence: `[num_tokens]`.
     pub positions: Vec<u32>,
     /// Where each token's keys and values go, `block * block_size + offset`: `[num_tokens]`.
@@ -41,9 +43,19 @@ pub struct Batch {
 impl Batch {
     /// Flattens a step. `previous` holds the token that each sequence of the step before sampled.
     pub fn new(step: &ScheduleOutput, block_size: u32, previous: &[TokenId]) -> Self {
+        Self::ordered(step, 0..step.sequences.len(), block_size, previous)
+    }
+
+    /// As [`new`](Self::new), with the step's sequences in the given order.
+    pub fn ordered(
+        step: &ScheduleOutput,
+        order: impl IntoIterator<Item = usize>,
+        block_size: u32,
+        previous: &[TokenId],
+    ) -> Self {
         let mut batch = Self::default();
-        for scheduled in &step.sequences {
-            batch.push(step, scheduled, block_size, previous);
+        for index in order {
+            batch.push(step, &step.sequences[index], block_size, previous);
         }
         batch
     }
@@ -63,7 +75,10 @@ impl Batch {
                 let tokens = &step.token_ids[range.start as usize..range.end as usize];
                 self.token_ids.extend(tokens.iter().map(|token| token.0));
             }
-            TokenSource::PreviousStep { row } => self.token_ids.push(previous[*row as usize].0),
+            TokenSource::PreviousStep { row } => {
+                self.previous_rows.push(first_row as u32);
+                self.token_ids.push(previous[*row as usize].0);
+            }
         }
         for position in scheduled.num_computed_tokens..scheduled.context_len() {
             let block = blocks[(position / block_size) as usize].0;

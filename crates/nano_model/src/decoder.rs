@@ -4,7 +4,6 @@
 //! Jiang et al., Mistral 7B, 2023; Touvron et al., LLaMA, 2023.
 
 use crate::backend::Backend;
-use crate::batch::Batch;
 use crate::error::Result;
 
 /// The parameters of one layer.
@@ -37,20 +36,19 @@ pub struct Decoder<B: Backend> {
     pub lm_head: Option<B::Weight>,
 }
 
-/// Runs `batch` and returns the logits of the rows that need them: `[num_logit_rows, vocab_size]`.
+/// Runs a step and returns the logits of the rows that need them: `[num_logit_rows, vocab_size]`.
 ///
 /// Keys and values of every row are in the cache afterwards.
 pub fn forward<B: Backend>(
     backend: &mut B,
     model: &Decoder<B>,
-    batch: &Batch,
+    step: &B::Step,
 ) -> Result<B::Hidden> {
-    let step = backend.prepare(batch)?;
-    let mut hidden = backend.embed(&model.embedding, &step)?;
+    let mut hidden = backend.embed(&model.embedding, step)?;
     for (index, layer) in model.layers.iter().enumerate() {
         let qkv = backend.norm_product(&hidden, &layer.attention_norm, &layer.qkv)?;
-        let query = backend.rope_write_kv(index, qkv, &step)?;
-        let context = backend.paged_attention(index, query, &step)?;
+        let query = backend.rope_write_kv(index, qkv, step)?;
+        let context = backend.paged_attention(index, query, step)?;
         hidden = backend.product_add(&context, &layer.output, hidden)?;
         hidden = backend.all_reduce(hidden)?;
 
@@ -59,5 +57,5 @@ pub fn forward<B: Backend>(
         hidden = backend.all_reduce(hidden)?;
     }
     let lm_head = model.lm_head.as_ref().unwrap_or(&model.embedding);
-    backend.logits(&hidden, &model.norm, lm_head, &step)
+    backend.logits(&hidden, &model.norm, lm_head, step)
 }

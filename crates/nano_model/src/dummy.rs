@@ -50,6 +50,16 @@ impl DummyWeights {
 }
 
 impl DummyTensor<'_> {
+    /// What every tensor of the same source is drawn from.
+    pub fn draws(&self) -> &[f32] {
+        &self.weights.draws
+    }
+
+    /// What decides which draws it has.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// Its little-endian elements.
     pub fn bytes(&self, num_elements: usize, dtype: Dtype) -> Vec<u8> {
         match dtype {

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use nano_kernels::cuda::Error as CudaError;
+
 /// The result of `nano_model`.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -89,6 +91,24 @@ pub enum Error {
     /// An operator of libtorch failed.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
+    /// The GPU or its libraries failed.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// The GPU has too little memory for the model.
+    #[error(
+        "{needed_gib:.2} GiB of GPU memory are needed for {what}, but {free_gib:.2} GiB are free: \
+         {hint}"
+    )]
+    GpuMemory {
+        /// The part of the model.
+        what: &'static str,
+        /// What it takes.
+        needed_gib: f64,
+        /// What is left.
+        free_gib: f64,
+        /// The option that helps.
+        hint: &'static str,
+    },
 }
 
 impl Error {
@@ -105,6 +125,9 @@ impl Error {
             Self::BadOption { .. } => "invalid_config",
             Self::NoMemory { .. } => "out_of_memory",
             Self::Torch(_) => "libtorch_failed",
+            Self::Cuda(CudaError::NoDevice(_)) => "no_cuda_device",
+            Self::Cuda(_) => "cuda_failed",
+            Self::GpuMemory { .. } => "gpu_out_of_memory",
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The executor on the CPU: one step in flight, run where it is launched.
 
+pub mod cuda;
+
 use nano_core::executor::{Capacity, Executor};
 use nano_core::scheduler::output::{
     LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput, TokenMasks,
@@ -55,7 +57,8 @@ impl<E: Element> CpuExecutor<E> {
 
     fn run(&mut self, step: &ScheduleOutput) -> Result<()> {
         let batch = Batch::new(step, self.capacity.block_size, &self.previous);
-        let logits = forward(&mut self.backend, &self.model, &batch)?;
+        let prepared = self.backend.prepare(&batch)?;
+        let logits = forward(&mut self.backend, &self.model, &prepared)?;
         self.backend.to_host(logits, &mut self.logits)?;
         self.step = step.clone();
         Ok(())

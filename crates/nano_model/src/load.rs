@@ -1,29 +1,21 @@
 //! From a directory and options to an executor.
 
-use std::num::NonZero;
+pub mod cpu;
+mod cuda;
+
 use std::path::Path;
 
-use half::bf16;
-use nano_core::TokenId;
-use nano_core::executor::{Capacity, Executor};
-use nano_kernels::cpu::Element;
+use nano_core::executor::Executor;
+use nano_core::{SchedulerConfig, TokenId};
+use nano_kernels::cuda::Device;
 use safetensors::Dtype as StoredDtype;
 
-use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, Dtype, Values};
 use crate::config::{CheckpointDtype, DecoderSpec, GenerationDefaults, ModelConfig};
 use crate::decoder::{Decoder, Layer};
 use crate::dummy::DummyWeights;
 use crate::error::{Error, Result};
-use crate::executor::CpuExecutor;
 use crate::weights::WeightMap;
-
-/// The KV cache holds this many sequences of full length, if memory allows and nobody says more.
-const DEFAULT_FULL_SEQUENCES: u64 = 16;
-/// The largest KV cache that nobody asked for.
-const DEFAULT_MOST_CACHE_BYTES: u64 = 4 << 30;
-/// More threads than a machine has cores.
-const MAX_THREADS: usize = 4096;
 
 /// The data type of weights, activations and cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,9 +37,28 @@ pub enum LoadFormat {
     Dummy,
 }
 
+/// Where a model runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The first GPU if there is one that can run the model as asked, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU of this number.
+    Cuda(usize),
+}
+
 /// How a model is loaded.
 #[derive(Clone, Debug)]
 pub struct ModelOptions {
+    /// Where the model runs.
+    pub device: DeviceChoice,
+    /// The share of a GPU's memory that may be used, by whomever.
+    pub gpu_memory_utilization: f64,
+    /// Whether a sequence's bits depend on nothing but itself, on a GPU and at some cost.
+    pub deterministic: bool,
+    /// The largest step, whose memory a GPU takes at the start.
+    pub limits: SchedulerConfig,
     /// The data type.
     pub dtype: DtypeChoice,
     /// Where weights come from.
@@ -78,6 +89,8 @@ pub struct ModelInfo {
     pub eos_token_ids: Vec<TokenId>,
     /// The sampling defaults.
     pub generation: GenerationDefaults,
+    /// "cpu", or the name of the GPU.
+    pub device: String,
     /// "float32" or "bfloat16".
     pub dtype: &'static str,
     /// Bytes of all parameters.
@@ -93,108 +106,18 @@ pub struct ModelInfo {
 /// # Errors
 /// The first thing about the directory or the options that does not hold.
 pub fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Executor>, ModelInfo)> {
-    if let Some(num_threads) = options.num_threads.filter(|it| !(1..=MAX_THREADS).contains(it)) {
-        let (range, value) = (format!("in [1, {MAX_THREADS}]"), num_threads.to_string());
-        return Err(Error::BadOption { name: "num_threads", range, value });
-    }
-    let asked = options.num_threads.and_then(NonZero::new);
-    let num_threads = asked
-        .unwrap_or_else(|| std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN));
-    let checkpoint = Checkpoint::open(dir, options)?;
-    match checkpoint.dtype {
-        Dtype::Float32 => load_cpu::<f32>(checkpoint, dir, options, num_threads),
-        Dtype::BFloat16 => load_cpu::<bf16>(checkpoint, dir, options, num_threads),
-    }
-}
-
-fn load_cpu<E: Element>(
-    checkpoint: Checkpoint,
-    dir: &Path,
-    options: &ModelOptions,
-    num_threads: NonZero<usize>,
-) -> Result<(Box<dyn Executor>, ModelInfo)> {
-    let (backend, model, info) =
-        checkpoint.load(dir, options, |spec, _, num_blocks, block_size| {
-            CpuBackend::<E>::new(spec, num_blocks, block_size, num_threads)
-        })?;
-    let capacity = Capacity {
-        num_blocks: info.num_blocks,
-        block_size: options.block_size,
-        max_steps_in_flight: 1,
+    let device = match options.device {
+        DeviceChoice::Cpu => None,
+        DeviceChoice::Cuda(ordinal) => Some(Device::new(ordinal)?),
+        DeviceChoice::Auto => cuda::find(dir, options)
+            .inspect_err(|reason| tracing::info!("the model runs on the CPU: {reason}"))
+            .ok(),
     };
-    let executor = CpuExecutor::new(backend, model, capacity, info.vocab_size as usize);
-    Ok((Box::new(executor), info))
-}
-
-/// Loads the model in `dir` onto the back end that `make` makes from the model's shape, the data
-/// type, the number of blocks and their size.
-///
-/// # Errors
-/// As [`load`].
-pub fn load_on<B: Backend>(
-    dir: &Path,
-    options: &ModelOptions,
-    make: impl FnOnce(DecoderSpec, Dtype, u32, u32) -> Result<B>,
-) -> Result<(B, Decoder<B>, ModelInfo)> {
-    Checkpoint::open(dir, options)?.load(dir, options, make)
-}
-
-/// What a directory holds.
-struct Checkpoint {
-    config: ModelConfig,
-    /// `None` for dummy weights.
-    map: Option<WeightMap>,
-    dtype: Dtype,
-}
-
-impl Checkpoint {
-    fn open(dir: &Path, options: &ModelOptions) -> Result<Self> {
-        let config = ModelConfig::from_dir(dir)?;
-        let map = match options.load_format {
-            LoadFormat::Auto => Some(WeightMap::open(dir)?),
-            LoadFormat::Dummy => None,
-        };
-        let dtype = dtype(options.dtype, config.dtype.or_else(|| checkpoint_dtype(map.as_ref()?)));
-        Ok(Self { config, map, dtype })
+    if let Some(device) = device {
+        let (executor, info) = cuda::load(dir, options, &device)?;
+        return Ok((Box::new(executor), info));
     }
-
-    fn load<B: Backend>(
-        self,
-        dir: &Path,
-        options: &ModelOptions,
-        make: impl FnOnce(DecoderSpec, Dtype, u32, u32) -> Result<B>,
-    ) -> Result<(B, Decoder<B>, ModelInfo)> {
-        let Self { config, map, dtype } = self;
-        let element_bytes = dtype.num_bytes() as u64;
-        let room = CacheRoom::new(&config, options, element_bytes)?;
-        let spec = config.spec.clone();
-        let mut backend = make(spec.clone(), dtype, room.num_blocks, options.block_size)?;
-        let dummy = DummyWeights::new(options.seed);
-        let source = map.as_ref().map_or(Source::Dummy(&dummy), Source::Checkpoint);
-        let model = load_decoder(&spec, source, &mut backend)?;
-        let info = ModelInfo {
-            vocab_size: spec.vocab_size as u32,
-            max_model_len: room.max_model_len,
-            eos_token_ids: config.eos_token_ids,
-            generation: config.generation,
-            dtype: dtype.name(),
-            weight_bytes: spec.num_parameters() as u64 * element_bytes,
-            num_blocks: room.num_blocks,
-            kv_cache_bytes: room.bytes,
-        };
-        tracing::info!(
-            "loaded {} in {}: weights {:.2} GiB, KV cache {:.2} GiB in {} blocks of {}, \
-             max_model_len {}",
-            dir.display(),
-            info.dtype,
-            gib(info.weight_bytes),
-            gib(room.bytes),
-            room.num_blocks,
-            options.block_size,
-            room.max_model_len,
-        );
-        Ok((backend, model, info))
-    }
+    cpu::load(dir, options)
 }
 
 fn gib(bytes: u64) -> f64 {
@@ -218,6 +141,17 @@ fn checkpoint_dtype(map: &WeightMap) -> Option<CheckpointDtype> {
     }
 }
 
+/// The memory that a KV cache may have.
+struct CacheMemory {
+    bytes: u64,
+    /// How much of it is taken if nobody says a size: so many bytes, at most for so many sequences
+    /// of full length.
+    unasked_bytes: u64,
+    unasked_sequences: u64,
+    /// What gives more of it.
+    hint: &'static str,
+}
+
 /// The size of the KV cache and what it lets a sequence be.
 struct CacheRoom {
     num_blocks: u32,
@@ -226,7 +160,12 @@ struct CacheRoom {
 }
 
 impl CacheRoom {
-    fn new(config: &ModelConfig, options: &ModelOptions, element_bytes: u64) -> Result<Self> {
+    fn new(
+        config: &ModelConfig,
+        options: &ModelOptions,
+        element_bytes: u64,
+        memory: &CacheMemory,
+    ) -> Result<Self> {
         let bad = |name, range: String, value: u64| {
             Err(Error::BadOption { name, range, value: value.to_string() })
         };
@@ -247,24 +186,23 @@ impl CacheRoom {
             let reason = format!("make a KV cache block of {token_bytes} bytes a token");
             Error::BadConfig { field: "its sizes".to_owned(), reason }
         })?;
-        let free =
-            available_bytes().saturating_sub(config.spec.num_parameters() as u64 * element_bytes);
+        let free = memory.bytes;
         let (name, num_blocks) = match (options.num_blocks, options.kv_cache_bytes) {
             (Some(num_blocks), _) => ("num_blocks", u64::from(num_blocks)),
             (None, Some(bytes)) => ("kv_cache_gib", bytes / block_bytes),
             (None, None) => {
-                let full = len.div_ceil(block_size) * DEFAULT_FULL_SEQUENCES;
-                let memory = (free / 4).min(DEFAULT_MOST_CACHE_BYTES);
-                ("kv_cache_gib", full.min(memory / block_bytes).max(1))
+                let full = len.div_ceil(block_size) * memory.unasked_sequences;
+                ("kv_cache_gib", full.min(memory.unasked_bytes / block_bytes).max(1))
             }
         };
         // A slot's number has 32 bits, and a busy engine writes the whole cache.
         let most = (u64::from(u32::MAX) / block_size).min(free / block_bytes);
         if num_blocks == 0 || num_blocks > most {
             let range = format!(
-                "from 1 to {most} blocks of {:.6} GiB: {:.1} GiB of memory are free",
+                "from 1 to {most} blocks of {:.6} GiB: {:.1} GiB of memory are free ({})",
                 gib(block_bytes),
-                gib(free)
+                gib(free),
+                memory.hint
             );
             return bad(name, range, num_blocks);
         }
@@ -280,14 +218,32 @@ impl CacheRoom {
         }
         Ok(Self { num_blocks: num_blocks as u32, max_model_len, bytes: num_blocks * block_bytes })
     }
-}
 
-/// Memory that can be had without swapping; a modest guess where the system does not say.
-fn available_bytes() -> u64 {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.map_or(4 << 30, |kib| kib << 10)
+    /// The facts about a model with this cache.
+    fn info(&self, config: ModelConfig, dtype: Dtype, device: String) -> ModelInfo {
+        let weight_bytes = config.spec.num_parameters() as u64 * dtype.num_bytes() as u64;
+        tracing::info!(
+            "loaded {} on {device} in {}: weights {:.2} GiB, KV cache {:.2} GiB in {} blocks, \
+             max_model_len {}",
+            config.dir.display(),
+            dtype.name(),
+            gib(weight_bytes),
+            gib(self.bytes),
+            self.num_blocks,
+            self.max_model_len,
+        );
+        ModelInfo {
+            vocab_size: config.spec.vocab_size as u32,
+            max_model_len: self.max_model_len,
+            eos_token_ids: config.eos_token_ids,
+            generation: config.generation,
+            device,
+            dtype: dtype.name(),
+            weight_bytes,
+            num_blocks: self.num_blocks,
+            kv_cache_bytes: self.bytes,
+        }
+    }
 }
 
 #[derive(Clone, Copy)]

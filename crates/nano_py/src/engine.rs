@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use nano_core::{RequestId, SchedulerConfig, TokenId};
 use nano_engine::{EngineConfig, Prompt};
-use nano_model::{DtypeChoice, LoadFormat, ModelOptions};
+use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
 use pyo3::prelude::*;
 
 use crate::error::{invalid, to_py};
@@ -25,20 +25,24 @@ pub(crate) struct Engine(nano_engine::Engine);
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (model_dir, *, dtype, max_model_len, max_num_seqs, max_num_batched_tokens,
-        block_size, num_blocks, kv_cache_bytes, num_threads, seed, dummy_weights))]
+    #[pyo3(signature = (model_dir, *, device, dtype, max_model_len, gpu_memory_utilization, max_num_seqs,
+        max_num_batched_tokens, block_size, num_blocks, kv_cache_bytes, num_threads, deterministic,
+        seed, dummy_weights))]
     #[expect(clippy::too_many_arguments, reason = "the keywords of a Python constructor")]
     fn new(
         py: Python<'_>,
         model_dir: PathBuf,
+        device: &str,
         dtype: &str,
         max_model_len: Option<u32>,
+        gpu_memory_utilization: f64,
         max_num_seqs: u32,
         max_num_batched_tokens: u32,
         block_size: u32,
         num_blocks: Option<u32>,
         kv_cache_bytes: Option<u64>,
         num_threads: Option<usize>,
+        deterministic: bool,
         seed: i64,
         dummy_weights: bool,
     ) -> PyResult<Self> {
@@ -51,10 +55,28 @@ impl Engine {
                 return Err(invalid(py, &message, "invalid_config"));
             }
         };
+        let name = device;
+        let device = match name {
+            "auto" => Some(DeviceChoice::Auto),
+            "cpu" => Some(DeviceChoice::Cpu),
+            "cuda" => Some(DeviceChoice::Cuda(0)),
+            other => {
+                other.strip_prefix("cuda:").and_then(|it| it.parse().ok()).map(DeviceChoice::Cuda)
+            }
+        };
+        let Some(device) = device else {
+            let message = format!("device must be auto, cpu, cuda or cuda:N, got {name:?}");
+            return Err(invalid(py, &message, "invalid_config"));
+        };
         let seed = seed as u64;
+        let limits = SchedulerConfig { max_num_seqs, max_num_batched_tokens };
         let config = EngineConfig {
             model_dir,
             model: ModelOptions {
+                device,
+                gpu_memory_utilization,
+                deterministic,
+                limits,
                 dtype,
                 load_format: if dummy_weights { LoadFormat::Dummy } else { LoadFormat::Auto },
                 block_size,
@@ -64,7 +86,7 @@ impl Engine {
                 seed,
                 max_model_len,
             },
-            scheduler: SchedulerConfig { max_num_seqs, max_num_batched_tokens },
+            scheduler: limits,
             seed,
         };
         let engine = py.detach(|| nano_engine::Engine::load(config));
@@ -152,6 +174,11 @@ impl Engine {
     #[getter]
     fn block_size(&self) -> u32 {
         self.0.info().block_size
+    }
+
+    #[getter]
+    fn device(&self) -> &str {
+        self.0.model().map_or("", |model| &model.device)
     }
 
     #[getter]

@@ -166,7 +166,8 @@ impl Kernels {
         if num_tiles == 0 {
             return Ok(());
         }
-        let grid = (num_tiles as u32, heads.num_kv_heads as u32, 1);
+        check(num_tiles <= 65_535, "num_tiles", "at most 65535", num_tiles)?;
+        let grid = (heads.num_kv_heads as u32, num_tiles as u32, 1);
         let (num_heads, max_blocks) = (heads.num_heads as i32, input.max_blocks as i32);
         let (window, scale) = (window_or_all(input.window), heads.scale());
         let mut builder = self.device().stream().launch_builder(self.function(kernel));
@@ -191,9 +192,10 @@ pub struct PrefillSequence {
     pub first_position: usize,
 }
 
-/// A run of tokens that one thread block a K/V head works on, as the kernel reads it.
+/// A run of tokens that one thread block a K/V head works on, as the kernel reads it; the default
+/// has none.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PrefillTile {
     sequence: i32,
     first_token: i32,

@@ -71,6 +71,11 @@ impl Compiler {
         }
     }
 
+    /// Where results are kept.
+    pub fn cache_dir(&self) -> Option<&Path> {
+        self.cache_dir.as_deref()
+    }
+
     /// The user's cache folder for this project: `$XDG_CACHE_HOME/nano_batch` or
     /// `~/.cache/nano_batch`.
     pub fn default_cache_dir() -> Option<PathBuf> {
@@ -159,7 +164,7 @@ fn no_compiler(version: (i32, i32), status: sys::nvrtcResult) -> Error {
 }
 
 /// The image in a cache file, if it is whole.
-fn read_cached(path: &Path) -> Option<Vec<u8>> {
+pub(super) fn read_cached(path: &Path) -> Option<Vec<u8>> {
     let bytes = fs::read(path).ok()?;
     let (magic, rest) = bytes.split_at_checked(MAGIC.len())?;
     let (checksum, image) = rest.split_at_checked(size_of::<u64>())?;
@@ -168,7 +173,7 @@ fn read_cached(path: &Path) -> Option<Vec<u8>> {
 }
 
 /// Writes beside the target and renames, so that a reader never sees half a file.
-fn write_cached(path: &Path, image: &[u8]) -> std::io::Result<()> {
+pub(super) fn write_cached(path: &Path, image: &[u8]) -> std::io::Result<()> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder)?;
     }
@@ -183,14 +188,14 @@ fn write_cached(path: &Path, image: &[u8]) -> std::io::Result<()> {
 }
 
 /// The FNV-1a hash, the same in every process and version.
-struct Fnv(u64);
+pub(super) struct Fnv(u64);
 
 impl Fnv {
     fn new() -> Self {
         Self(0xcbf2_9ce4_8422_2325)
     }
 
-    fn of(bytes: &[u8]) -> u64 {
+    pub(super) fn of(bytes: &[u8]) -> u64 {
         let mut hash = Self::new();
         hash.add(bytes);
         hash.0

@@ -7,9 +7,12 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUdevice_attribute};
-use cudarc::driver::{CudaContext, CudaStream, DeviceRepr, result};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DeviceRepr, result};
 
 use super::{Error, Result, is_out_of_memory};
+
+/// The unit in which host memory is locked.
+const PAGE_BYTES: usize = 4096;
 
 /// A GPU with the one stream that all work of its owner goes through.
 #[derive(Clone, Debug)]
@@ -18,7 +21,11 @@ pub struct Device {
     stream: Arc<CudaStream>,
     architecture: String,
     num_multiprocessors: u32,
+    max_shared_bytes: u32,
 }
+
+/// Shared memory that a kernel of the table declares in its source at most.
+const DECLARED_SHARED_BYTES: u32 = 1024;
 
 /// The device's memory at one moment, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,9 +60,11 @@ impl Device {
             )));
         }
         let multiprocessors = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let shared = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         Ok(Self {
             architecture: architecture(major, minor),
             num_multiprocessors: context.attribute(multiprocessors)? as u32,
+            max_shared_bytes: context.attribute(shared)? as u32 - DECLARED_SHARED_BYTES,
             stream: context.new_stream()?,
             context,
         })
@@ -74,6 +83,11 @@ impl Device {
     /// Multiprocessors, over which a launch spreads its thread blocks.
     pub fn num_multiprocessors(&self) -> u32 {
         self.num_multiprocessors
+    }
+
+    /// Dynamic shared memory that a thread block can have.
+    pub fn max_shared_bytes(&self) -> u32 {
+        self.max_shared_bytes
     }
 
     /// Free and total memory now.
@@ -119,6 +133,12 @@ impl Device {
         // SAFETY: the allocation has at least num_bytes; after this every byte is initialised.
         unsafe { pointer.cast::<u8>().write_bytes(0, num_bytes) };
         Ok(PinnedBuffer { pointer, num_bytes, context: Arc::clone(&self.context) })
+    }
+
+    /// A point in the stream, recorded nowhere yet.
+    pub fn new_event(&self) -> Result<Event> {
+        let event = self.context.new_event(None)?;
+        Ok(Event { event, stream: Arc::clone(&self.stream) })
     }
 
     pub(super) fn context(&self) -> &Arc<CudaContext> {
@@ -174,6 +194,32 @@ impl DeviceBuffer {
         // SAFETY: `interval` checked the bounds; `data` outlives the copy, which is waited for.
         unsafe { result::memcpy_htod_async(target, data, stream) }?;
         Ok(self.stream.synchronize()?)
+    }
+
+    /// As [`upload`](Self::upload), for data too large to pass through a staging buffer: the
+    /// driver reads its pages in place, at several times the speed, where it can lock them.
+    ///
+    /// # Panics
+    /// If `data` reaches past the end.
+    pub fn upload_large(&self, offset_bytes: usize, data: &[u8]) -> Result<()> {
+        let start = data.as_ptr() as usize / PAGE_BYTES * PAGE_BYTES;
+        let end = (data.as_ptr() as usize + data.len()).next_multiple_of(PAGE_BYTES);
+        self.stream.context().bind_to_thread()?;
+        // SAFETY: these are the pages that hold `data`. They are locked for reading alone, and
+        // unlocked below, before the borrow ends.
+        let locked = unsafe {
+            sys::cuMemHostRegister_v2(
+                start as *mut c_void,
+                end - start,
+                sys::CU_MEMHOSTREGISTER_READ_ONLY,
+            )
+        };
+        let uploaded = self.upload(offset_bytes, data);
+        if locked == sys::CUresult::CUDA_SUCCESS {
+            // SAFETY: locked above, and the copy has ended.
+            unsafe { sys::cuMemHostUnregister(start as *mut c_void) }.result()?;
+        }
+        uploaded
     }
 
     /// Copies from `offset_bytes` into `data`, after the work enqueued so far, and waits.
@@ -270,6 +316,38 @@ impl PinnedBuffer {
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as above, and the borrow is unique.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), self.num_bytes) }
+    }
+}
+
+impl PinnedBuffer {
+    /// Copies `data` to `offset_bytes`.
+    ///
+    /// # Panics
+    /// If `data` reaches past the end.
+    pub fn write<T: DeviceRepr>(&mut self, offset_bytes: usize, data: &[T]) {
+        let num_bytes = size_of_val(data);
+        // SAFETY: these are the bytes of `data`, which types for the device have no padding in.
+        let bytes = unsafe { std::slice::from_raw_parts(data.as_ptr().cast::<u8>(), num_bytes) };
+        self.as_mut_slice()[offset_bytes..offset_bytes + num_bytes].copy_from_slice(bytes);
+    }
+}
+
+/// A point in the stream that the host can wait for.
+#[derive(Debug)]
+pub struct Event {
+    event: CudaEvent,
+    stream: Arc<CudaStream>,
+}
+
+impl Event {
+    /// Moves it behind the work enqueued so far.
+    pub fn record(&self) -> Result<()> {
+        Ok(self.event.record(&self.stream)?)
+    }
+
+    /// Waits until the stream has come to it, and says if any work failed.
+    pub fn wait(&self) -> Result<()> {
+        Ok(self.event.synchronize()?)
     }
 }
 

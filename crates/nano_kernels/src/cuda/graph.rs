@@ -11,6 +11,12 @@ pub struct Graph {
     graph: CudaGraph,
 }
 
+impl std::fmt::Debug for Graph {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Graph")
+    }
+}
+
 impl Graph {
     /// Captures what `enqueue` puts on the device's stream; none of it runs.
     ///

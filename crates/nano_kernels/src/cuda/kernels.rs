@@ -29,7 +29,8 @@ impl Kernels {
             if spec.dynamic_shared_bytes > 0 {
                 let attribute =
                     CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                function.set_attribute(attribute, spec.dynamic_shared_bytes as i32)?;
+                let num_bytes = spec.dynamic_shared_bytes.min(device.max_shared_bytes());
+                function.set_attribute(attribute, num_bytes as i32)?;
             }
             Ok(function)
         });

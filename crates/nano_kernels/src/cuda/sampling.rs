@@ -83,4 +83,28 @@ impl Kernels {
         unsafe { builder.launch(shape((num_rows as u32, 1, 1), 1024)) }?;
         Ok(())
     }
+
+    /// Enqueues `logits[row, token] = -infinity` for each of `banned: [num_banned, 2]` u32, a row
+    /// and a token; one outside the vocabulary is ignored.
+    ///
+    /// # Safety
+    /// As for [`sample`](Self::sample); rows are those of `logits`.
+    pub unsafe fn ban_tokens(
+        &self,
+        logits: u64,
+        banned: u64,
+        num_banned: usize,
+        vocab_size: usize,
+    ) -> Result<()> {
+        if num_banned == 0 {
+            return Ok(());
+        }
+        let (count, vocab_size) = (num_banned as i32, vocab_size as u32);
+        let mut builder = self.device().stream().launch_builder(self.function(Kernel::BanTokens));
+        builder.arg(&logits).arg(&banned).arg(&count).arg(&vocab_size);
+        let grid = (num_banned.div_ceil(256) as u32, 1, 1);
+        // SAFETY: the grid covers the pairs; the memory is the caller's word.
+        unsafe { builder.launch(shape(grid, 256)) }?;
+        Ok(())
+    }
 }

@@ -15,6 +15,18 @@ pub enum Kernel {
     EmbedTokens,
     /// The choice of the next token.
     Sample,
+    /// Tokens taken out of that choice.
+    BanTokens,
+    /// Random parameters.
+    FillRandom,
+    /// bf16 parameters from other types.
+    RoundToBf16,
+    /// Products of one row.
+    ThinProduct1,
+    /// Products of two rows.
+    ThinProduct2,
+    /// Products of three or four rows.
+    ThinProduct4,
     /// Attention of one token a sequence, `head_dim` 64.
     DecodeAttention64,
     /// Attention of one token a sequence, `head_dim` 128.
@@ -38,7 +50,7 @@ pub struct KernelSpec {
     pub source: &'static str,
     /// Macros of the variant, as the compiler takes them.
     pub defines: &'static [&'static str],
-    /// Shared memory of a launch beyond what the source declares.
+    /// Shared memory of a launch beyond what the source declares, at most what the device has.
     pub dynamic_shared_bytes: u32,
 }
 
@@ -53,6 +65,8 @@ const ROPE_WRITE_KV: &str = include_str!("../../kernels/rope_write_kv.cu");
 const SILU_MUL: &str = include_str!("../../kernels/silu_mul.cu");
 const GATHER: &str = include_str!("../../kernels/gather.cu");
 const SAMPLE: &str = include_str!("../../kernels/sample.cu");
+const THIN_PRODUCT: &str = include_str!("../../kernels/thin_product.cu");
+const WEIGHTS: &str = include_str!("../../kernels/weights.cu");
 const DECODE_ATTENTION: &str = include_str!("../../kernels/decode_attention.cu");
 const PREFILL_ATTENTION: &str = include_str!("../../kernels/prefill_attention.cu");
 
@@ -61,13 +75,19 @@ const HEAD_DIM_128: &[&str] = &["-DHEAD_DIM=128"];
 
 /// Every kernel, in the order of [`Kernel`].
 #[rustfmt::skip]
-pub const KERNELS: [KernelSpec; 10] = [
+pub const KERNELS: [KernelSpec; 16] = [
     plain(Kernel::RmsNorm, "rms_norm", RMS_NORM),
     plain(Kernel::RopeWriteKv, "rope_write_kv", ROPE_WRITE_KV),
     plain(Kernel::SiluMul, "silu_mul", SILU_MUL),
     plain(Kernel::GatherRows, "gather_rows", GATHER),
     plain(Kernel::EmbedTokens, "embed_tokens", GATHER),
     plain(Kernel::Sample, "sample", SAMPLE),
+    plain(Kernel::BanTokens, "ban_tokens", SAMPLE),
+    plain(Kernel::FillRandom, "fill_random", WEIGHTS),
+    plain(Kernel::RoundToBf16, "round_to_bf16", WEIGHTS),
+    thin(Kernel::ThinProduct1, "thin_product_1", &["-DNUM_TOKENS=1"]),
+    thin(Kernel::ThinProduct2, "thin_product_2", &["-DNUM_TOKENS=2"]),
+    thin(Kernel::ThinProduct4, "thin_product_4", &["-DNUM_TOKENS=4"]),
     decode(Kernel::DecodeAttention64, "decode_attention_64", HEAD_DIM_64, 64),
     decode(Kernel::DecodeAttention128, "decode_attention_128", HEAD_DIM_128, 128),
     prefill(Kernel::PrefillAttention64, "prefill_attention_64", HEAD_DIM_64, 64, 64),
@@ -79,6 +99,12 @@ type Defines = &'static [&'static str];
 const fn plain(kernel: Kernel, name: &'static str, source: &'static str) -> KernelSpec {
     let function = name;
     KernelSpec { kernel, name, function, source, defines: &[], dynamic_shared_bytes: 0 }
+}
+
+/// As many rows of input as the device has room for.
+const fn thin(kernel: Kernel, name: &'static str, defines: Defines) -> KernelSpec {
+    let spec = plain(kernel, "thin_product", THIN_PRODUCT);
+    KernelSpec { name, defines, dynamic_shared_bytes: u32::MAX, ..spec }
 }
 
 /// 4 warps with 3 stages each of a block's keys and values.

@@ -1,0 +1,208 @@
+"""Mistral 7B's shapes with random bf16 weights on one GPU: latency, bursts, prefill and a mix.
+
+    python benches/cuda_end_to_end.py [--runs 3] [--out benches/results/NAME.json]
+
+The keys are those of a vLLM benchmark of the same workloads, so that the two can be laid side by
+side: `ttft512_ms` and `itl_bs1_ms` of one stream of a 512-token prompt, `scale{n}_toks` of n such
+prompts at once with 128 tokens out, `prefill_16x2048_toks`, and `nano_run{i}_toks` of 256 requests
+with prompts and answers of 100 to 1024 tokens at temperature 0.6. Beside them: the time between
+the items of `stream`, the time to load, the card and its measured copy bandwidth.
+"""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+
+CONFIG = {
+    "architectures": ["MistralForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BURSTS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+MEASURE_COPY = """
+import torch
+source = torch.randn(2**31 // 4, device="cuda")
+target = torch.empty_like(source)
+times = []
+for _ in range(12):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    target.copy_(source)
+    end.record()
+    torch.cuda.synchronize()
+    times.append(start.elapsed_time(end))
+print(2 * source.nbytes / sorted(times)[6] / 1e6)
+"""
+
+
+def fixed(count, length, seed):
+    """Return prompts of one length."""
+    generator = random.Random(seed)
+    return [[generator.randint(3, 10000) for _ in range(length)] for _ in range(count)]
+
+
+def mix(seed):
+    """256 prompts and the numbers of tokens out, both uniform in 100 to 1024."""
+    generator = random.Random(seed)
+    prompts = [
+        [generator.randint(3, 10000) for _ in range(generator.randint(100, 1024))]
+        for _ in range(256)
+    ]
+    return prompts, [generator.randint(100, 1024) for _ in range(256)]
+
+
+class Bench:
+    def __init__(self, engine, runs):
+        self.engine = engine
+        self.runs = runs
+        self.seed = 0
+
+    def fresh(self, count, length):
+        """Prompts that no run has seen."""
+        self.seed += 1
+        return fixed(count, length, self.seed)
+
+    def seconds(self, prompts, counts, temperature=0.0):
+        from nano_batch import SamplingParams
+
+        params = [
+            SamplingParams(
+                temperature=temperature, ignore_eos=True, max_tokens=count, detokenize=False
+            )
+            for count in counts
+        ]
+        start = time.perf_counter()
+        outputs = self.engine.generate(prompts, params, use_tqdm=False)
+        elapsed = time.perf_counter() - start
+        assert sum(len(output.outputs[0].token_ids) for output in outputs) == sum(counts)
+        return elapsed
+
+    def gaps(self, length, count):
+        """Seconds between the items of a stream, its first one left out."""
+        from nano_batch import SamplingParams
+
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=count, detokenize=False)
+        times = []
+        for output in self.engine.stream(self.fresh(1, length)[0], params):
+            times += [time.perf_counter()] * len(output.outputs[0].token_ids)
+        return [after - before for before, after in pairwise(times[1:])]
+
+    def burst(self, count, length, out):
+        times = [self.seconds(self.fresh(count, length), [out] * count) for _ in range(self.runs)]
+        return statistics.median(times), times
+
+    def measure(self):
+        result = {}
+        self.seconds(fixed(8, 64, 0), [16] * 8)
+        self.burst(2, 512, 4)
+        first = [self.seconds(self.fresh(1, 512), [1]) for _ in range(11)]
+        full = [self.seconds(self.fresh(1, 512), [129]) for _ in range(4)]
+        between = (statistics.median(full) - statistics.median(first)) / 128
+        result["ttft512_ms"] = 1e3 * statistics.median(first)
+        result["itl_bs1_ms"] = 1e3 * between
+        result["stream_gap_ms"] = 1e3 * statistics.median(self.gaps(512, 129))
+        for length in (8192, 30000):
+            result[f"itl_{length}_ms"] = 1e3 * statistics.median(self.gaps(length, 33))
+        self.report(result)
+        for count in BURSTS:
+            elapsed, times = self.burst(count, 512, 128)
+            result[f"scale{count}_toks"] = count * 128 / elapsed
+            result[f"scale{count}_s"] = times
+            print(count, f"{result[f'scale{count}_toks']:.0f} tok/s", flush=True)
+        elapsed, times = self.burst(16, 2048, 1)
+        result["prefill_16x2048_toks"] = 16 * 2048 / elapsed
+        result["prefill_16x2048_s"] = times
+        for run in range(self.runs):
+            prompts, counts = mix(run)
+            elapsed = self.seconds(prompts, counts, temperature=0.6)
+            result[f"nano_run{run}_s"] = elapsed
+            result[f"nano_run{run}_toks"] = sum(counts) / elapsed
+        self.report({name: value for name, value in result.items() if "nano" in name})
+        return result
+
+    def report(self, result):
+        for name, value in result.items():
+            print(f"{name}: {value:.2f}", flush=True)
+
+
+def measure_copy():
+    """GB/s read and written, in a process of its own, so that its memory is gone."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE_COPY], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=3, help="of each burst (%(default)s)")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    args = parser.parse_args()
+    copy = measure_copy()
+    from nano_batch import Engine
+
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+        loads = []
+        for _ in range(2):
+            start = time.perf_counter()
+            engine = Engine(
+                directory,
+                device="cuda",
+                load_format="dummy",
+                max_num_batched_tokens=args.max_num_batched_tokens,
+                deterministic=args.deterministic,
+            )
+            loads.append(time.perf_counter() - start)
+            print(f"ready after {loads[-1]:.2f} s on {engine.device}", flush=True)
+            if len(loads) < 2:
+                engine.close()
+        with engine:
+            figures = Bench(engine, args.runs).measure()
+            result = {
+                "benchmark": "cuda_end_to_end",
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "command": sys.argv[1:],
+                "card": engine.device,
+                "copy_gb_per_s": copy,
+                "python": platform.python_version(),
+                "versions": {name: version(name) for name in ("nano_batch", "torch")},
+                "config": CONFIG,
+                "num_blocks": engine.stats().num_blocks,
+                "load_s": loads,
+                **figures,
+            }
+    print(f"{result['card']}, copy {copy:.0f} GB/s")
+    print("RESULT", json.dumps(result))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

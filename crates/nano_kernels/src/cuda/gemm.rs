@@ -1,0 +1,514 @@
+//! Matrix products by cuBLASLt: a plan for each shape, its algorithm chosen by time.
+//!
+//! What was timed once is kept on disk beside the kernels, so that a machine repeats itself and
+//! starts at once. A product only enqueues and may be captured.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::c_void;
+use std::fmt::Write as _;
+use std::mem::MaybeUninit;
+use std::path::{Path, PathBuf};
+use std::ptr;
+use std::time::Instant;
+
+use cudarc::cublaslt::{result, sys};
+
+use super::compile::{Fnv, read_cached, write_cached};
+use super::{Device, DeviceBuffer, Error, Graph, Result};
+
+const WORKSPACE_BYTES: usize = 32 << 20;
+/// Rows of every product of a deterministic run: decoding pays little for them, long prompts no
+/// more than for whole ones.
+const FIXED_ROWS: usize = 256;
+/// Plans are cheap to make again: a bound keeps ever new shapes from growing memory.
+const MAX_PLANS: usize = 8192;
+/// The algorithms of a shape that are timed, of those that cuBLASLt thinks best.
+const MAX_CANDIDATES: usize = 16;
+/// Those of them that are timed again, with care.
+const NUM_FINALISTS: usize = 4;
+/// Above this many rows a product takes so long that fewer are timed, fewer times.
+const FEW_ROWS: usize = 256;
+/// Up to this many rows a product cannot fill the device without splitting what it sums over.
+const SPLIT_ROWS: usize = 64;
+/// The splits that are tried beside those that cuBLASLt thinks of, with each of its first picks.
+const SPLITS: [u32; 4] = [2, 3, 4, 6];
+const NUM_SPLIT_PICKS: usize = 3;
+
+/// What becomes of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Output {
+    /// Written in bf16.
+    Bf16,
+    /// Added to what is there in bf16, rounded once.
+    AddBf16,
+    /// Written in f32.
+    F32,
+}
+
+/// A product's shape: `out [num_rows, out_features] = input [num_rows, in_features] ×
+/// weight [out_features, in_features]ᵀ`, bf16 in, summed in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Product {
+    /// Rows of input and output.
+    pub num_rows: usize,
+    /// Columns of the output.
+    pub out_features: usize,
+    /// Columns of the input.
+    pub in_features: usize,
+    /// What becomes of it.
+    pub output: Output,
+}
+
+/// A product whose algorithm is to be chosen, with memory to try it on; the output is overwritten.
+#[derive(Clone, Debug)]
+pub struct Trial {
+    /// The shape.
+    pub product: Product,
+    /// The output.
+    pub out: u64,
+    /// The input.
+    pub input: u64,
+    /// Weights of that shape; several, so that none is in the cache when its turn comes.
+    pub weights: Vec<u64>,
+}
+
+/// cuBLASLt on one device, with its own workspace.
+#[derive(Debug)]
+pub struct Gemm {
+    plans: HashMap<Product, Plan>,
+    /// By shape, with the rows of a bucket.
+    algorithms: BTreeMap<Product, sys::cublasLtMatmulAlgo_t>,
+    descriptor: Descriptor,
+    handle: Handle,
+    workspace: DeviceBuffer,
+    cache: Option<PathBuf>,
+    is_deterministic: bool,
+    device: Device,
+}
+
+#[derive(Debug)]
+struct Plan {
+    weight: Layout,
+    input: Layout,
+    out: Layout,
+    beta: f32,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+impl Gemm {
+    /// Loads cuBLASLt. A deterministic one gives a row the same bits in any batch; the memory of
+    /// its inputs and outputs is as long as [`rows_of_memory`] says.
+    ///
+    /// # Errors
+    /// [`Error::Library`] if it is not installed.
+    pub fn new(device: &Device, cache_dir: Option<&Path>, is_deterministic: bool) -> Result<Self> {
+        // SAFETY: the probe loads the library, as the first call below would.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::Library("the library (libcublasLt) cannot be loaded".to_owned()));
+        }
+        device.context().bind_to_thread()?;
+        // SAFETY: the library is present.
+        let version = unsafe { sys::cublasLtGetVersion() };
+        let machine = format!("{} cuBLASLt {version}", device.name()?);
+        let file = format!("products-{:016x}", Fnv::of(machine.as_bytes()));
+        let cache = cache_dir.map(|folder| folder.join(file));
+        let mut gemm = Self {
+            plans: HashMap::new(),
+            algorithms: BTreeMap::new(),
+            descriptor: Descriptor::new()?,
+            handle: Handle(result::create_handle()?),
+            workspace: device.allocate(WORKSPACE_BYTES)?,
+            cache: cache.filter(|_| !is_deterministic),
+            is_deterministic,
+            device: device.clone(),
+        };
+        let known = gemm.cache.as_deref().and_then(read_cached).unwrap_or_default();
+        gemm.algorithms.extend(String::from_utf8_lossy(&known).lines().filter_map(parse));
+        Ok(gemm)
+    }
+
+    /// Enqueues a product.
+    ///
+    /// # Errors
+    /// If cuBLASLt has no algorithm for it.
+    ///
+    /// # Safety
+    /// Every address names as much memory as the shape says, with [`rows_of_memory`] rows if this
+    /// is deterministic, 16-byte aligned, alive until the stream has come to the product; the
+    /// output overlaps nothing else.
+    pub unsafe fn product(
+        &mut self,
+        product: &Product,
+        out: u64,
+        input: u64,
+        weight: u64,
+    ) -> Result<()> {
+        if product.num_rows == 0 {
+            return Ok(());
+        }
+        let rows_at_once = if self.is_deterministic { FIXED_ROWS } else { product.num_rows };
+        let at_once = Product { num_rows: rows_at_once, ..*product };
+        let element_bytes = if product.output == Output::F32 { 4 } else { 2 };
+        self.prepare(&at_once)?;
+        let Some(plan) = self.plans.get(&at_once) else { return Ok(()) };
+        for first_row in (0..product.num_rows).step_by(rows_at_once) {
+            let out = out + (first_row * product.out_features * element_bytes) as u64;
+            let input = input + (first_row * product.in_features * 2) as u64;
+            // SAFETY: the caller's word; whole pieces of rows lie in the memory by its second part.
+            unsafe { self.enqueue(plan, &plan.algorithm, out, input, weight) }?;
+        }
+        Ok(())
+    }
+
+    /// Chooses an algorithm for each shape that none is known for, and keeps what it found on
+    /// disk. Deterministic products take cuBLASLt's first, which no timing can change.
+    ///
+    /// # Safety
+    /// As for [`product`](Self::product), of each trial.
+    pub unsafe fn tune(&mut self, trials: &[Trial]) -> Result<()> {
+        if self.is_deterministic {
+            return Ok(());
+        }
+        let start = Instant::now();
+        let mut num_tuned = 0;
+        for trial in trials {
+            let key = Product { num_rows: bucket(trial.product.num_rows), ..trial.product };
+            if trial.product.num_rows == 0 || self.algorithms.contains_key(&key) {
+                continue;
+            }
+            let candidates = self.candidates(&trial.product)?;
+            // Those that fail are left out.
+            let timed = |gemm: &Self, algorithms: Vec<sys::cublasLtMatmulAlgo_t>, care| {
+                let seconds = |algorithm: &sys::cublasLtMatmulAlgo_t| {
+                    // SAFETY: the caller's word.
+                    unsafe { gemm.time(trial, *algorithm, care) }.unwrap_or(f64::INFINITY)
+                };
+                let mut timed: Vec<_> = algorithms.iter().map(|it| (seconds(it), *it)).collect();
+                timed.sort_by(|a, b| a.0.total_cmp(&b.0));
+                timed.into_iter().filter(|(seconds, _)| seconds.is_finite()).map(|(_, it)| it)
+            };
+            let finalists = timed(self, candidates, 1).take(NUM_FINALISTS).collect();
+            if let Some(algorithm) = timed(self, finalists, 4).next() {
+                self.algorithms.insert(key, algorithm);
+                num_tuned += 1;
+            }
+        }
+        if num_tuned > 0 {
+            self.plans.clear();
+            self.save();
+            let seconds = start.elapsed().as_secs_f64();
+            tracing::info!("timed the products of {num_tuned} shapes in {seconds:.1} s");
+        }
+        Ok(())
+    }
+
+    /// Seconds of one product, the best of `care` replays of a graph of them.
+    unsafe fn time(
+        &self,
+        trial: &Trial,
+        algorithm: sys::cublasLtMatmulAlgo_t,
+        care: usize,
+    ) -> Result<f64> {
+        let plan = self.new_plan(&trial.product, Some(algorithm))?;
+        let launches = if trial.product.num_rows > FEW_ROWS { 2 } else { 4 + 2 * care };
+        let graph = Graph::capture(&self.device, || {
+            trial.weights.iter().cycle().take(launches).try_for_each(|&weight| {
+                // SAFETY: the caller's word.
+                unsafe { self.enqueue(&plan, &algorithm, trial.out, trial.input, weight) }
+            })
+        })?;
+        graph.launch()?;
+        let mut best = f64::INFINITY;
+        for _ in 0..care {
+            self.device.synchronize()?;
+            let start = Instant::now();
+            graph.launch()?;
+            self.device.synchronize()?;
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        Ok(best / launches as f64)
+    }
+
+    unsafe fn enqueue(
+        &self,
+        plan: &Plan,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+        out: u64,
+        input: u64,
+        weight: u64,
+    ) -> Result<()> {
+        let alpha = 1.0_f32;
+        // Column-major is what cuBLASLt thinks in: its A is the weight, transposed, its B the input.
+        // SAFETY: the plan's descriptors are alive, the scalars are read before the call returns;
+        // the memory is the caller's word.
+        unsafe {
+            result::matmul(
+                self.handle.0,
+                self.descriptor.0,
+                (&raw const alpha).cast(),
+                (&raw const plan.beta).cast(),
+                weight as *const c_void,
+                plan.weight.0,
+                input as *const c_void,
+                plan.input.0,
+                out as *const c_void,
+                plan.out.0,
+                out as *mut c_void,
+                plan.out.0,
+                ptr::from_ref(algorithm),
+                self.workspace.address() as *mut c_void,
+                WORKSPACE_BYTES,
+                self.device.stream().cu_stream().cast(),
+            )
+        }?;
+        Ok(())
+    }
+
+    /// Makes the plan of a shape, if it is not there.
+    fn prepare(&mut self, product: &Product) -> Result<()> {
+        if self.plans.contains_key(product) {
+            return Ok(());
+        }
+        if self.plans.len() >= MAX_PLANS {
+            self.plans.clear();
+        }
+        let key = Product { num_rows: bucket(product.num_rows), ..*product };
+        let plan = self.new_plan(product, self.algorithms.get(&key).copied())?;
+        self.plans.insert(*product, plan);
+        Ok(())
+    }
+
+    /// A plan with the given algorithm if it serves this shape, else with cuBLASLt's first.
+    fn new_plan(
+        &self,
+        product: &Product,
+        known: Option<sys::cublasLtMatmulAlgo_t>,
+    ) -> Result<Plan> {
+        let Product { num_rows, out_features, in_features, output } = *product;
+        let out_type = if output == Output::F32 { F32 } else { BF16 };
+        let mut plan = Plan {
+            weight: Layout::new(BF16, in_features, out_features)?,
+            input: Layout::new(BF16, in_features, num_rows)?,
+            out: Layout::new(out_type, out_features, num_rows)?,
+            beta: if output == Output::AddBf16 { 1.0 } else { 0.0 },
+            algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+        };
+        plan.algorithm = match known.filter(|algorithm| self.serves(&plan, algorithm)) {
+            Some(algorithm) => algorithm,
+            None => *self.heuristic(&plan, 1)?.first().ok_or_else(|| {
+                Error::Library(format!("no algorithm for a product of shape {product:?}"))
+            })?,
+        };
+        Ok(plan)
+    }
+
+    fn serves(&self, plan: &Plan, algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+        let mut checked = MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed();
+        // SAFETY: the descriptors are alive, and the result is written before it is read; all
+        // zeros are a value of it in any case.
+        let (status, checked) = unsafe {
+            let status = sys::cublasLtMatmulAlgoCheck(
+                self.handle.0,
+                self.descriptor.0,
+                plan.weight.0,
+                plan.input.0,
+                plan.out.0,
+                plan.out.0,
+                ptr::from_ref(algorithm),
+                checked.as_mut_ptr(),
+            );
+            (status, checked.assume_init())
+        };
+        status.result().is_ok() && checked.workspaceSize <= WORKSPACE_BYTES
+    }
+
+    fn candidates(&self, product: &Product) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
+        let plan = self.new_plan(product, None)?;
+        let few = product.num_rows > FEW_ROWS;
+        let mut found =
+            self.heuristic(&plan, if few { MAX_CANDIDATES / 2 } else { MAX_CANDIDATES })?;
+        if product.num_rows <= SPLIT_ROWS {
+            let picks: Vec<_> = found.iter().take(NUM_SPLIT_PICKS).copied().collect();
+            for (pick, split) in picks.iter().flat_map(|it| SPLITS.map(|split| (it, split))) {
+                let variant = split_variant(*pick, split);
+                found.extend(variant.filter(|variant| self.serves(&plan, variant)));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The algorithms that cuBLASLt thinks best, at most `count`.
+    fn heuristic(&self, plan: &Plan, count: usize) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
+        let preference = Preference::new()?;
+        // SAFETY: all zeros are a value of this plain structure.
+        let empty: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
+        let mut found = vec![empty; count];
+        let mut num_found = 0;
+        // SAFETY: the descriptors are alive, and `found` has room for as many as are asked for.
+        unsafe {
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle.0,
+                self.descriptor.0,
+                plan.weight.0,
+                plan.input.0,
+                plan.out.0,
+                plan.out.0,
+                preference.0,
+                count as i32,
+                found.as_mut_ptr(),
+                &raw mut num_found,
+            )
+        }
+        .result()?;
+        found.truncate(num_found as usize);
+        let is_good = |it: &sys::cublasLtMatmulHeuristicResult_t| it.state.result().is_ok();
+        Ok(found.into_iter().filter(is_good).map(|it| it.algo).collect())
+    }
+
+    fn save(&self) {
+        let Some(path) = &self.cache else { return };
+        let mut text = String::new();
+        for (product, algorithm) in &self.algorithms {
+            let Product { num_rows, out_features, in_features, output } = product;
+            let output = *output as u8;
+            let _ = write!(text, "{num_rows} {out_features} {in_features} {output}");
+            for word in algorithm.data {
+                let _ = write!(text, " {word:x}");
+            }
+            text.push('\n');
+        }
+        if let Err(error) = write_cached(path, text.as_bytes()) {
+            tracing::debug!("the cache of products {} is not written: {error}", path.display());
+        }
+    }
+}
+
+/// Rows that the memory of `num_rows` rows of a product has, deterministic ones included.
+pub fn rows_of_memory(num_rows: usize) -> usize {
+    num_rows.next_multiple_of(FIXED_ROWS)
+}
+
+/// Shapes of nearby row counts share an algorithm.
+fn bucket(num_rows: usize) -> usize {
+    match num_rows {
+        0..=4 | FEW_ROWS.. => num_rows.next_power_of_two(),
+        _ => num_rows.next_multiple_of(8),
+    }
+}
+
+/// The algorithm with its sum cut into `split` parts, which are added up in f32.
+fn split_variant(
+    mut algorithm: sys::cublasLtMatmulAlgo_t,
+    split: u32,
+) -> Option<sys::cublasLtMatmulAlgo_t> {
+    use sys::cublasLtMatmulAlgoConfigAttributes_t as Attribute;
+    let in_f32 = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+    for (attribute, value) in [
+        (Attribute::CUBLASLT_ALGO_CONFIG_SPLITK_NUM, split),
+        (Attribute::CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, in_f32),
+    ] {
+        let value = (&raw const value).cast();
+        // SAFETY: both attributes are of this size, and read before the call returns.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoConfigSetAttribute(&raw mut algorithm, attribute, value, 4)
+        };
+        status.result().ok()?;
+    }
+    Some(algorithm)
+}
+
+/// A line of the cache.
+fn parse(line: &str) -> Option<(Product, sys::cublasLtMatmulAlgo_t)> {
+    let mut words = line.split(' ');
+    let mut number = || words.next()?.parse::<usize>().ok();
+    let (num_rows, out_features, in_features) = (number()?, number()?, number()?);
+    let output = [Output::Bf16, Output::AddBf16, Output::F32].get(number()?).copied()?;
+    let mut data = [0; 8];
+    for word in &mut data {
+        *word = u64::from_str_radix(words.next()?, 16).ok()?;
+    }
+    let product = Product { num_rows, out_features, in_features, output };
+    words.next().is_none().then_some((product, sys::cublasLtMatmulAlgo_t { data }))
+}
+
+const BF16: sys::cudaDataType = sys::cudaDataType::CUDA_R_16BF;
+const F32: sys::cudaDataType = sys::cudaDataType::CUDA_R_32F;
+
+/// Declares an owner of one of cuBLASLt's objects, destroyed on drop.
+macro_rules! owner {
+    ($name:ident, $inner:ty, $destroy:path) => {
+        #[derive(Debug)]
+        struct $name($inner);
+
+        impl Drop for $name {
+            fn drop(&mut self) {
+                // SAFETY: made by the library and destroyed once.
+                let _ = unsafe { $destroy(self.0) };
+            }
+        }
+    };
+}
+
+owner!(Handle, sys::cublasLtHandle_t, result::destroy_handle);
+owner!(Descriptor, sys::cublasLtMatmulDesc_t, result::destroy_matmul_desc);
+owner!(Layout, sys::cublasLtMatrixLayout_t, result::destroy_matrix_layout);
+owner!(Preference, sys::cublasLtMatmulPreference_t, result::destroy_matmul_pref);
+
+impl Descriptor {
+    /// Sums in f32, the first operand transposed.
+    fn new() -> Result<Self> {
+        let sums = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+        let descriptor = Self(result::create_matmul_desc(sums, F32)?);
+        let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
+        let transpose = 1_i32;
+        let pointer = (&raw const transpose).cast();
+        // SAFETY: the attribute is of this size, and read before the call returns.
+        unsafe { result::set_matmul_desc_attribute(descriptor.0, attribute, pointer, 4) }?;
+        Ok(descriptor)
+    }
+}
+
+impl Layout {
+    /// A column-major matrix without gaps.
+    fn new(element: sys::cudaDataType, rows: usize, columns: usize) -> Result<Self> {
+        let layout =
+            result::create_matrix_layout(element, rows as u64, columns as u64, rows as i64);
+        Ok(Self(layout?))
+    }
+}
+
+impl Preference {
+    fn new() -> Result<Self> {
+        let preference = Self(result::create_matmul_pref()?);
+        let attribute =
+            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+        let most = WORKSPACE_BYTES;
+        let pointer = (&raw const most).cast();
+        // SAFETY: the attribute is of this size, and read before the call returns.
+        unsafe {
+            result::set_matmul_pref_attribute(preference.0, attribute, pointer, size_of::<usize>())
+        }?;
+        Ok(preference)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_the_cache_is_read_as_it_was_written_and_nothing_else() {
+        let (product, algorithm) = parse("8 4096 14336 1 1 a 0 ff 0 0 0 12").unwrap();
+        assert_eq!((product.num_rows, product.output), (8, Output::AddBf16));
+        assert_eq!(algorithm.data, [1, 10, 0, 255, 0, 0, 0, 18]);
+        for wrong in ["", "8 4096 14336 3 1 a 0 ff 0 0 0 12", "8 4096 14336 1 1 a 0 ff 0 0 0"] {
+            assert!(parse(wrong).is_none(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn nearby_row_counts_share_a_bucket() {
+        let rows = [1, 2, 3, 5, 9, 17, 256, 257, 1000, 2048];
+        assert_eq!(rows.map(bucket), [1, 2, 4, 8, 16, 24, 256, 512, 1024, 2048]);
+    }
+}

@@ -1,0 +1,617 @@
+//! The decoder's operators on one NVIDIA GPU, in bf16: cuBLASLt products and our own kernels.
+//!
+//! All memory of a step is taken at the start and used again by every step, so that operators only
+//! enqueue and a captured graph stays true. There is one residual stream, which `embed` begins and
+//! `product_add` adds to in place.
+
+mod step;
+
+use half::bf16;
+use nano_kernels::cuda::activation::SiluMul;
+use nano_kernels::cuda::attention::{AttentionInput, DecodePlan, Heads};
+use nano_kernels::cuda::gather::{Gather, TokenIds};
+use nano_kernels::cuda::gemm::{Output, Product, Trial, rows_of_memory};
+use nano_kernels::cuda::norm::RmsNorm;
+use nano_kernels::cuda::rope::RopeWriteKv;
+use nano_kernels::cuda::sampling::Sample;
+use nano_kernels::cuda::thin::{Epilogue, ThinProduct};
+use nano_kernels::cuda::{Device, DeviceBuffer, Gemm, Kernels};
+
+use crate::backend::{Backend, Values};
+use crate::batch::Batch;
+use crate::config::{CheckpointDtype, DecoderSpec};
+use crate::decoder::Decoder;
+use crate::error::{Error, Result};
+use crate::weights::TensorBytes;
+use step::StepBuffers;
+pub use step::{CudaStep, StepInput};
+
+/// Token slots of a block, which the kernels are written for.
+pub const BLOCK_SIZE: u32 = 16;
+const BF16_BYTES: usize = 2;
+
+/// The largest step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepLimits {
+    /// Rows.
+    pub max_tokens: usize,
+    /// Sequences, and rows that are sampled.
+    pub max_sequences: usize,
+}
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct CudaBackend {
+    spec: DecoderSpec,
+    heads: Heads,
+    limits: StepLimits,
+    is_deterministic: bool,
+    gemm: Gemm,
+    kernels: Kernels,
+    decode_plan: DecodePlan,
+    activations: Activations,
+    /// Of the step before: `[max_tokens]` u32.
+    sampled: DeviceBuffer,
+    /// Banned tokens of the step launched last, grown as needed.
+    banned: DeviceBuffer,
+    /// The numbers of dummy weights, while there are any to make.
+    draws: Option<DeviceBuffer>,
+    /// Logits on the host, of a step that keeps them.
+    kept: Vec<f32>,
+    room: Option<Room>,
+}
+
+/// A parameter.
+#[derive(Debug)]
+pub struct CudaWeight {
+    buffer: DeviceBuffer,
+    rows: usize,
+    columns: usize,
+}
+
+/// Rows of activations in one of the buffers.
+#[derive(Clone, Copy, Debug)]
+pub struct CudaHidden {
+    address: u64,
+    num_rows: usize,
+}
+
+/// What operators write: each `[max_tokens, its width]` bf16, but for the last two.
+#[derive(Debug)]
+struct Activations {
+    residual: DeviceBuffer,
+    normed: DeviceBuffer,
+    qkv: DeviceBuffer,
+    query: DeviceBuffer,
+    context: DeviceBuffer,
+    gate_up: DeviceBuffer,
+    gated: DeviceBuffer,
+    /// `[max_sequences, hidden_size]`.
+    gathered: DeviceBuffer,
+    /// `[max_sequences, vocab_size]` f32.
+    logits: DeviceBuffer,
+}
+
+/// What depends on the length of sequences and the size of the cache.
+#[derive(Debug)]
+struct Room {
+    /// `[layer, block, k | v, kv_head, block_size, head_dim]`.
+    cache: DeviceBuffer,
+    layer_bytes: usize,
+    /// `[max_model_len, 2, head_dim / 2]` f32.
+    cos_sin: DeviceBuffer,
+    steps: StepBuffers,
+}
+
+/// Why this model cannot run on a GPU, if it cannot.
+pub fn check_shapes(spec: &DecoderSpec) -> Result<()> {
+    let check = |ok: bool, field: &str, range: &str, value: usize| {
+        let reason = format!("must be {range} on a CUDA device, got {value}");
+        if ok { Ok(()) } else { Err(Error::BadConfig { field: field.to_owned(), reason }) }
+    };
+    let group = spec.num_heads / spec.num_kv_heads.max(1);
+    check(matches!(spec.head_dim, 64 | 128), "head_dim", "64 or 128", spec.head_dim)?;
+    let range = "at most 8 times num_key_value_heads";
+    check(group <= 8, "num_attention_heads", range, spec.num_heads)?;
+    let is_hidden = spec.hidden_size.is_multiple_of(8) && spec.hidden_size <= 16_384;
+    check(is_hidden, "hidden_size", "a multiple of 8 up to 16384", spec.hidden_size)?;
+    let is_vectors = spec.intermediate_size.is_multiple_of(8);
+    check(is_vectors, "intermediate_size", "a multiple of 8", spec.intermediate_size)
+}
+
+impl CudaBackend {
+    /// A back end without a cache, for [`make_room`](Self::make_room) after the weights.
+    ///
+    /// # Errors
+    /// A shape that the kernels do not have, or too little memory.
+    pub fn new(
+        spec: DecoderSpec,
+        kernels: Kernels,
+        gemm: Gemm,
+        limits: StepLimits,
+        is_deterministic: bool,
+    ) -> Result<Self> {
+        check_shapes(&spec)?;
+        let device = kernels.device();
+        let heads = Heads {
+            num_heads: spec.num_heads,
+            num_kv_heads: spec.num_kv_heads,
+            head_dim: spec.head_dim,
+        };
+        let query_size = spec.num_heads * spec.head_dim;
+        let rows = |num_rows: usize, width: usize, element_bytes: usize| {
+            device.allocate(rows_of_memory(num_rows) * width * element_bytes)
+        };
+        let tokens = |width| rows(limits.max_tokens.max(limits.max_sequences), width, BF16_BYTES);
+        let activations = Activations {
+            residual: tokens(spec.hidden_size)?,
+            normed: tokens(spec.hidden_size)?,
+            qkv: tokens(spec.qkv_size())?,
+            query: tokens(query_size)?,
+            context: tokens(query_size)?,
+            gate_up: tokens(2 * spec.intermediate_size)?,
+            gated: tokens(spec.intermediate_size)?,
+            gathered: rows(limits.max_sequences, spec.hidden_size, BF16_BYTES)?,
+            logits: rows(limits.max_sequences, spec.vocab_size, size_of::<f32>())?,
+        };
+        Ok(Self {
+            heads,
+            limits,
+            is_deterministic,
+            decode_plan: DecodePlan::new(device, heads, rows_of_memory(limits.max_sequences))?,
+            activations,
+            sampled: rows(limits.max_tokens, 1, size_of::<u32>())?,
+            banned: device.allocate(0)?,
+            draws: None,
+            kept: Vec::new(),
+            room: None,
+            gemm,
+            kernels,
+            spec,
+        })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        self.kernels.device()
+    }
+
+    /// What the model is.
+    pub fn spec(&self) -> &DecoderSpec {
+        &self.spec
+    }
+
+    /// The largest step.
+    pub fn limits(&self) -> StepLimits {
+        self.limits
+    }
+
+    /// Chooses an algorithm for every shape of product that steps of so many rows have.
+    pub fn tune(&mut self, model: &Decoder<Self>, num_rows: &[usize]) -> Result<()> {
+        let lm_head = model.lm_head.as_ref().unwrap_or(&model.embedding);
+        let Activations { residual, normed, qkv, context, gate_up, gated, logits, .. } =
+            &self.activations;
+        // Numbers that are not 0, which would cost less power, and stay finite when added up.
+        for input in [residual, normed, context, gated] {
+            input.fill(0x3c)?;
+        }
+        let (kernels, is_deterministic) = (&self.kernels, self.is_deterministic);
+        let mut trials = Vec::new();
+        for &num_rows in num_rows {
+            let mut add =
+                |weights: Vec<&CudaWeight>, out: &DeviceBuffer, input: &DeviceBuffer, output| {
+                    let Some(first) = weights.first() else { return };
+                    if !is_deterministic && kernels.has_thin_product(num_rows, first.columns) {
+                        return;
+                    }
+                    trials.push(Trial {
+                        product: Product {
+                            num_rows,
+                            out_features: first.rows,
+                            in_features: first.columns,
+                            output,
+                        },
+                        out: out.address(),
+                        input: input.address(),
+                        weights: weights.iter().map(|weight| weight.buffer.address()).collect(),
+                    });
+                };
+            let layers = &model.layers;
+            add(layers.iter().map(|it| &it.qkv).collect(), qkv, normed, Output::Bf16);
+            add(layers.iter().map(|it| &it.output).collect(), residual, context, Output::AddBf16);
+            add(layers.iter().map(|it| &it.gate_up).collect(), gate_up, normed, Output::Bf16);
+            add(layers.iter().map(|it| &it.down).collect(), residual, gated, Output::AddBf16);
+            if num_rows <= self.limits.max_sequences {
+                add(vec![lm_head], logits, normed, Output::F32);
+            }
+        }
+        // SAFETY: the buffers have rows for the largest step, which `num_rows` does not exceed by
+        // more than `rows_of_memory`, and the weights are the model's.
+        Ok(unsafe { self.gemm.tune(&trials) }?)
+    }
+
+    /// Takes the memory of the cache and of whatever goes by the length of sequences.
+    pub fn make_room(&mut self, num_blocks: u32, max_model_len: u32) -> Result<()> {
+        self.draws = None;
+        let device = self.kernels.device();
+        let layer_bytes = num_blocks as usize
+            * BLOCK_SIZE as usize
+            * 2
+            * self.spec.num_kv_heads
+            * self.spec.head_dim
+            * BF16_BYTES;
+        let StepLimits { max_tokens, max_sequences } = self.limits;
+        let steps = StepBuffers::new(
+            device,
+            self.heads,
+            rows_of_memory(max_tokens.max(max_sequences)),
+            rows_of_memory(max_sequences),
+            max_model_len.div_ceil(BLOCK_SIZE) as usize,
+            self.is_deterministic,
+        )?;
+        let cos_sin = device.allocate_from(&self.cos_sin(max_model_len))?;
+        let cache = device.allocate(layer_bytes * self.spec.layers.len())?;
+        self.room = Some(Room { cache, layer_bytes, cos_sin, steps });
+        Ok(())
+    }
+
+    fn cos_sin(&self, max_model_len: u32) -> Vec<f32> {
+        let rope = &self.spec.rope;
+        let mut table = Vec::with_capacity(max_model_len as usize * self.spec.head_dim);
+        for position in 0..max_model_len {
+            let angles = rope.inv_freq.iter().map(|frequency| position as f32 * frequency);
+            table.extend(angles.clone().map(|angle| angle.cos() * rope.attention_factor));
+            table.extend(angles.map(|angle| angle.sin() * rope.attention_factor));
+        }
+        table
+    }
+
+    /// Enqueues the copy of a step's inputs.
+    pub fn upload(&mut self, input: &StepInput<'_>) -> Result<CudaStep> {
+        self.kept.clear();
+        match &mut self.room {
+            Some(room) => room.steps.upload(input),
+            None => Err(no_room()),
+        }
+    }
+
+    /// Enqueues the choice of a token for each sampled row of `step`, whose forward pass was the
+    /// last; `banned` holds pairs of a row and a token. The choices are `[num_sampled]` u32.
+    pub fn sample(&mut self, step: &CudaStep, banned: &[u32]) -> Result<&DeviceBuffer> {
+        let logits = self.activations.logits.address();
+        let vocab_size = self.spec.vocab_size;
+        if !banned.is_empty() {
+            if self.banned.num_bytes() < size_of_val(banned) {
+                self.banned = self.kernels.device().allocate(2 * size_of_val(banned))?;
+            }
+            self.banned.upload(0, banned)?;
+        }
+        let sample = Sample {
+            chosen: self.sampled.address(),
+            logits,
+            rows: step.sampling,
+            num_rows: step.num_sampled,
+            vocab_size,
+        };
+        // SAFETY: there are no more sampled rows than rows of logits, whose buffer lives as long as
+        // this value, like that of the step and of the chosen tokens.
+        unsafe {
+            self.kernels.ban_tokens(logits, self.banned.address(), banned.len() / 2, vocab_size)?;
+            self.kernels.sample(&sample)?;
+        }
+        Ok(&self.sampled)
+    }
+
+    /// The logits of the step that was launched last, if it keeps them.
+    pub fn take_logits(&mut self) -> Vec<f32> {
+        std::mem::take(&mut self.kept)
+    }
+
+    fn norm(&self, hidden: CudaHidden, norm: &CudaWeight) -> Result<CudaHidden> {
+        let out = self.activations.normed.address();
+        let launch = RmsNorm {
+            out,
+            residual: hidden.address,
+            addend: None,
+            weight: norm.buffer.address(),
+            num_tokens: hidden.num_rows,
+            hidden_size: self.spec.hidden_size,
+            eps: self.spec.rms_norm_eps,
+        };
+        // SAFETY: activations have rows for the largest step and live as long as this value; the
+        // weight outlives the step by the executor's order of drops.
+        unsafe { self.kernels.rms_norm(&launch) }?;
+        Ok(CudaHidden { address: out, ..hidden })
+    }
+
+    /// A product with the norm before it: in one launch for a few rows, else in two.
+    fn product(
+        &mut self,
+        out: u64,
+        input: CudaHidden,
+        norm: Option<&CudaWeight>,
+        weight: &CudaWeight,
+        output: Output,
+    ) -> Result<CudaHidden> {
+        let epilogue = match output {
+            Output::Bf16 => Epilogue::Bf16,
+            Output::AddBf16 => Epilogue::AddBf16,
+            Output::F32 => Epilogue::F32,
+        };
+        if let Some(out) = self.thin_product(out, input, norm, weight, epilogue)? {
+            return Ok(out);
+        }
+        let input = norm.map_or(Ok(input), |norm| self.norm(input, norm))?;
+        let product = Product {
+            num_rows: input.num_rows,
+            out_features: weight.rows,
+            in_features: weight.columns,
+            output,
+        };
+        // SAFETY: as in `norm`.
+        unsafe { self.gemm.product(&product, out, input.address, weight.buffer.address()) }?;
+        Ok(CudaHidden { address: out, ..input })
+    }
+
+    /// `None` where there are too many rows, or every row must be computed alike.
+    fn thin_product(
+        &self,
+        out: u64,
+        input: CudaHidden,
+        norm: Option<&CudaWeight>,
+        weight: &CudaWeight,
+        epilogue: Epilogue,
+    ) -> Result<Option<CudaHidden>> {
+        let num_tokens = input.num_rows;
+        let has_shape = self.kernels.has_thin_product(num_tokens, weight.columns);
+        if self.is_deterministic || !has_shape {
+            return Ok(None);
+        }
+        let launch = ThinProduct {
+            out,
+            input: input.address,
+            norm: norm.map(|norm| norm.buffer.address()),
+            weight: weight.buffer.address(),
+            num_tokens,
+            out_features: weight.rows,
+            in_features: weight.columns,
+            epilogue,
+            eps: self.spec.rms_norm_eps,
+        };
+        // SAFETY: as in `norm`.
+        unsafe { self.kernels.thin_product(&launch) }?;
+        Ok(Some(CudaHidden { address: out, ..input }))
+    }
+
+    /// One checkpoint tensor into its place in a weight.
+    fn place(&self, buffer: &DeviceBuffer, offset: usize, part: TensorBytes<'_>) -> Result<usize> {
+        let element_bytes = match part.dtype {
+            CheckpointDtype::BFloat16 => {
+                buffer.upload_large(offset, part.bytes)?;
+                return Ok(part.bytes.len());
+            }
+            CheckpointDtype::Float16 => 2,
+            CheckpointDtype::Float32 => 4,
+        };
+        let source = self.device().allocate(part.bytes.len())?;
+        source.upload_large(0, part.bytes)?;
+        let num_elements = part.bytes.len() / element_bytes;
+        let (out, source, is_half) =
+            (buffer.address() + offset as u64, source.address(), element_bytes == 2);
+        // SAFETY: the weight has room for its parts, and the source is dropped after the wait.
+        unsafe { self.kernels.round_to_bf16(out, source, num_elements, is_half) }?;
+        self.device().synchronize()?;
+        Ok(num_elements * BF16_BYTES)
+    }
+}
+
+fn no_room() -> Error {
+    nano_kernels::cuda::Error::Driver("a step came before the cache".to_owned()).into()
+}
+
+impl Backend for CudaBackend {
+    type Hidden = CudaHidden;
+    type Weight = CudaWeight;
+    type Step = CudaStep;
+
+    fn weight(&mut self, rows: usize, columns: usize, values: Values<'_>) -> Result<CudaWeight> {
+        let num_elements = rows * columns;
+        let buffer = self.device().allocate(num_elements * BF16_BYTES)?;
+        match values {
+            Values::Tensors(parts) => {
+                let mut offset = 0;
+                for part in parts {
+                    offset += self.place(&buffer, offset, *part)?;
+                }
+            }
+            Values::Dummy(dummy) => {
+                let draws = if let Some(draws) = self.draws.take() {
+                    draws
+                } else {
+                    let draws = dummy.draws().iter().map(|&draw| bf16::from_f32(draw));
+                    self.device().allocate_from(&draws.collect::<Vec<_>>())?
+                };
+                let (out, source) = (buffer.address(), draws.address());
+                // SAFETY: the weight was allocated above; the draws live until `make_room`, which
+                // waits for the device by giving them back.
+                unsafe { self.kernels.fill_random(out, source, num_elements, dummy.seed()) }?;
+                self.draws = Some(draws);
+            }
+        }
+        Ok(CudaWeight { buffer, rows, columns })
+    }
+
+    fn norm_weight(&mut self, size: usize, values: Option<TensorBytes<'_>>) -> Result<CudaWeight> {
+        let buffer = self.device().allocate(size * BF16_BYTES)?;
+        match values {
+            Some(tensor) => drop(self.place(&buffer, 0, tensor)?),
+            None => buffer.upload(0, &vec![bf16::ONE; size])?,
+        }
+        Ok(CudaWeight { buffer, rows: 1, columns: size })
+    }
+
+    fn prepare(&mut self, batch: &Batch) -> Result<CudaStep> {
+        self.upload(&StepInput { batch, sampling: &[], graph_rows: None, keeps_logits: true })
+    }
+
+    fn embed(&mut self, table: &CudaWeight, step: &CudaStep) -> Result<CudaHidden> {
+        let out = self.activations.residual.address();
+        let gather = Gather {
+            out,
+            source: table.buffer.address(),
+            num_rows: step.num_tokens,
+            num_source_rows: table.rows,
+            row_size: table.columns,
+        };
+        let ids = TokenIds {
+            token: step.token,
+            from_sampled: step.from_sampled,
+            sampled: self.sampled.address(),
+        };
+        // SAFETY: as in `norm`; rows of the step before are below its number of sampled rows.
+        unsafe { self.kernels.embed_tokens(&gather, &ids) }?;
+        Ok(CudaHidden { address: out, num_rows: step.num_tokens })
+    }
+
+    fn norm_product(
+        &mut self,
+        hidden: &CudaHidden,
+        norm: &CudaWeight,
+        weight: &CudaWeight,
+    ) -> Result<CudaHidden> {
+        self.product(self.activations.qkv.address(), *hidden, Some(norm), weight, Output::Bf16)
+    }
+
+    fn rope_write_kv(
+        &mut self,
+        layer: usize,
+        qkv: CudaHidden,
+        step: &CudaStep,
+    ) -> Result<CudaHidden> {
+        let room = self.room.as_ref().ok_or_else(no_room)?;
+        let query = self.activations.query.address();
+        let launch = RopeWriteKv {
+            query,
+            cache: room.cache.address() + (layer * room.layer_bytes) as u64,
+            qkv: qkv.address,
+            cos_sin: room.cos_sin.address(),
+            position: step.position,
+            slot: step.slot,
+            num_tokens: step.num_tokens,
+            num_heads: self.heads.num_heads,
+            num_kv_heads: self.heads.num_kv_heads,
+            head_dim: self.heads.head_dim,
+        };
+        // SAFETY: as in `norm`; positions are below max_model_len and slots below the cache's end,
+        // which the scheduler answers for, and no two rows of a step are the same token.
+        unsafe { self.kernels.rope_write_kv(&launch) }?;
+        Ok(CudaHidden { address: query, ..qkv })
+    }
+
+    fn paged_attention(
+        &mut self,
+        layer: usize,
+        query: CudaHidden,
+        step: &CudaStep,
+    ) -> Result<CudaHidden> {
+        let room = self.room.as_ref().ok_or_else(no_room)?;
+        let out = self.activations.context.address();
+        let input = AttentionInput {
+            query: query.address,
+            cache: room.cache.address() + (layer * room.layer_bytes) as u64,
+            block_table: step.block_table,
+            max_blocks: room.steps.max_blocks(),
+            heads: self.heads,
+            window: self.spec.layers[layer].window,
+        };
+        // SAFETY: as in `norm`; tables are those of the scheduler, whose blocks are the cache's.
+        unsafe {
+            if step.num_decodes > 0 {
+                let (plan, num_decodes) = (&self.decode_plan, step.num_decodes);
+                self.kernels.decode_attention(plan, &input, out, step.length, num_decodes)?;
+            }
+            self.kernels.prefill_attention(&input, out, step.tiles, step.num_tiles)?;
+        }
+        Ok(CudaHidden { address: out, ..query })
+    }
+
+    fn product_add(
+        &mut self,
+        input: &CudaHidden,
+        weight: &CudaWeight,
+        residual: CudaHidden,
+    ) -> Result<CudaHidden> {
+        self.product(residual.address, *input, None, weight, Output::AddBf16)
+    }
+
+    fn norm_gated_product(
+        &mut self,
+        hidden: &CudaHidden,
+        norm: &CudaWeight,
+        gate_up: &CudaWeight,
+    ) -> Result<CudaHidden> {
+        let out = self.activations.gated.address();
+        if let Some(gated) =
+            self.thin_product(out, *hidden, Some(norm), gate_up, Epilogue::Gated)?
+        {
+            return Ok(gated);
+        }
+        let both = self.activations.gate_up.address();
+        let both = self.product(both, *hidden, Some(norm), gate_up, Output::Bf16)?;
+        let launch = SiluMul {
+            out,
+            gate_up: both.address,
+            num_tokens: both.num_rows,
+            intermediate_size: self.spec.intermediate_size,
+        };
+        // SAFETY: as in `norm`.
+        unsafe { self.kernels.silu_mul(&launch) }?;
+        Ok(CudaHidden { address: out, ..both })
+    }
+
+    fn logits(
+        &mut self,
+        hidden: &CudaHidden,
+        norm: &CudaWeight,
+        weight: &CudaWeight,
+        step: &CudaStep,
+    ) -> Result<CudaHidden> {
+        let out = self.activations.logits.address();
+        let (num_rows, vocab_size) = (step.num_logit_rows, self.spec.vocab_size);
+        let mut at_once = num_rows.max(1);
+        if step.keeps_logits {
+            self.kept.resize(num_rows * vocab_size, 0.0);
+            at_once = self.limits.max_sequences;
+        }
+        let mut logits = CudaHidden { address: out, num_rows: 0 };
+        // More rows than the buffer has go to the host piece by piece. The first piece is the last
+        // to be made, and stays: what is sampled comes first.
+        for first in (0..num_rows).step_by(at_once).rev() {
+            let num_rows = at_once.min(num_rows - first);
+            let mut rows = CudaHidden { num_rows, ..*hidden };
+            if let Some(logit_row) = step.logit_row {
+                let gather = Gather {
+                    out: self.activations.gathered.address(),
+                    source: hidden.address,
+                    num_rows,
+                    num_source_rows: hidden.num_rows,
+                    row_size: self.spec.hidden_size,
+                };
+                // SAFETY: as in `norm`; `at_once` rows fit into the buffer.
+                unsafe { self.kernels.gather_rows(&gather, logit_row + first as u64 * 4) }?;
+                rows.address = gather.out;
+            }
+            logits = self.product(out, rows, Some(norm), weight, Output::F32)?;
+            if step.keeps_logits {
+                let kept = &mut self.kept[first * vocab_size..][..num_rows * vocab_size];
+                self.activations.logits.download(0, kept)?;
+            }
+        }
+        Ok(logits)
+    }
+
+    fn to_host(&mut self, _logits: CudaHidden, host: &mut Vec<f32>) -> Result<()> {
+        *host = self.take_logits();
+        Ok(())
+    }
+}

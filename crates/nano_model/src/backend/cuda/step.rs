@@ -1,0 +1,230 @@
+//! A step on its way to the device: packed into one pinned buffer and sent with one copy.
+
+use nano_kernels::cuda::attention::{Heads, PrefillSequence, PrefillTile, prefill_tiles};
+use nano_kernels::cuda::sampling::RowSampling;
+use nano_kernels::cuda::{Device, DeviceBuffer, Event, PinnedBuffer};
+
+use crate::batch::{Batch, BatchSequence};
+use crate::error::Result;
+
+/// Copies begin where the widest load may.
+const ALIGNMENT: usize = 16;
+/// The slot of a row that writes nothing.
+const NO_SLOT: u32 = u32::MAX;
+
+/// What a step is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct StepInput<'a> {
+    /// Its rows. Leading sequences of one row decode, all others prefill.
+    pub batch: &'a Batch,
+    /// How the first logit rows are sampled.
+    pub sampling: &'a [RowSampling],
+    /// The rows of the graph that the step is for: all decode, and every row has logits.
+    pub graph_rows: Option<usize>,
+    /// Whether the logits go to the host.
+    pub keeps_logits: bool,
+}
+
+/// A step on the device: sizes and addresses, which alone a captured graph knows.
+#[derive(Clone, Copy, Debug)]
+pub struct CudaStep {
+    pub(super) num_tokens: usize,
+    pub(super) num_decodes: usize,
+    pub(super) num_tiles: usize,
+    pub(super) num_logit_rows: usize,
+    pub(super) num_sampled: usize,
+    pub(super) keeps_logits: bool,
+    pub(super) token: u64,
+    pub(super) from_sampled: u64,
+    pub(super) position: u64,
+    pub(super) slot: u64,
+    pub(super) length: u64,
+    /// `None` where the logit rows are all rows.
+    pub(super) logit_row: Option<u64>,
+    pub(super) sampling: u64,
+    pub(super) tiles: u64,
+    pub(super) block_table: u64,
+}
+
+impl CudaStep {
+    /// The rows that are sampled.
+    pub fn num_sampled(&self) -> usize {
+        self.num_sampled
+    }
+}
+
+/// The buffer on the device, and two on the host in turn: one is filled while the other is read.
+#[derive(Debug)]
+pub(super) struct StepBuffers {
+    device: DeviceBuffer,
+    staging: [(PinnedBuffer, Event); 2],
+    turn: usize,
+    heads: Heads,
+    /// Entries of a block table.
+    max_blocks: usize,
+    /// Whether every row goes through prefill attention, whose sums no batch changes.
+    only_tiles: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Counts {
+    tokens: usize,
+    sequences: usize,
+    tiles: usize,
+    logit_rows: usize,
+}
+
+/// Byte offsets.
+struct Layout {
+    token: usize,
+    from_sampled: usize,
+    position: usize,
+    slot: usize,
+    length: usize,
+    logit_row: usize,
+    sampling: usize,
+    tiles: usize,
+    block_table: usize,
+    end: usize,
+}
+
+impl Layout {
+    fn new(counts: Counts, max_blocks: usize) -> Self {
+        let mut end = 0;
+        let mut take = |num_bytes: usize| {
+            let start = end;
+            end += num_bytes.next_multiple_of(ALIGNMENT);
+            start
+        };
+        Self {
+            token: take(counts.tokens * 4),
+            from_sampled: take(counts.tokens * 4),
+            position: take(counts.tokens * 4),
+            slot: take(counts.tokens * 4),
+            length: take(counts.sequences * 4),
+            logit_row: take(counts.logit_rows * 4),
+            sampling: take(counts.logit_rows * size_of::<RowSampling>()),
+            tiles: take(counts.tiles * size_of::<PrefillTile>()),
+            block_table: take(counts.sequences * max_blocks * 4),
+            end,
+        }
+    }
+}
+
+impl StepBuffers {
+    /// For steps of up to so many tokens and sequences.
+    pub(super) fn new(
+        device: &Device,
+        heads: Heads,
+        max_tokens: usize,
+        max_sequences: usize,
+        max_blocks: usize,
+        only_tiles: bool,
+    ) -> Result<Self> {
+        // At worst every sequence begins a tile, and one token follows the other.
+        let tiles = max_sequences + max_tokens;
+        let counts =
+            Counts { tokens: max_tokens, sequences: max_sequences, tiles, logit_rows: max_tokens };
+        let num_bytes = Layout::new(counts, max_blocks).end;
+        let staging = || -> Result<(PinnedBuffer, Event)> {
+            Ok((device.allocate_pinned(num_bytes)?, device.new_event()?))
+        };
+        Ok(Self {
+            device: device.allocate(num_bytes)?,
+            staging: [staging()?, staging()?],
+            turn: 0,
+            heads,
+            max_blocks,
+            only_tiles,
+        })
+    }
+
+    pub(super) fn max_blocks(&self) -> usize {
+        self.max_blocks
+    }
+
+    /// Enqueues the copy of a step.
+    pub(super) fn upload(&mut self, input: &StepInput<'_>) -> Result<CudaStep> {
+        let StepInput { batch, sampling, graph_rows, keeps_logits } = *input;
+        let decodes = batch.sequences.iter().take_while(|it| it.num_rows == 1 && !self.only_tiles);
+        let num_decodes = decodes.count();
+        let mut tiles = self.tiles(&batch.sequences, num_decodes);
+        let mut counts = Counts {
+            tokens: batch.token_ids.len(),
+            sequences: batch.sequences.len(),
+            tiles: tiles.len(),
+            logit_rows: batch.logit_rows.len(),
+        };
+        if let Some(rows) = graph_rows {
+            let num_tiles = if self.only_tiles { rows } else { 0 };
+            counts = Counts { tokens: rows, sequences: rows, tiles: num_tiles, logit_rows: rows };
+            tiles.resize(num_tiles, PrefillTile::default());
+        }
+        let layout = Layout::new(counts, self.max_blocks);
+
+        self.turn = 1 - self.turn;
+        let (staging, copied) = &mut self.staging[self.turn];
+        copied.wait()?;
+        // A row that only fills a graph's shape: token 0 at position 0, which writes no slot.
+        let filled = |values: &[u32], len: usize, filler: u32| {
+            let mut values = values.to_vec();
+            values.resize(len, filler);
+            values
+        };
+        let mut from_sampled = vec![0_u32; counts.tokens];
+        for &row in &batch.previous_rows {
+            from_sampled[row as usize] = 1;
+        }
+        let lengths = batch.sequences[..num_decodes].iter();
+        let lengths: Vec<u32> = lengths.map(|it| it.context_len() as u32).collect();
+        staging.write(layout.token, &filled(&batch.token_ids, counts.tokens, 0));
+        staging.write(layout.from_sampled, &from_sampled);
+        staging.write(layout.position, &filled(&batch.positions, counts.tokens, 0));
+        staging.write(layout.slot, &filled(&batch.slot_mapping, counts.tokens, NO_SLOT));
+        staging.write(layout.length, &filled(&lengths, counts.sequences, 0));
+        staging.write(layout.logit_row, &batch.logit_rows);
+        staging.write(layout.sampling, sampling);
+        staging.write(layout.tiles, &tiles);
+        for (index, sequence) in batch.sequences.iter().enumerate() {
+            let row = layout.block_table + index * self.max_blocks * 4;
+            staging.write(row, &sequence.block_table);
+        }
+        // SAFETY: the staging buffer is not written before `copied` has passed, and both buffers
+        // live as long as this value, whose drop waits for the device.
+        unsafe { self.device.enqueue_upload(staging, layout.end) }?;
+        copied.record()?;
+
+        let at = |offset: usize| self.device.address() + offset as u64;
+        Ok(CudaStep {
+            num_tokens: counts.tokens,
+            num_decodes: if self.only_tiles { 0 } else { graph_rows.unwrap_or(num_decodes) },
+            num_tiles: counts.tiles,
+            num_logit_rows: counts.logit_rows,
+            num_sampled: sampling.len(),
+            keeps_logits,
+            token: at(layout.token),
+            from_sampled: at(layout.from_sampled),
+            position: at(layout.position),
+            slot: at(layout.slot),
+            length: at(layout.length),
+            logit_row: graph_rows.is_none().then(|| at(layout.logit_row)),
+            sampling: at(layout.sampling),
+            tiles: at(layout.tiles),
+            block_table: at(layout.block_table),
+        })
+    }
+
+    /// The tiles of all sequences but the first.
+    fn tiles(&self, sequences: &[BatchSequence], first: usize) -> Vec<PrefillTile> {
+        let prefills = sequences.iter().enumerate().skip(first);
+        let prefills: Vec<PrefillSequence> = prefills
+            .map(|(sequence, it)| PrefillSequence {
+                sequence,
+                first_token: it.first_row,
+                num_tokens: it.num_rows,
+                first_position: it.first_position,
+            })
+            .collect();
+        prefill_tiles(self.heads, &prefills)
+    }
+}

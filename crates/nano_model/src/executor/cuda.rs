@@ -1,0 +1,296 @@
+//! The executor on one GPU: two steps in flight, decoding by captured graphs.
+//!
+//! A step is one copy to the device, one graph (or, with prompts in it, the operators one by one),
+//! the sampling, and four bytes a sequence back. The next step reads what this one sampled on the
+//! device, so the host never waits between the two.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+
+use nano_core::executor::{Capacity, Executor};
+use nano_core::scheduler::output::{
+    LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput, TokenMasks,
+};
+use nano_core::{Error as CoreError, SequenceId, TokenId};
+use nano_kernels::cuda::sampling::{NO_TOKEN, RowSampling};
+use nano_kernels::cuda::{Error as CudaError, Event, Graph, PinnedBuffer};
+use nano_kernels::reference::sampling::Sampling;
+use smallvec::smallvec;
+
+use super::failed;
+use crate::backend::cuda::{CudaBackend, CudaStep, StepInput};
+use crate::batch::Batch;
+use crate::decoder::{Decoder, forward};
+use crate::error::{Error, Result};
+
+/// Steps that are launched and not collected.
+pub const MAX_STEPS_IN_FLIGHT: u32 = 2;
+/// More sequences than this decode without a graph: a launch costs nothing beside so large a step.
+const MAX_GRAPH_ROWS: usize = 256;
+
+/// Runs steps on a GPU.
+#[derive(Debug)]
+pub struct CudaExecutor {
+    // Dropped in this order: what names memory before what owns it.
+    graphs: BTreeMap<usize, Graph>,
+    in_flight: VecDeque<InFlight>,
+    idle: Vec<Answer>,
+    model: Decoder<CudaBackend>,
+    backend: CudaBackend,
+    capacity: Capacity,
+    /// For each sequence of the step launched last, the row of its choice.
+    previous: Vec<TokenId>,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    step: CudaStep,
+    rows: Vec<Row>,
+    logits: Vec<f32>,
+    answer: Answer,
+}
+
+/// What a sequence gets of a step.
+#[derive(Debug)]
+struct Row {
+    sequence: SequenceId,
+    /// The position of the token to be sampled.
+    position: u32,
+    wanted: Wanted,
+}
+
+#[derive(Debug)]
+enum Wanted {
+    Nothing,
+    /// The choice at this row.
+    Token(usize),
+    /// These rows of logits.
+    Logits(Range<usize>),
+}
+
+/// Where the choices of a step arrive on the host.
+#[derive(Debug)]
+struct Answer {
+    chosen: PinnedBuffer,
+    done: Event,
+}
+
+impl CudaExecutor {
+    /// Runs `model` on `backend`, which has its cache; captures the graphs.
+    ///
+    /// # Errors
+    /// If the device fails or has too little memory.
+    pub fn new(
+        mut backend: CudaBackend,
+        model: Decoder<CudaBackend>,
+        capacity: Capacity,
+    ) -> Result<Self> {
+        let limits = backend.limits();
+        let mut graphs = BTreeMap::new();
+        for num_rows in graph_sizes(limits.max_tokens.min(limits.max_sequences)) {
+            let input = StepInput {
+                batch: &Batch::default(),
+                sampling: &[],
+                graph_rows: Some(num_rows),
+                keeps_logits: false,
+            };
+            let step = backend.upload(&input)?;
+            // Once outside of the capture, during which nothing may be loaded.
+            forward(&mut backend, &model, &step)?;
+            let device = backend.device().clone();
+            let graph = Graph::capture(&device, || {
+                let enqueued = forward(&mut backend, &model, &step);
+                enqueued.map(drop).map_err(|error| match error {
+                    Error::Cuda(error) => error,
+                    error => CudaError::Driver(error.to_string()),
+                })
+            })?;
+            graphs.insert(num_rows, graph);
+        }
+        backend.device().synchronize()?;
+        let answer = || -> Result<Answer> {
+            let chosen = backend.device().allocate_pinned(limits.max_sequences * 4)?;
+            Ok(Answer { chosen, done: backend.device().new_event()? })
+        };
+        let idle = (0..MAX_STEPS_IN_FLIGHT).map(|_| answer()).collect::<Result<_>>()?;
+        let (in_flight, previous) = (VecDeque::new(), Vec::new());
+        Ok(Self { graphs, in_flight, idle, model, backend, capacity, previous })
+    }
+
+    fn launch_step(&mut self, step: &ScheduleOutput) -> Result<()> {
+        let answer = self.idle.pop().ok_or_else(|| broken("more steps than two are in flight"))?;
+        let (input, rows) = self.plan(step);
+        let launched = self.backend.upload(&StepInput {
+            batch: &input.batch,
+            sampling: &input.sampling,
+            graph_rows: input.graph_rows,
+            keeps_logits: input.keeps_logits,
+        })?;
+        match input.graph_rows.and_then(|num_rows| self.graphs.get(&num_rows)) {
+            Some(graph) => graph.launch()?,
+            None => drop(forward(&mut self.backend, &self.model, &launched)?),
+        }
+        let logits = self.backend.take_logits();
+        let chosen = |row: &Row| match row.wanted {
+            Wanted::Token(at) => TokenId(at as u32),
+            _ => TokenId(0),
+        };
+        self.previous = rows.iter().map(chosen).collect();
+        self.in_flight.push_back(InFlight { step: launched, rows, logits, answer });
+        Ok(())
+    }
+
+    /// How a step runs, and what each of its sequences gets.
+    fn plan(&self, step: &ScheduleOutput) -> (Plan, Vec<Row>) {
+        let scheduled = &step.sequences;
+        let keeps_logits = scheduled.iter().any(|it| it.logit_rows == LogitRows::All);
+        let decodes = !keeps_logits && scheduled.iter().all(is_single);
+        let fitting = self.graphs.range(scheduled.len()..).next();
+        let graph_rows = fitting.filter(|_| decodes).map(|(&num_rows, _)| num_rows);
+
+        // Rows that decode come first; the rest keeps its order.
+        let mut order: Vec<usize> = (0..scheduled.len()).collect();
+        order.sort_by_key(|&index| !is_single(&scheduled[index]));
+        let block_size = self.capacity.block_size;
+        let mut batch = Batch::ordered(step, order.iter().copied(), block_size, &self.previous);
+        // What is sampled comes before what is only kept; a graph has logits of every row.
+        batch.logit_rows.clear();
+        let mut sampling = Vec::new();
+        let row = |it: &ScheduledSequence| Row {
+            sequence: it.sequence,
+            position: it.context_len(),
+            wanted: Wanted::Nothing,
+        };
+        let mut rows: Vec<Row> = scheduled.iter().map(row).collect();
+        for (part, &index) in batch.sequences.iter().zip(&order) {
+            let wants_token = matches!(scheduled[index].logit_rows, LogitRows::Last(_));
+            if wants_token {
+                rows[index].wanted = Wanted::Token(sampling.len());
+            }
+            if wants_token || graph_rows.is_some() {
+                batch.logit_rows.push((part.first_row + part.num_rows - 1) as u32);
+                sampling.push(sampling_of(&scheduled[index]));
+            }
+        }
+        for (part, &index) in batch.sequences.iter().zip(&order) {
+            if scheduled[index].logit_rows == LogitRows::All {
+                let first = batch.logit_rows.len();
+                batch.logit_rows.extend((part.first_row..).take(part.num_rows).map(|it| it as u32));
+                rows[index].wanted = Wanted::Logits(first..batch.logit_rows.len());
+            }
+        }
+        (Plan { batch, sampling, graph_rows, keeps_logits }, rows)
+    }
+
+    fn sample_step(&mut self, masks: &TokenMasks) -> Result<()> {
+        let flight = self.in_flight.back_mut().ok_or_else(|| broken("no step was launched"))?;
+        let mut banned = Vec::new();
+        for mask in &masks.banned {
+            if let Some(Row { wanted: Wanted::Token(at), .. }) = flight.rows.get(mask.row as usize)
+            {
+                banned.extend(mask.token_ids.iter().flat_map(|token| [*at as u32, token.0]));
+            }
+        }
+        let num_bytes = flight.step.num_sampled() * 4;
+        let chosen = self.backend.sample(&flight.step, &banned)?;
+        // SAFETY: the answer is read once `done` has passed, and belongs to this step until then.
+        unsafe { chosen.enqueue_download(&mut flight.answer.chosen, num_bytes) }?;
+        Ok(flight.answer.done.record()?)
+    }
+
+    fn collect_step(&mut self) -> Result<StepOutput> {
+        let flight = self.in_flight.pop_front().ok_or_else(|| broken("no step is in flight"))?;
+        flight.answer.done.wait()?;
+        let (chosen, _) = flight.answer.chosen.as_slice().as_chunks::<4>();
+        let vocab_size = self.backend.spec().vocab_size;
+        let mut output = StepOutput::default();
+        for Row { sequence, position, wanted } in flight.rows {
+            let mut row = SampledRow { sequence, tokens: smallvec![], logits: None, error: None };
+            match wanted {
+                Wanted::Nothing => continue,
+                Wanted::Token(at) => match u32::from_ne_bytes(chosen[at]) {
+                    NO_TOKEN => row.error = Some(CoreError::LogitsNotFinite { position }),
+                    token => row.tokens.push(TokenId(token)),
+                },
+                Wanted::Logits(rows) => {
+                    let numbers = rows.start * vocab_size..rows.end * vocab_size;
+                    row.logits = Some(flight.logits[numbers].to_vec());
+                }
+            }
+            output.rows.push(row);
+        }
+        self.idle.push(flight.answer);
+        Ok(output)
+    }
+}
+
+struct Plan {
+    batch: Batch,
+    sampling: Vec<RowSampling>,
+    graph_rows: Option<usize>,
+    keeps_logits: bool,
+}
+
+fn is_single(scheduled: &ScheduledSequence) -> bool {
+    scheduled.num_scheduled_tokens == 1
+}
+
+fn sampling_of(scheduled: &ScheduledSequence) -> RowSampling {
+    let params = &scheduled.params;
+    RowSampling::from(&Sampling {
+        temperature: params.temperature,
+        top_k: params.top_k,
+        top_p: params.top_p,
+        min_p: params.min_p,
+        seed: scheduled.seed,
+        position: scheduled.context_len(),
+        index: 0,
+    })
+}
+
+/// Rows that steps are filled up to: 1, 2, 4, 8, 16, 24 and so on, the last one at least `most`.
+pub(crate) fn graph_sizes(most: usize) -> Vec<usize> {
+    let all = [1, 2, 4].into_iter().chain((8..=MAX_GRAPH_ROWS).step_by(8));
+    let mut sizes: Vec<usize> = all.clone().take_while(|&size| size < most).collect();
+    sizes.extend(all.skip(sizes.len()).take(1));
+    sizes
+}
+
+/// A caller that does not keep to the order of launch, sample and collect.
+fn broken(message: &str) -> Error {
+    CudaError::Driver(message.to_owned()).into()
+}
+
+impl Executor for CudaExecutor {
+    fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    fn launch(&mut self, step: &ScheduleOutput) -> nano_core::Result<()> {
+        self.launch_step(step).map_err(|error| failed(&error))
+    }
+
+    fn sample(&mut self, masks: &TokenMasks) -> nano_core::Result<()> {
+        self.sample_step(masks).map_err(|error| failed(&error))
+    }
+
+    fn collect(&mut self) -> nano_core::Result<StepOutput> {
+        self.collect_step().map_err(|error| failed(&error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_graph_has_room_for_every_batch_up_to_its_bound() {
+        assert_eq!(graph_sizes(1), [1]);
+        assert_eq!(graph_sizes(5), [1, 2, 4, 8]);
+        assert_eq!(graph_sizes(8), [1, 2, 4, 8]);
+        assert_eq!(graph_sizes(17), [1, 2, 4, 8, 16, 24]);
+        for most in [256, 1000] {
+            assert_eq!((graph_sizes(most).len(), graph_sizes(most).last()), (35, Some(&256)));
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! Loading onto a GPU.
+
+use std::path::Path;
+
+use nano_core::executor::Capacity;
+use nano_kernels::cuda::compile::Compiler;
+use nano_kernels::cuda::{Device, Error as CudaError, Gemm, Kernels};
+
+use super::{
+    CacheMemory, CacheRoom, DtypeChoice, LoadFormat, ModelInfo, ModelOptions, Source, gib,
+    load_decoder,
+};
+use crate::backend::Dtype;
+use crate::backend::cuda::{BLOCK_SIZE, CudaBackend, StepLimits, check_shapes};
+use crate::config::ModelConfig;
+use crate::dummy::DummyWeights;
+use crate::error::{Error, Result};
+use crate::executor::cuda::{CudaExecutor, MAX_STEPS_IN_FLIGHT, graph_sizes};
+use crate::weights::WeightMap;
+
+/// The first GPU, if `device="auto"` shall take it for this model; else what is in the way.
+pub(super) fn find(dir: &Path, options: &ModelOptions) -> Result<Device> {
+    check_options(options)?;
+    let device = Device::new(0)?;
+    check_shapes(&ModelConfig::from_dir(dir)?.spec)?;
+    Ok(device)
+}
+
+fn check_options(options: &ModelOptions) -> Result<()> {
+    let bad = |name, range: String, value: String| Err(Error::BadOption { name, range, value });
+    if options.dtype == DtypeChoice::Float32 {
+        let range = "auto or bfloat16 on a CUDA device".to_owned();
+        return bad("dtype", range, Dtype::Float32.name().to_owned());
+    }
+    if options.block_size != BLOCK_SIZE {
+        let range = format!("{BLOCK_SIZE} on a CUDA device");
+        return bad("block_size", range, options.block_size.to_string());
+    }
+    Ok(())
+}
+
+/// Loads the model in `dir` onto `device`.
+pub(super) fn load(
+    dir: &Path,
+    options: &ModelOptions,
+    device: &Device,
+) -> Result<(CudaExecutor, ModelInfo)> {
+    check_options(options)?;
+    let config = ModelConfig::from_dir(dir)?;
+    check_shapes(&config.spec)?;
+    let spec = config.spec.clone();
+    let map = match options.load_format {
+        LoadFormat::Auto => Some(WeightMap::open(dir)?),
+        LoadFormat::Dummy => None,
+    };
+    let element_bytes = Dtype::BFloat16.num_bytes() as u64;
+    let weight_bytes = spec.num_parameters() as u64 * element_bytes;
+    let free = device.memory()?.free_bytes as u64;
+    if weight_bytes > free {
+        let what = "the weights";
+        let hint = "take a smaller model, device=\"cpu\", or free the memory of other programs";
+        return Err(Error::GpuMemory {
+            what,
+            needed_gib: gib(weight_bytes),
+            free_gib: gib(free),
+            hint,
+        });
+    }
+
+    let compiler = Compiler::new(Compiler::default_cache_dir())?;
+    let kernels = Kernels::load(device, &compiler)?;
+    let gemm = Gemm::new(device, compiler.cache_dir(), options.deterministic)?;
+    let limits = StepLimits {
+        max_tokens: options.limits.max_num_batched_tokens as usize,
+        max_sequences: options.limits.max_num_seqs as usize,
+    };
+    let hint = "lower max_num_batched_tokens or max_num_seqs";
+    let mut backend = CudaBackend::new(spec.clone(), kernels, gemm, limits, options.deterministic)
+        .map_err(|error| explained(error, "the largest step", hint))?;
+    let dummy = DummyWeights::new(options.seed);
+    let source = map.as_ref().map_or(Source::Dummy(&dummy), Source::Checkpoint);
+    let model = load_decoder(&spec, source, &mut backend).map_err(|error| {
+        explained(error, "a weight", "free the memory of other programs, or take device=\"cpu\"")
+    })?;
+    backend.tune(&model, &product_sizes(limits))?;
+    device.synchronize()?;
+
+    let memory = device.memory()?;
+    let used = memory.total_bytes - memory.free_bytes;
+    let budget = (memory.total_bytes as f64 * options.gpu_memory_utilization) as u64;
+    let budget = budget.saturating_sub(used as u64);
+    let cache_memory = CacheMemory {
+        bytes: budget,
+        unasked_bytes: budget,
+        unasked_sequences: limits.max_sequences as u64,
+        hint: "raise gpu_memory_utilization, or lower max_num_batched_tokens",
+    };
+    let room = CacheRoom::new(&config, options, element_bytes, &cache_memory)?;
+    let hint = "lower num_blocks, kv_cache_gib or gpu_memory_utilization";
+    backend
+        .make_room(room.num_blocks, room.max_model_len)
+        .map_err(|error| explained(error, "the KV cache", hint))?;
+    let capacity = Capacity {
+        num_blocks: room.num_blocks,
+        block_size: BLOCK_SIZE,
+        max_steps_in_flight: MAX_STEPS_IN_FLIGHT,
+    };
+    let executor = CudaExecutor::new(backend, model, capacity)
+        .map_err(|error| explained(error, "a graph", "lower gpu_memory_utilization"))?;
+    let dtype = Dtype::BFloat16;
+    let info = room.info(config, dtype, device.name()?);
+    Ok((executor, info))
+}
+
+/// Rows whose products are timed: every graph's, and prompts' up to the largest step.
+fn product_sizes(limits: StepLimits) -> Vec<usize> {
+    let mut sizes = graph_sizes(limits.max_tokens.min(limits.max_sequences));
+    let largest = limits.max_tokens;
+    let all = [1, 2, 4].into_iter().chain((8..256).step_by(8));
+    sizes.extend(all.chain((8..).map(|power| 1 << power)).take_while(|&size| size < largest));
+    sizes.push(largest);
+    sizes.sort_unstable();
+    sizes.dedup();
+    sizes
+}
+
+/// Says which part of the model found too little memory, and what helps.
+fn explained(error: Error, what: &'static str, hint: &'static str) -> Error {
+    let Error::Cuda(CudaError::OutOfMemory { needed_bytes, free_bytes }) = error else {
+        return error;
+    };
+    let (needed_gib, free_gib) = (gib(needed_bytes as u64), gib(free_bytes as u64));
+    Error::GpuMemory { what, needed_gib, free_gib, hint }
+}

@@ -1,0 +1,307 @@
+//! Products and parameters on a GPU against plain references; skips where there is none.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::float_cmp,
+    clippy::print_stdout,
+    reason = "a test fails by a panic and says what it measured; equal bits are the point"
+)]
+
+mod cuda_fixture;
+
+use cuda_fixture::{Random, assert_close, download, floats, kernels};
+use half::{bf16, f16};
+use nano_kernels::cuda::gemm::{Output, Product, Trial, rows_of_memory};
+use nano_kernels::cuda::thin::{Epilogue, ThinProduct};
+use nano_kernels::cuda::weights::NUM_DRAWS;
+use nano_kernels::cuda::{Device, DeviceBuffer, Gemm};
+use nano_kernels::reference::activation::silu_mul;
+use nano_kernels::reference::norm::rms_norm;
+use nano_kernels::reference::product::product;
+
+/// bf16 rounds by 2⁻⁸ of a value at worst.
+const ROUNDING: f64 = 4e-3;
+const OUTPUTS: [Output; 3] = [Output::Bf16, Output::AddBf16, Output::F32];
+
+struct Case {
+    shape: Product,
+    input: Vec<bf16>,
+    weight: Vec<bf16>,
+    before: Vec<bf16>,
+}
+
+impl Case {
+    fn new(num_rows: usize, out_features: usize, in_features: usize, output: Output) -> Self {
+        let mut random = Random(num_rows as u64 + 1);
+        Self {
+            shape: Product { num_rows, out_features, in_features, output },
+            input: random.values(num_rows * in_features),
+            weight: random.values(out_features * in_features),
+            before: random.values(num_rows * out_features),
+        }
+    }
+
+    fn run(&self, device: &Device, gemm: &mut Gemm) -> Vec<f32> {
+        let rows = rows_of_memory(self.shape.num_rows);
+        let input = device.allocate(rows * self.shape.in_features * 2).unwrap();
+        let weight = device.allocate_from(&self.weight).unwrap();
+        let element_bytes = if self.shape.output == Output::F32 { 4 } else { 2 };
+        let out = device.allocate(rows * self.shape.out_features * element_bytes).unwrap();
+        out.fill(0xff).unwrap();
+        input.upload(0, &self.input).unwrap();
+        if self.shape.output == Output::AddBf16 {
+            out.upload(0, &self.before).unwrap();
+        }
+        let (to, from) = (out.address(), input.address());
+        // SAFETY: every buffer was allocated above with the size of its shape.
+        unsafe { gemm.product(&self.shape, to, from, weight.address()) }.unwrap();
+        let len = self.shape.num_rows * self.shape.out_features;
+        if self.shape.output == Output::F32 {
+            let mut values = vec![0.0_f32; len];
+            out.download(0, &mut values).unwrap();
+            return values;
+        }
+        download(&out)[..len].to_vec()
+    }
+
+    fn reference(&self) -> Vec<f32> {
+        let in_features = self.shape.in_features;
+        let (input, weight) = (floats(&self.input), floats(&self.weight));
+        let rows = input.chunks_exact(in_features);
+        let mut out: Vec<f32> = rows.flat_map(|row| product(row, &weight)).collect();
+        if self.shape.output == Output::AddBf16 {
+            out.iter_mut().zip(&self.before).for_each(|(out, before)| *out += before.to_f32());
+        }
+        out
+    }
+}
+
+#[test]
+fn products_of_any_number_of_rows_agree_with_the_reference() {
+    let Some(kernels) = kernels() else { return };
+    let device = kernels.device();
+    for is_deterministic in [false, true] {
+        let mut gemm = Gemm::new(device, None, is_deterministic).unwrap();
+        for (num_rows, out_features, in_features) in
+            [(1, 512, 256), (3, 151, 96), (17, 264, 704), (64, 97, 64), (300, 512, 136)]
+        {
+            for output in OUTPUTS {
+                let case = Case::new(num_rows, out_features, in_features, output);
+                let what = format!("{:?}, deterministic {is_deterministic}", case.shape);
+                assert_close(&what, &case.run(device, &mut gemm), &case.reference(), ROUNDING);
+            }
+        }
+    }
+}
+
+#[test]
+fn thin_products_with_norm_gate_and_residual_agree_with_the_references() {
+    let Some(kernels) = kernels() else { return };
+    let device = kernels.device();
+    let mut random = Random(9);
+    for (num_tokens, out_features, in_features) in [
+        (1, 6144, 4096),
+        (1, 512, 14336),
+        (2, 300, 1032),
+        (3, 151, 96),
+        (4, 1024, 4096),
+        (1, 2, 8),
+        (4, 97, 264),
+    ] {
+        assert!(kernels.has_thin_product(num_tokens, in_features));
+        let input = random.values(num_tokens * in_features);
+        let weight = random.values(out_features * in_features);
+        let norm_weight = random.values(in_features);
+        let before = random.values(num_tokens * out_features);
+        let on = |values: &[bf16]| device.allocate_from(values).unwrap();
+        let (input_on, weight_on, norm_on) = (on(&input), on(&weight), on(&norm_weight));
+        for (epilogue, with_norm) in [
+            (Epilogue::Bf16, true),
+            (Epilogue::AddBf16, false),
+            (Epilogue::F32, true),
+            (Epilogue::Gated, true),
+        ] {
+            if epilogue == Epilogue::Gated && out_features % 2 == 1 {
+                continue;
+            }
+            let width = if epilogue == Epilogue::Gated { out_features / 2 } else { out_features };
+            let element_bytes = if epilogue == Epilogue::F32 { 4 } else { 2 };
+            let out = device.allocate(num_tokens * width * element_bytes).unwrap();
+            out.fill(0xff).unwrap();
+            if epilogue == Epilogue::AddBf16 {
+                out.upload(0, &before).unwrap();
+            }
+            let launch = ThinProduct {
+                out: out.address(),
+                input: input_on.address(),
+                norm: with_norm.then(|| norm_on.address()),
+                weight: weight_on.address(),
+                num_tokens,
+                out_features,
+                in_features,
+                epilogue,
+                eps: 1e-5,
+            };
+            // SAFETY: every buffer was allocated above with the size of its shape.
+            unsafe { kernels.thin_product(&launch) }.unwrap();
+            let rows = floats(&input);
+            let rows = rows.chunks_exact(in_features).enumerate();
+            let expected: Vec<f32> = rows
+                .flat_map(|(token, row)| {
+                    let normed = rms_norm(row, &floats(&norm_weight), 1e-5);
+                    let mut y = product(if with_norm { &normed } else { row }, &floats(&weight));
+                    if epilogue == Epilogue::AddBf16 {
+                        let before = &before[token * out_features..];
+                        y.iter_mut().zip(before).for_each(|(y, before)| *y += before.to_f32());
+                    }
+                    if epilogue == Epilogue::Gated { silu_mul(&y) } else { y }
+                })
+                .collect();
+            let found = if epilogue == Epilogue::F32 {
+                let mut values = vec![0.0_f32; expected.len()];
+                out.download(0, &mut values).unwrap();
+                values
+            } else {
+                download(&out)
+            };
+            let what = format!("{num_tokens} x {out_features} x {in_features} {epilogue:?}");
+            // The normalised input is rounded once more than the reference's.
+            assert_close(&what, &found, &expected, 1.5 * ROUNDING);
+        }
+    }
+}
+
+#[test]
+fn a_deterministic_row_has_the_same_bits_in_any_batch() {
+    let Some(kernels) = kernels() else { return };
+    let device = kernels.device();
+    let mut gemm = Gemm::new(device, None, true).unwrap();
+    for output in OUTPUTS {
+        let all = Case::new(515, 1024, 4096, output);
+        let expected = all.run(device, &mut gemm);
+        for (first, num_rows) in [(0, 1), (7, 9), (100, 300), (514, 1)] {
+            let part = |values: &[bf16], width: usize| {
+                values[first * width..(first + num_rows) * width].to_vec()
+            };
+            let case = Case {
+                shape: Product { num_rows, ..all.shape },
+                input: part(&all.input, 4096),
+                weight: all.weight.clone(),
+                before: part(&all.before, 1024),
+            };
+            let rows = &expected[first * 1024..(first + num_rows) * 1024];
+            assert!(case.run(device, &mut gemm) == rows, "{output:?}, rows {first} + {num_rows}");
+        }
+    }
+}
+
+#[test]
+fn what_was_timed_is_kept_and_a_broken_cache_is_made_again() {
+    let Some(kernels) = kernels() else { return };
+    let device = kernels.device();
+    let folder = tempfile::tempdir().unwrap();
+    let case = Case::new(24, 512, 256, Output::AddBf16);
+    let weight = device.allocate_from(&case.weight).unwrap();
+    let buffer = || -> DeviceBuffer { device.allocate(256 * 512 * 2).unwrap() };
+    let (out, input) = (buffer(), buffer());
+    let trial = Trial {
+        product: case.shape,
+        out: out.address(),
+        input: input.address(),
+        weights: vec![weight.address()],
+    };
+    let tuned = || {
+        let mut gemm = Gemm::new(device, Some(folder.path()), false).unwrap();
+        // SAFETY: every buffer was allocated above with the size of its shape.
+        unsafe { gemm.tune(std::slice::from_ref(&trial)) }.unwrap();
+        let file = folder.path().read_dir().unwrap().next().unwrap().unwrap().path();
+        assert_close("timed", &case.run(device, &mut gemm), &case.reference(), ROUNDING);
+        (std::fs::read(&file).unwrap(), file)
+    };
+    let (content, file) = tuned();
+    let written = file.metadata().unwrap().modified().unwrap();
+    assert_eq!(tuned().0, content);
+    assert_eq!(file.metadata().unwrap().modified().unwrap(), written, "nothing is timed twice");
+    std::fs::write(&file, "broken").unwrap();
+    let remade = tuned().0;
+    assert_ne!(remade, b"broken");
+}
+
+const SEED: u64 = 0x1234_5678_9abc_def0;
+
+/// As `nano_model`'s dummy weights are defined.
+fn hash(number: u64) -> u64 {
+    let mut z = number.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+#[test]
+fn random_parameters_are_the_hosts() {
+    let Some(kernels) = kernels() else { return };
+    let device = kernels.device();
+    let draws = Random(3).values(NUM_DRAWS);
+    let draws_on = device.allocate_from(&draws).unwrap();
+    for num_elements in [1, 7, 1000, (1 << 19) + 5] {
+        let out = device.allocate(num_elements * 2).unwrap();
+        out.fill(0xff).unwrap();
+        let (to, from) = (out.address(), draws_on.address());
+        // SAFETY: both buffers were allocated above with the size of their shapes.
+        unsafe { kernels.fill_random(to, from, num_elements, SEED) }.unwrap();
+        let expected: Vec<f32> = (0..num_elements as u64)
+            .map(|i| {
+                let bits = hash(hash(SEED ^ (i >> 18)).wrapping_add(i % (1 << 18) / 4));
+                draws[(bits >> (16 * (i % 4)) & 0xffff) as usize].to_f32()
+            })
+            .collect();
+        assert!(download(&out) == expected, "{num_elements} elements");
+    }
+}
+
+#[test]
+fn other_types_are_rounded_as_the_host_rounds_them() {
+    let Some(kernels) = kernels() else { return };
+    let device = kernels.device();
+    let mut random = Random(4);
+    let singles: Vec<f32> = (0..100_003).map(|_| random.value() * 1e-3).collect();
+    let halves: Vec<f16> = singles.iter().map(|&value| f16::from_f32(value)).collect();
+    let bytes_of_singles: Vec<u8> = singles.iter().flat_map(|it| it.to_le_bytes()).collect();
+    let bytes_of_halves: Vec<u8> = halves.iter().flat_map(|it| it.to_le_bytes()).collect();
+    let rounded = |values: &mut dyn Iterator<Item = f32>| -> Vec<f32> {
+        values.map(|value| bf16::from_f32(value).to_f32()).collect()
+    };
+    for (bytes, is_half, expected) in [
+        (&bytes_of_singles, false, rounded(&mut singles.iter().copied())),
+        (&bytes_of_halves, true, rounded(&mut halves.iter().map(|it| it.to_f32()))),
+    ] {
+        let source = device.allocate(bytes.len()).unwrap();
+        // From the middle of a page to the middle of another.
+        source.upload_large(0, bytes).unwrap();
+        let out = device.allocate(singles.len() * 2).unwrap();
+        let (to, from) = (out.address(), source.address());
+        // SAFETY: both buffers were allocated above with the size of their shapes.
+        unsafe { kernels.round_to_bf16(to, from, singles.len(), is_half) }.unwrap();
+        assert!(download(&out) == expected, "half {is_half}");
+    }
+}
+
+#[test]
+fn banned_tokens_and_no_others_become_minus_infinity() {
+    let Some(kernels) = kernels() else { return };
+    let device = kernels.device();
+    let (num_rows, vocab_size) = (3, 151);
+    let logits = device.allocate_from(&vec![1.0_f32; num_rows * vocab_size]).unwrap();
+    let banned = [[0_u32, 5], [2, 150], [1, 151], [2, 7]];
+    let banned_on = device.allocate_from(banned.as_flattened()).unwrap();
+    let (to, from) = (logits.address(), banned_on.address());
+    // SAFETY: both buffers were allocated above with the size of their shapes.
+    unsafe { kernels.ban_tokens(to, from, banned.len(), vocab_size) }.unwrap();
+    let mut values = vec![0.0_f32; num_rows * vocab_size];
+    logits.download(0, &mut values).unwrap();
+    for (at, value) in values.iter().enumerate() {
+        let is_banned = [5, 2 * vocab_size + 150, 2 * vocab_size + 7].contains(&at);
+        assert_eq!(*value, if is_banned { f32::NEG_INFINITY } else { 1.0 }, "{at}");
+    }
+}
