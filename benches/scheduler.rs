@@ -82,6 +82,7 @@ fn answer(step: &ScheduleOutput) -> StepOutput {
         sequence: scheduled.sequence,
         tokens: smallvec![TokenId(7)],
         logits: None,
+        error: None,
     });
     StepOutput { rows: row.collect() }
 }

@@ -2,8 +2,10 @@
 
 import gc
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +111,35 @@ def wait_until() -> Callable[[Callable[[], bool], str], None]:
 
 @pytest.fixture
 def unharmed(reciting):
-    """A request that runs from before the test's first line to after its last."""
-    stream = reciting.stream("?", SamplingParams(temperature=0, max_tokens=60000, ignore_eos=True))
-    pieces = [next(stream)]
-    yield
-    num_seen = sum(len(piece.outputs[0].token_ids) for piece in pieces)
-    while num_seen < 100:
-        pieces.append(next(stream))
-        num_seen += len(pieces[-1].outputs[0].token_ids)
-    assert not pieces[-1].finished
-    tokens = [token for piece in pieces for token in piece.outputs[0].token_ids]
-    recital = [*reciting.get_tokenizer().encode(TEXT, add_special_tokens=False), EOS_ID]
-    assert tokens == (recital * (num_seen // len(recital) + 1))[:num_seen]
-    # A character that is not whole yet is held back.
-    text = "".join(piece.outputs[0].text for piece in pieces)
-    assert (TEXT * (num_seen // len(recital) + 1)).startswith(text)
+    """Requests, one at any time, from before the test's first line to after its last."""
+    begun, over = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        recital = pool.submit(_recite, reciting, begun, over)
+        assert begun.wait(60) or recital.result()
+        yield
+        assert not recital.done() or recital.result()
+        over.set()
+        assert recital.result() >= 100
+
+
+def _recite(engine, begun, over) -> int:
+    """Recites until it is over, and the last request on to 100 tokens; returns those."""
+    params = SamplingParams(temperature=0, max_tokens=60000, ignore_eos=True)
+    recital = [*engine.get_tokenizer().encode(TEXT, add_special_tokens=False), EOS_ID]
+    num_seen = 0
+    while not (over.is_set() and num_seen >= 100):
+        num_seen, text = 0, ""
+        for piece in engine.stream("?", params):
+            tokens = piece.outputs[0].token_ids
+            start = num_seen % len(recital)
+            rounds = len(tokens) // len(recital) + 2
+            assert tokens == (recital * rounds)[start : start + len(tokens)]
+            num_seen += len(tokens)
+            text += piece.outputs[0].text
+            begun.set()
+            if over.is_set() and num_seen >= 100:
+                break
+            time.sleep(0.01)
+        # A character that is not whole is held back, and replaced at the very end.
+        assert (TEXT * (num_seen // len(recital) + 1)).startswith(text.rstrip("\ufffd"))
+    return num_seen

@@ -54,17 +54,17 @@ fn a_preempted_request_can_be_aborted() {
 }
 
 #[test]
-fn all_requests_end_with_the_reason_given() {
-    let config = SchedulerConfig { max_num_seqs: 1, ..WIDE };
-    let mut run = Run::new(config, 4, 1).with([generate(0, 1, 2), generate(1, 1, 2)]);
-    run.launch();
-    let reason = FinishReason::Error(Error::ExecutorFailed { message: "gone".to_owned() });
-    let events = run.scheduler.abort_all(&reason);
+fn a_row_that_failed_ends_its_own_request() {
+    let mut run = Run::new(WIDE, 20, 1).with([generate(0, 1, 2), generate(1, 1, 2)]);
+    let step = run.launch();
+    let mut rows = run.executor.collect().unwrap().rows;
+    let error = Error::LogitsNotFinite { position: 1 };
+    rows[0].tokens.clear();
+    rows[0].error = Some(error.clone());
+    let events = run.scheduler.update(&step, StepOutput { rows }).unwrap();
     let ended: Vec<_> = events.into_iter().map(|event| (event.request.0, event.finish)).collect();
-    assert_eq!(ended, [(0, Some(reason.clone())), (1, Some(reason))]);
-    assert!(run.scheduler.is_idle());
-    assert!(run.collect().is_empty());
-    assert_eq!(run.stats().num_free_blocks, 4);
+    assert_eq!(ended, [(0, Some(FinishReason::Error(error))), (1, None)]);
+    assert_eq!((run.stats().num_running, run.stats().num_free_blocks), (1, 19));
 }
 
 #[test]
@@ -216,6 +216,6 @@ fn an_update_with_wrong_rows_is_an_error_and_changes_no_request() {
         let expected =
             format!("executor failed: its {num_rows} rows are not those that the step asked for");
         assert_eq!(error.to_string(), expected, "case {index}");
-        assert_eq!(scheduler.abort_all(&FinishReason::Error(error)).len(), 3, "case {index}");
+        assert_eq!(scheduler.stats().num_running, 3, "case {index}");
     }
 }

@@ -153,5 +153,5 @@ fn every_request_gets_what_it_would_get_alone_whatever_the_batch() {
         "steps of several sequences",
     ];
     assert_mix(&mix, &operations, 100_000, &things, 1000);
-    assert!(mix["failed steps"] >= 20 && mix["ended by an error"] >= 100);
+    assert!(mix["failed steps"] >= 20 && mix["ended by an error"] >= 20);
 }

@@ -1,8 +1,12 @@
-//! The libtorch back end, operator by operator, against the plain reference.
+//! The back ends, operator by operator, against the plain reference.
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
+use std::num::NonZero;
+
 use nano_kernels::reference::attention::{PagedCache, paged_attention};
-use nano_kernels::reference::{activation, norm, product, rope};
+use nano_kernels::reference::norm::rms_norm;
+use nano_kernels::reference::{activation, product, rope};
+use nano_model::backend::cpu::{CpuBackend, Rows};
 use nano_model::backend::tch::TchBackend;
 use nano_model::backend::{Backend, Dtype, Values};
 use nano_model::batch::{Batch, BatchSequence};
@@ -30,8 +34,42 @@ fn spec(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> DecoderSpec {
     }
 }
 
-fn backend(spec: &DecoderSpec) -> TchBackend {
-    TchBackend::new(spec.clone(), Dtype::Float32, NUM_BLOCKS, BLOCK_SIZE).unwrap()
+/// A back end in float32 whose activations can be put in.
+trait Probe: Backend {
+    fn make(spec: &DecoderSpec, num_blocks: u32) -> Self;
+    fn hidden(&self, values: &[f32], columns: usize) -> Self::Hidden;
+
+    fn matrix(&mut self, values: &[f32], columns: usize) -> Self::Weight {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let part = TensorBytes { dtype: CheckpointDtype::Float32, bytes: &bytes };
+        self.weight(values.len() / columns, columns, Values::Tensors(&[part])).unwrap()
+    }
+
+    fn host(&mut self, hidden: Self::Hidden) -> Vec<f32> {
+        let mut host = Vec::new();
+        self.to_host(hidden, &mut host).unwrap();
+        host
+    }
+}
+
+impl Probe for TchBackend {
+    fn make(spec: &DecoderSpec, num_blocks: u32) -> Self {
+        Self::new(spec.clone(), Dtype::Float32, num_blocks, BLOCK_SIZE).unwrap()
+    }
+
+    fn hidden(&self, values: &[f32], columns: usize) -> Tensor {
+        Tensor::from_slice(values).view([-1, columns as i64])
+    }
+}
+
+impl Probe for CpuBackend<f32> {
+    fn make(spec: &DecoderSpec, num_blocks: u32) -> Self {
+        Self::new(spec.clone(), num_blocks, BLOCK_SIZE, NonZero::new(2).unwrap()).unwrap()
+    }
+
+    fn hidden(&self, values: &[f32], _columns: usize) -> Rows {
+        self.hidden(values)
+    }
 }
 
 /// Numbers in [-1, 1) that look random and are the same every time.
@@ -42,20 +80,6 @@ fn noise(len: usize, seed: u32) -> Vec<f32> {
         (state >> 8) as f32 / (1 << 23) as f32 - 1.0
     };
     std::iter::repeat_with(next).take(len).collect()
-}
-
-fn matrix(values: &[f32], columns: usize) -> Tensor {
-    Tensor::from_slice(values).view([-1, columns as i64])
-}
-
-fn weight(backend: &mut TchBackend, values: &[f32], columns: usize) -> Tensor {
-    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-    let part = TensorBytes { dtype: CheckpointDtype::Float32, bytes: &bytes };
-    backend.weight(values.len() / columns, columns, Values::Tensors(&[part])).unwrap()
-}
-
-fn host(tensor: &Tensor) -> Vec<f32> {
-    Vec::try_from(tensor.contiguous().view(-1)).unwrap()
 }
 
 fn assert_close(found: &[f32], expected: &[f32], what: &str) {
@@ -151,12 +175,17 @@ impl Reference {
 
 #[test]
 fn rope_cache_and_attention_agree_over_prefills_chunks_and_decodes() {
+    check_rope_cache_and_attention_agree_over_prefills_chunks_and_decodes::<TchBackend>();
+    check_rope_cache_and_attention_agree_over_prefills_chunks_and_decodes::<CpuBackend<f32>>();
+}
+
+fn check_rope_cache_and_attention_agree_over_prefills_chunks_and_decodes<B: Probe>() {
     // One token; a full last block and one more; a chunk in the middle; decodes of odd lengths.
     let first: &[(usize, usize)] = &[(0, 1), (0, 4), (0, 5), (0, 19), (0, 13)];
     let second: &[(usize, usize)] = &[(1, 1), (4, 1), (5, 6), (19, 1), (13, 2)];
     for (num_heads, num_kv_heads, head_dim) in [(1, 1, 2), (4, 2, 8), (6, 2, 16), (3, 3, 4)] {
         let spec = spec(num_heads, num_kv_heads, head_dim);
-        let mut backend = backend(&spec);
+        let mut backend = B::make(&spec, NUM_BLOCKS);
         for layer in 0..2 {
             let mut reference = Reference::new(&spec);
             // The tables of the second step extend those of the first: both are made for its end.
@@ -182,14 +211,16 @@ fn rope_cache_and_attention_agree_over_prefills_chunks_and_decodes() {
                 }
                 let qkv = noise(step.positions.len() * spec.qkv_size(), seed);
                 let prepared = backend.prepare(&step).unwrap();
-                let qkv_tensor = matrix(&qkv, spec.qkv_size());
-                let query = backend.rope_write_kv(layer, qkv_tensor, &prepared).unwrap();
+                let qkv_rows = backend.hidden(&qkv, spec.qkv_size());
+                let query = backend.rope_write_kv(layer, qkv_rows, &prepared).unwrap();
                 let queries = reference.rope_write_kv(&step, &qkv);
-                assert_close(&host(&query), &queries.concat(), "rotated queries");
+                let rotated = backend.host(query);
+                assert_close(&rotated, &queries.concat(), "rotated queries");
+                let query = backend.hidden(&rotated, num_heads * head_dim);
                 let found = backend.paged_attention(layer, query, &prepared).unwrap();
                 let expected = reference.attention(&step, &queries, layer);
                 let what = format!("{num_heads}/{num_kv_heads} heads, layer {layer}, step {seed}");
-                assert_close(&host(&found), &expected, &what);
+                assert_close(&backend.host(found), &expected, &what);
             }
         }
     }
@@ -197,8 +228,13 @@ fn rope_cache_and_attention_agree_over_prefills_chunks_and_decodes() {
 
 #[test]
 fn a_prefill_longer_than_a_tile_agrees() {
+    check_a_prefill_longer_than_a_tile_agrees::<TchBackend>();
+    check_a_prefill_longer_than_a_tile_agrees::<CpuBackend<f32>>();
+}
+
+fn check_a_prefill_longer_than_a_tile_agrees<B: Probe>() {
     let spec = spec(2, 1, 4);
-    let mut backend = TchBackend::new(spec.clone(), Dtype::Float32, 200, BLOCK_SIZE).unwrap();
+    let mut backend = B::make(&spec, 200);
     let mut reference = Reference { spec: spec.clone(), data: vec![0.0; 200 * 4 * 2 * 4] };
     let num_rows = 600;
     let mut step = Batch::default();
@@ -211,64 +247,81 @@ fn a_prefill_longer_than_a_tile_agrees() {
     let qkv = noise(num_rows * spec.qkv_size(), 3);
     for layer in 0..2 {
         let prepared = backend.prepare(&step).unwrap();
-        let qkv_tensor = matrix(&qkv, spec.qkv_size());
-        let query = backend.rope_write_kv(layer, qkv_tensor, &prepared).unwrap();
+        let qkv_rows = backend.hidden(&qkv, spec.qkv_size());
+        let query = backend.rope_write_kv(layer, qkv_rows, &prepared).unwrap();
         let queries = reference.rope_write_kv(&step, &qkv);
         let found = backend.paged_attention(layer, query, &prepared).unwrap();
         let expected = reference.attention(&step, &queries, layer);
-        assert_close(&host(&found), &expected, &format!("layer {layer}"));
+        assert_close(&backend.host(found), &expected, &format!("layer {layer}"));
     }
 }
 
 #[test]
 fn norms_products_gates_and_logits_agree() {
+    check_norms_products_gates_and_logits_agree::<TchBackend>();
+    check_norms_products_gates_and_logits_agree::<CpuBackend<f32>>();
+}
+
+fn check_norms_products_gates_and_logits_agree<B: Probe>() {
     let spec = spec(2, 1, 4);
-    let mut backend = backend(&spec);
+    let mut backend = B::make(&spec, NUM_BLOCKS);
     let (hidden_size, rows) = (spec.hidden_size, 3);
     let hidden = noise(rows * hidden_size, 4);
     let norm_weight = noise(hidden_size, 5);
-    let norm_tensor = Tensor::from_slice(&norm_weight);
-    let hidden_tensor = matrix(&hidden, hidden_size);
+    let bytes: Vec<u8> = norm_weight.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let part = TensorBytes { dtype: CheckpointDtype::Float32, bytes: &bytes };
+    let norm = backend.norm_weight(hidden_size, Some(part)).unwrap();
+    let hidden_rows = backend.hidden(&hidden, hidden_size);
     let normed: Vec<Vec<f32>> = hidden
         .chunks_exact(hidden_size)
-        .map(|row| norm::rms_norm(row, &norm_weight, spec.rms_norm_eps))
+        .map(|row| rms_norm(row, &norm_weight, spec.rms_norm_eps))
         .collect();
     let through = |weights: &[f32]| -> Vec<Vec<f32>> {
         normed.iter().map(|row| product::product(row, weights)).collect()
     };
 
     let qkv = noise(7 * hidden_size, 6);
-    let qkv_tensor = weight(&mut backend, &qkv, hidden_size);
-    let found = backend.norm_product(&hidden_tensor, &norm_tensor, &qkv_tensor).unwrap();
-    assert_close(&host(&found), &through(&qkv).concat(), "norm_product");
+    let qkv_weight = backend.matrix(&qkv, hidden_size);
+    let found = backend.norm_product(&hidden_rows, &norm, &qkv_weight).unwrap();
+    assert_close(&backend.host(found), &through(&qkv).concat(), "norm_product");
 
     let gate_up = noise(2 * spec.intermediate_size * hidden_size, 7);
-    let gate_up_tensor = weight(&mut backend, &gate_up, hidden_size);
-    let found = backend.norm_gated_product(&hidden_tensor, &norm_tensor, &gate_up_tensor).unwrap();
+    let bytes: Vec<u8> = gate_up.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let part = TensorBytes { dtype: CheckpointDtype::Float32, bytes: &bytes };
+    let rows_of_both = 2 * spec.intermediate_size;
+    let gate_up_weight =
+        backend.gate_up_weight(rows_of_both, hidden_size, Values::Tensors(&[part])).unwrap();
+    let found = backend.norm_gated_product(&hidden_rows, &norm, &gate_up_weight).unwrap();
     let gated: Vec<Vec<f32>> =
         through(&gate_up).iter().map(|row| activation::silu_mul(row)).collect();
-    assert_close(&host(&found), &gated.concat(), "norm_gated_product");
+    let gated_rows = backend.host(found);
+    assert_close(&gated_rows, &gated.concat(), "norm_gated_product");
+    let found = backend.hidden(&gated_rows, spec.intermediate_size);
 
     let down = noise(hidden_size * spec.intermediate_size, 8);
-    let down_tensor = weight(&mut backend, &down, spec.intermediate_size);
-    let residual = hidden_tensor.copy();
-    let found = backend.product_add(&found, &down_tensor, residual).unwrap();
+    let down_weight = backend.matrix(&down, spec.intermediate_size);
+    let residual = backend.hidden(&hidden, hidden_size);
+    let found = backend.product_add(&found, &down_weight, residual).unwrap();
     let mut expected = hidden.clone();
     for (row, gated) in expected.chunks_exact_mut(hidden_size).zip(&gated) {
         for (value, added) in row.iter_mut().zip(product::product(gated, &down)) {
             *value += added;
         }
     }
-    assert_close(&host(&found), &expected, "product_add");
+    assert_close(&backend.host(found), &expected, "product_add");
 
     let step = backend.prepare(&batch(&[(0, 2), (0, 1)])).unwrap();
     let head = noise(spec.vocab_size * hidden_size, 9);
-    let head_tensor = weight(&mut backend, &head, hidden_size);
-    let found = backend.logits(&hidden_tensor, &norm_tensor, &head_tensor, &step).unwrap();
+    let head_weight = backend.matrix(&head, hidden_size);
+    let found = backend.logits(&hidden_rows, &norm, &head_weight, &step).unwrap();
     let all = through(&head);
-    assert_close(&host(&found), &[&all[1][..], &all[2][..]].concat(), "logits of rows 1 and 2");
+    assert_close(
+        &backend.host(found),
+        &[&all[1][..], &all[2][..]].concat(),
+        "logits of rows 1 and 2",
+    );
 
-    let embedded = backend.embed(&head_tensor, &step).unwrap();
+    let embedded = backend.embed(&head_weight, &step).unwrap();
     let row = |token: usize| &head[token * hidden_size..][..hidden_size];
-    assert_close(&host(&embedded), &[row(0), row(1), row(0)].concat(), "embed");
+    assert_close(&backend.host(embedded), &[row(0), row(1), row(0)].concat(), "embed");
 }

@@ -10,8 +10,13 @@ use model_fixture::{BLOCK_SIZE, NUM_BLOCKS, model, options, write_json};
 use nano_core::scheduler::output::{
     BannedTokens, LogitRows, SampledRow, ScheduledSequence, TokenMasks, TokenSource,
 };
-use nano_core::{BlockId, Executor, SamplingParams, ScheduleOutput, SequenceId, TokenId};
+use nano_core::{BlockId, Error, Executor, SamplingParams, ScheduleOutput, SequenceId, TokenId};
 use nano_kernels::reference::sampling::{Sampling, sample};
+use nano_model::backend::Backend;
+use nano_model::backend::tch::TchBackend;
+use nano_model::batch::Batch;
+use nano_model::decoder::forward;
+use nano_model::load::cpu::load_on;
 use nano_model::{DtypeChoice, LoadFormat, ModelOptions, load};
 
 const VOCAB_SIZE: usize = 31;
@@ -199,7 +204,7 @@ fn a_token_may_come_from_the_step_before() {
 }
 
 #[test]
-fn logits_that_are_no_numbers_end_the_step() {
+fn logits_that_are_no_numbers_end_their_own_request() {
     let dir = model();
     let path = dir.path().join("model.safetensors");
     let mut file = std::fs::read(&path).unwrap();
@@ -210,10 +215,28 @@ fn logits_that_are_no_numbers_end_the_step() {
     let (mut executor, _) = load(dir.path(), &options()).unwrap();
     let mut step = ScheduleOutput::default();
     Run::new(0, 3).schedule(&mut step, 0, 3, LogitRows::Last(1));
-    executor.launch(&step).unwrap();
-    let error = executor.sample(&TokenMasks::default()).unwrap_err();
-    assert_eq!(error.code(), "executor_failed");
-    assert!(error.to_string().contains("not finite"), "{error}");
+    let rows = run(&mut *executor, &step, &TokenMasks::default());
+    assert_eq!(rows[0].error, Some(Error::LogitsNotFinite { position: 3 }));
+}
+
+#[test]
+fn the_whole_agrees_with_libtorch() {
+    let dir = model();
+    let mut executor = executor(&options());
+    let sequences = [Run::new(0, 30), Run::new(1, 9), Run::new(2, 18)];
+    let mut step = ScheduleOutput::default();
+    for sequence in &sequences {
+        sequence.schedule(&mut step, 0, sequence.tokens.len() as u32, LogitRows::All);
+    }
+    let rows = run(&mut *executor, &step, &TokenMasks::default());
+    let found: Vec<f32> = rows.into_iter().flat_map(|row| row.logits.unwrap()).collect();
+
+    let (mut oracle, decoder, _) = load_on(dir.path(), &options(), TchBackend::new).unwrap();
+    let prepared = oracle.prepare(&Batch::new(&step, BLOCK_SIZE, &[])).unwrap();
+    let logits = forward(&mut oracle, &decoder, &prepared).unwrap();
+    let mut expected = Vec::new();
+    oracle.to_host(logits, &mut expected).unwrap();
+    assert_close(&found, &expected, BOUND);
 }
 
 #[test]

@@ -70,6 +70,12 @@ pub enum Error {
         /// Blocks of the whole cache.
         num_blocks: u32,
     },
+    /// The model gave no number to choose a token by: its weights or its sums are not finite.
+    #[error("the logits for position {position} hold no finite number")]
+    LogitsNotFinite {
+        /// The index that the token would have had.
+        position: u32,
+    },
     /// The forward pass failed; the state of the device is unknown, and the engine has ended.
     #[error("executor failed: {message}")]
     ExecutorFailed {
@@ -88,6 +94,7 @@ impl Error {
             Self::TokenOutsideVocabulary { .. } => "token_outside_vocabulary",
             Self::PromptTooLong { .. } => "prompt_too_long",
             Self::NeverFits { .. } => "kv_cache_too_small",
+            Self::LogitsNotFinite { .. } => "logits_not_finite",
             Self::ExecutorFailed { .. } => "executor_failed",
         }
     }
@@ -137,6 +144,11 @@ mod tests {
                 },
                 "kv_cache_too_small",
                 "request needs 3 KV cache blocks (33 tokens in blocks of 16), but num_blocks is 2",
+            ),
+            (
+                Error::LogitsNotFinite { position: 7 },
+                "logits_not_finite",
+                "the logits for position 7 hold no finite number",
             ),
             (
                 Error::ExecutorFailed { message: "out of memory".to_owned() },

@@ -77,11 +77,6 @@ impl SamplingParams {
             format!("{min_tokens} with max_tokens {max_tokens}"),
         )
     }
-
-    /// Whether the next token is simply the largest logit.
-    pub fn is_greedy(&self) -> bool {
-        self.temperature == 0.0
-    }
 }
 
 #[cfg(test)]
@@ -169,12 +164,5 @@ mod tests {
             message(&params),
             "min_tokens must be at most max_tokens, got 5 with max_tokens 4"
         );
-    }
-
-    #[test]
-    fn only_temperature_zero_is_greedy() {
-        let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
-        assert!(greedy.is_greedy());
-        assert!(!SamplingParams::default().is_greedy());
     }
 }

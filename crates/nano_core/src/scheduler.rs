@@ -119,14 +119,6 @@ impl Scheduler {
         Some(self.retire(sequence, FinishReason::Abort))
     }
 
-    /// Ends every request with `reason`.
-    pub fn abort_all(&mut self, reason: &FinishReason) -> Vec<TokenEvent> {
-        let running = std::mem::take(&mut self.running);
-        let waiting = std::mem::take(&mut self.waiting);
-        let all = running.into_iter().chain(waiting);
-        all.map(|sequence| self.retire(sequence, reason.clone())).collect()
-    }
-
     /// Whether no request is left.
     pub fn is_idle(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty()
@@ -292,9 +284,10 @@ impl Scheduler {
             (_, Ok(index)) => &mut self.waiting[index],
             _ => return None,
         };
-        let (logits, mut finish) = match row.logits {
-            Some(rows) => deliver_logits(sequence, scheduled, rows),
-            None => (None, None),
+        let (logits, mut finish) = match (row.logits, row.error) {
+            (_, Some(error)) => (None, Some(FinishReason::Error(error))),
+            (Some(rows), None) => deliver_logits(sequence, scheduled, rows),
+            (None, None) => (None, None),
         };
         let mut tokens = SmallVec::new();
         for token in row.tokens {

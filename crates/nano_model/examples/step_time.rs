@@ -122,7 +122,9 @@ fn run(dir: &Path) -> Result<(), Box<dyn Error>> {
         ("prefill, 4 x 512 rows", step(4, 0, 512, 0.0), 3),
         ("prefill, 512 rows on 1536", step(1, 1536, 512, 0.0), 5),
     ];
-    for (name, step, num_runs) in &cases {
+    let only = std::env::var("STEP_ONLY").unwrap_or_default();
+    for (name, step, num_runs) in cases.iter().filter(|(name, ..)| only.is_empty() || *name == only)
+    {
         time(&mut *executor, name, step, *num_runs)?;
     }
     Ok(())

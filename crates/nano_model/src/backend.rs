@@ -4,8 +4,7 @@
 //! kernel composes its plain ones. Operators only enqueue, so that a captured graph of a device is
 //! the forward pass run once under capture.
 
-mod attention_plan;
-mod bridge;
+pub mod cpu;
 pub mod cuda;
 pub mod tch;
 
@@ -60,8 +59,6 @@ pub enum Values<'a> {
     Tensors(&'a [TensorBytes<'a>]),
     /// Random ones.
     Dummy(DummyTensor<'a>),
-    /// A norm that changes nothing.
-    Ones,
 }
 
 /// Runs the operators of a decoder. `num_tokens` is the number of the step's rows.
@@ -73,9 +70,22 @@ pub trait Backend: Debug {
     /// What operators need to know about the step, on the device.
     type Step;
 
-    /// One parameter, `[rows, columns]`; a norm has one row. What it was made of can be dropped
-    /// afterwards.
+    /// A matrix, `[rows, columns]`. What it is made of can be dropped afterwards.
     fn weight(&mut self, rows: usize, columns: usize, values: Values<'_>) -> Result<Self::Weight>;
+
+    /// The matrix of [`norm_gated_product`](Self::norm_gated_product): gate, and up below it.
+    fn gate_up_weight(
+        &mut self,
+        rows: usize,
+        columns: usize,
+        values: Values<'_>,
+    ) -> Result<Self::Weight> {
+        self.weight(rows, columns, values)
+    }
+
+    /// The weight of a norm, `[size]`; ones, if there is no tensor.
+    fn norm_weight(&mut self, size: usize, values: Option<TensorBytes<'_>>)
+    -> Result<Self::Weight>;
 
     /// Uploads a step.
     fn prepare(&mut self, batch: &Batch) -> Result<Self::Step>;
@@ -136,8 +146,8 @@ pub trait Backend: Debug {
         step: &Self::Step,
     ) -> Result<Self::Hidden>;
 
-    /// Waits for logits and copies them, `[num_logit_rows * vocab_size]`, over `host`.
-    fn to_host(&mut self, logits: &Self::Hidden, host: &mut Vec<f32>) -> Result<()>;
+    /// Waits for logits and puts them, `[num_logit_rows * vocab_size]`, over `host`.
+    fn to_host(&mut self, logits: Self::Hidden, host: &mut Vec<f32>) -> Result<()>;
 
     /// The sum over all ranks; the identity on one.
     fn all_reduce(&mut self, hidden: Self::Hidden) -> Result<Self::Hidden> {

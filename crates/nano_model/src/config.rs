@@ -78,6 +78,16 @@ pub enum CheckpointDtype {
     BFloat16,
 }
 
+impl CheckpointDtype {
+    /// Bytes of one element.
+    pub fn num_bytes(self) -> usize {
+        match self {
+            Self::Float32 => 4,
+            Self::Float16 | Self::BFloat16 => 2,
+        }
+    }
+}
+
 /// The sampling defaults of `generation_config.json`, used when a request gives no parameters.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GenerationDefaults {

@@ -80,6 +80,14 @@ pub enum Error {
         /// What was given.
         value: String,
     },
+    /// The system has no memory for a part of the model.
+    #[error("no memory for {what}: {reason}")]
+    NoMemory {
+        /// The part.
+        what: &'static str,
+        /// What the system says.
+        reason: String,
+    },
     /// An operator of libtorch failed.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
@@ -101,12 +109,6 @@ pub enum Error {
         /// The option that helps.
         hint: &'static str,
     },
-    /// The logits of a row hold no finite number.
-    #[error("the logits of a sequence at position {position} are not finite")]
-    NotFinite {
-        /// The position of the token that was to be sampled.
-        position: u32,
-    },
 }
 
 impl Error {
@@ -121,11 +123,11 @@ impl Error {
             Self::TensorShape { .. } => "tensor_misshapen",
             Self::TensorDtype { .. } => "tensor_dtype_unsupported",
             Self::BadOption { .. } => "invalid_config",
+            Self::NoMemory { .. } => "out_of_memory",
             Self::Torch(_) => "libtorch_failed",
             Self::Cuda(CudaError::NoDevice(_)) => "no_cuda_device",
             Self::Cuda(_) => "cuda_failed",
             Self::GpuMemory { .. } => "gpu_out_of_memory",
-            Self::NotFinite { .. } => "logits_not_finite",
         }
     }
 }

@@ -3,21 +3,27 @@
 pub mod cuda;
 
 use nano_core::executor::{Capacity, Executor};
-use nano_core::scheduler::output::{LogitRows, SampledRow, ScheduleOutput, StepOutput, TokenMasks};
+use nano_core::scheduler::output::{
+    LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput, TokenMasks,
+};
 use nano_core::{Error as CoreError, TokenId};
-use nano_kernels::reference::sampling::{Sampling, sample};
+use nano_kernels::cpu::sampling::sample;
+use nano_kernels::cpu::{Element, Isa};
+use nano_kernels::reference::sampling::Sampling;
+use parking_lot::Mutex;
 use smallvec::smallvec;
 
 use crate::backend::Backend;
+use crate::backend::cpu::CpuBackend;
 use crate::batch::Batch;
 use crate::decoder::{Decoder, forward};
 use crate::error::{Error, Result};
 
-/// Runs steps on a back end whose operators are done when they return.
+/// Runs steps on the CPU.
 #[derive(Debug)]
-pub struct CpuExecutor<B: Backend> {
-    backend: B,
-    model: Decoder<B>,
+pub struct CpuExecutor<E: Element> {
+    backend: CpuBackend<E>,
+    model: Decoder<CpuBackend<E>>,
     capacity: Capacity,
     vocab_size: usize,
     /// The step that was launched and not collected.
@@ -29,9 +35,14 @@ pub struct CpuExecutor<B: Backend> {
     previous: Vec<TokenId>,
 }
 
-impl<B: Backend> CpuExecutor<B> {
+impl<E: Element> CpuExecutor<E> {
     /// Runs `model` on `backend`, whose cache has the given capacity.
-    pub fn new(backend: B, model: Decoder<B>, capacity: Capacity, vocab_size: usize) -> Self {
+    pub fn new(
+        backend: CpuBackend<E>,
+        model: Decoder<CpuBackend<E>>,
+        capacity: Capacity,
+        vocab_size: usize,
+    ) -> Self {
         Self {
             backend,
             model,
@@ -48,67 +59,90 @@ impl<B: Backend> CpuExecutor<B> {
         let batch = Batch::new(step, self.capacity.block_size, &self.previous);
         let prepared = self.backend.prepare(&batch)?;
         let logits = forward(&mut self.backend, &self.model, &prepared)?;
-        self.backend.to_host(&logits, &mut self.logits)?;
+        self.backend.to_host(logits, &mut self.logits)?;
         self.step = step.clone();
         Ok(())
     }
 
-    fn sample_rows(&mut self, masks: &TokenMasks) -> Result<()> {
+    fn sample_rows(&mut self, masks: &TokenMasks) {
         let mut logits = &mut self.logits[..];
         let mut banned = masks.banned.iter().peekable();
-        self.previous.clear();
+        // Each sequence's logits, and the token that comes of them.
+        let mut rows: Vec<Mutex<(&mut [f32], Option<u32>)>> = Vec::new();
         for (row, scheduled) in self.step.sequences.iter().enumerate() {
-            let num_rows = match scheduled.logit_rows {
-                LogitRows::None => 0,
-                LogitRows::Last(last) => last.min(scheduled.num_scheduled_tokens),
-                LogitRows::All => scheduled.num_scheduled_tokens,
-            };
-            let (mine, rest) =
-                std::mem::take(&mut logits).split_at_mut(num_rows as usize * self.vocab_size);
+            let num_rows = num_logit_rows(scheduled);
+            let (mine, rest) = std::mem::take(&mut logits).split_at_mut(num_rows * self.vocab_size);
             logits = rest;
-            let sequence = scheduled.sequence;
-            let mut token = TokenId(0);
-            match scheduled.logit_rows {
-                LogitRows::None => {}
-                LogitRows::All => {
-                    let (tokens, logits) = (smallvec![], Some(mine.to_vec()));
-                    self.rows.push(SampledRow { sequence, tokens, logits });
-                }
-                LogitRows::Last(_) => {
-                    let last = mine.len() - self.vocab_size;
-                    let mine = &mut mine[last..];
-                    while let Some(mask) = banned.next_if(|mask| mask.row as usize <= row) {
-                        let mine_too = mask.row as usize == row;
-                        for token in mask.token_ids.iter().filter(|_| mine_too) {
-                            if let Some(logit) = mine.get_mut(token.0 as usize) {
-                                *logit = f32::NEG_INFINITY;
-                            }
-                        }
+            while let Some(mask) = banned.next_if(|mask| mask.row as usize <= row) {
+                let is_mine = mask.row as usize == row && num_rows > 0;
+                for token in mask.token_ids.iter().filter(|_| is_mine) {
+                    let last = (num_rows - 1) * self.vocab_size;
+                    if let Some(logit) = mine[last..].get_mut(token.0 as usize) {
+                        *logit = f32::NEG_INFINITY;
                     }
-                    let position = scheduled.context_len();
-                    let params = &scheduled.params;
-                    let sampling = Sampling {
-                        temperature: params.temperature,
-                        top_k: params.top_k,
-                        top_p: params.top_p,
-                        min_p: params.min_p,
-                        seed: scheduled.seed,
-                        position,
-                        index: 0,
-                    };
-                    let chosen = sample(mine, &sampling);
-                    token = TokenId(chosen.ok_or(Error::NotFinite { position })?);
-                    let (tokens, logits) = (smallvec![token], None);
-                    self.rows.push(SampledRow { sequence, tokens, logits });
                 }
             }
-            self.previous.push(token);
+            rows.push(Mutex::new((mine, None)));
         }
-        Ok(())
+        let sequences = &self.step.sequences;
+        self.backend.pool().run(rows.len(), &|row| {
+            let scheduled = &sequences[row];
+            if let LogitRows::Last(_) = scheduled.logit_rows {
+                let (logits, token) = &mut *rows[row].lock();
+                let last = logits.len() - self.vocab_size;
+                *token = sample(Isa::detect(), &logits[last..], &sampling(scheduled));
+            }
+        });
+        self.previous.clear();
+        for (scheduled, row) in sequences.iter().zip(rows) {
+            let (logits, token) = row.into_inner();
+            let mut answer = SampledRow {
+                sequence: scheduled.sequence,
+                tokens: smallvec![],
+                logits: None,
+                error: None,
+            };
+            match (scheduled.logit_rows, token) {
+                (LogitRows::None, _) => {}
+                (LogitRows::All, _) => answer.logits = Some(logits.to_vec()),
+                (LogitRows::Last(_), Some(token)) => answer.tokens.push(TokenId(token)),
+                (LogitRows::Last(_), None) => {
+                    let position = scheduled.context_len();
+                    answer.error = Some(CoreError::LogitsNotFinite { position });
+                }
+            }
+            self.previous.push(TokenId(token.unwrap_or(0)));
+            if scheduled.logit_rows != LogitRows::None {
+                self.rows.push(answer);
+            }
+        }
     }
 }
 
-impl<B: Backend> Executor for CpuExecutor<B> {
+/// The rows of logits that a sequence has in its step.
+fn num_logit_rows(scheduled: &ScheduledSequence) -> usize {
+    match scheduled.logit_rows {
+        LogitRows::None => 0,
+        LogitRows::Last(last) => last.min(scheduled.num_scheduled_tokens) as usize,
+        LogitRows::All => scheduled.num_scheduled_tokens as usize,
+    }
+}
+
+/// How a sequence's next token is chosen.
+fn sampling(scheduled: &ScheduledSequence) -> Sampling {
+    let params = &scheduled.params;
+    Sampling {
+        temperature: params.temperature,
+        top_k: params.top_k,
+        top_p: params.top_p,
+        min_p: params.min_p,
+        seed: scheduled.seed,
+        position: scheduled.context_len(),
+        index: 0,
+    }
+}
+
+impl<E: Element> Executor for CpuExecutor<E> {
     fn capacity(&self) -> Capacity {
         self.capacity
     }
@@ -118,7 +152,8 @@ impl<B: Backend> Executor for CpuExecutor<B> {
     }
 
     fn sample(&mut self, masks: &TokenMasks) -> nano_core::Result<()> {
-        self.sample_rows(masks).map_err(|error| failed(&error))
+        self.sample_rows(masks);
+        Ok(())
     }
 
     fn collect(&mut self) -> nano_core::Result<StepOutput> {

@@ -1,29 +1,21 @@
 //! From a directory and options to an executor.
 
+pub mod cpu;
 mod cuda;
 
 use std::path::Path;
 
-use nano_core::executor::{Capacity, Executor};
+use nano_core::executor::Executor;
 use nano_core::{SchedulerConfig, TokenId};
 use nano_kernels::cuda::Device;
 use safetensors::Dtype as StoredDtype;
 
-use crate::backend::tch::TchBackend;
 use crate::backend::{Backend, Dtype, Values};
 use crate::config::{CheckpointDtype, DecoderSpec, GenerationDefaults, ModelConfig};
 use crate::decoder::{Decoder, Layer};
 use crate::dummy::DummyWeights;
 use crate::error::{Error, Result};
-use crate::executor::CpuExecutor;
 use crate::weights::WeightMap;
-
-/// The KV cache holds this many sequences of full length, if memory allows and nobody says more.
-const DEFAULT_FULL_SEQUENCES: u64 = 16;
-/// The largest KV cache that nobody asked for.
-const DEFAULT_MOST_CACHE_BYTES: u64 = 4 << 30;
-/// More threads than a machine has cores.
-const MAX_THREADS: usize = 4096;
 
 /// The data type of weights, activations and cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,59 +117,7 @@ pub fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Executor>, Mo
         let (executor, info) = cuda::load(dir, options, &device)?;
         return Ok((Box::new(executor), info));
     }
-    if options.deterministic {
-        let range = "False on the CPU".to_owned();
-        return Err(Error::BadOption { name: "deterministic", range, value: "True".to_owned() });
-    }
-    if let Some(num_threads) = options.num_threads {
-        if !(1..=MAX_THREADS).contains(&num_threads) {
-            let (range, value) = (format!("in [1, {MAX_THREADS}]"), num_threads.to_string());
-            return Err(Error::BadOption { name: "num_threads", range, value });
-        }
-        tch::set_num_threads(num_threads as i32);
-    }
-    let (executor, info) = load_on(dir, options, TchBackend::new)?;
-    Ok((Box::new(executor), info))
-}
-
-/// Loads the model in `dir` onto the back end that `make` makes from the model's shape, the data
-/// type, the number of blocks and their size.
-///
-/// # Errors
-/// As [`load`].
-pub fn load_on<B: Backend>(
-    dir: &Path,
-    options: &ModelOptions,
-    make: impl FnOnce(DecoderSpec, Dtype, u32, u32) -> Result<B>,
-) -> Result<(CpuExecutor<B>, ModelInfo)> {
-    let config = ModelConfig::from_dir(dir)?;
-    let map = match options.load_format {
-        LoadFormat::Auto => Some(WeightMap::open(dir)?),
-        LoadFormat::Dummy => None,
-    };
-    let dtype = dtype(options.dtype, config.dtype.or_else(|| checkpoint_dtype(map.as_ref()?)));
-    let element_bytes = dtype.num_bytes() as u64;
-    let memory =
-        available_bytes().saturating_sub(config.spec.num_parameters() as u64 * element_bytes);
-    let memory = CacheMemory {
-        bytes: memory,
-        unasked_bytes: (memory / 4).min(DEFAULT_MOST_CACHE_BYTES),
-        unasked_sequences: DEFAULT_FULL_SEQUENCES,
-        hint: "free the memory of other programs",
-    };
-    let room = CacheRoom::new(&config, options, element_bytes, &memory)?;
-    let spec = config.spec.clone();
-    let mut backend = make(spec.clone(), dtype, room.num_blocks, options.block_size)?;
-    let dummy = DummyWeights::new(options.seed);
-    let source = map.as_ref().map_or(Source::Dummy(&dummy), Source::Checkpoint);
-    let model = load_decoder(&spec, source, &mut backend)?;
-    let info = room.info(config, dtype, "cpu".to_owned());
-    let capacity = Capacity {
-        num_blocks: room.num_blocks,
-        block_size: options.block_size,
-        max_steps_in_flight: 1,
-    };
-    Ok((CpuExecutor::new(backend, model, capacity, spec.vocab_size), info))
+    cpu::load(dir, options)
 }
 
 fn gib(bytes: u64) -> f64 {
@@ -306,14 +246,6 @@ impl CacheRoom {
     }
 }
 
-/// Memory that can be had without swapping; a modest guess where the system does not say.
-fn available_bytes() -> u64 {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.map_or(4 << 30, |kib| kib << 10)
-}
-
 #[derive(Clone, Copy)]
 enum Source<'a> {
     Checkpoint(&'a WeightMap),
@@ -328,12 +260,22 @@ impl Source<'_> {
         parts: &[(String, usize)],
         columns: usize,
     ) -> Result<B::Weight> {
+        self.merged(parts, columns, |rows, values| backend.weight(rows, columns, values))
+    }
+
+    /// Gives `make` the number of rows and the values of tensors one below the other.
+    fn merged<W>(
+        self,
+        parts: &[(String, usize)],
+        columns: usize,
+        make: impl FnOnce(usize, Values<'_>) -> Result<W>,
+    ) -> Result<W> {
         let rows = parts.iter().map(|(_, rows)| rows).sum();
         match self {
             Source::Checkpoint(map) => {
                 let found = parts.iter().map(|(name, rows)| map.tensor(name, &[*rows, columns]));
                 let found = found.collect::<Result<Vec<_>>>()?;
-                let weight = backend.weight(rows, columns, Values::Tensors(&found))?;
+                let weight = make(rows, Values::Tensors(&found))?;
                 for (name, _) in parts {
                     map.release(name);
                 }
@@ -342,18 +284,17 @@ impl Source<'_> {
             Source::Dummy(dummy) => {
                 // Named after its first part: one draw serves the merged matrix.
                 let name = parts.first().map_or("", |(name, _)| name);
-                backend.weight(rows, columns, Values::Dummy(dummy.tensor(name)))
+                make(rows, Values::Dummy(dummy.tensor(name)))
             }
         }
     }
 
     fn norm<B: Backend>(self, backend: &mut B, name: &str, size: usize) -> Result<B::Weight> {
-        match self {
-            Source::Checkpoint(map) => {
-                backend.weight(1, size, Values::Tensors(&[map.tensor(name, &[size])?]))
-            }
-            Source::Dummy(_) => backend.weight(1, size, Values::Ones),
-        }
+        let tensor = match self {
+            Source::Checkpoint(map) => Some(map.tensor(name, &[size])?),
+            Source::Dummy(_) => None,
+        };
+        backend.norm_weight(size, tensor)
     }
 }
 
@@ -382,7 +323,9 @@ fn load_decoder<B: Backend>(
             qkv: source.matrix(backend, &qkv, hidden)?,
             output: source.matrix(backend, &[(name("self_attn.o_proj"), hidden)], query_size)?,
             mlp_norm: source.norm(backend, &name("post_attention_layernorm"), hidden)?,
-            gate_up: source.matrix(backend, &gate_up, hidden)?,
+            gate_up: source.merged(&gate_up, hidden, |rows, values| {
+                backend.gate_up_weight(rows, hidden, values)
+            })?,
             down: source.matrix(
                 backend,
                 &[(name("mlp.down_proj"), hidden)],

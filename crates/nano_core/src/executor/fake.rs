@@ -23,6 +23,8 @@ use crate::scheduler::output::{
 pub enum Fault {
     /// `collect` returns an error.
     Error,
+    /// The step's first row that asks for logits fails.
+    Row,
     /// `launch` panics.
     Panic,
     /// `collect` does not return before the flag is set.
@@ -190,7 +192,7 @@ impl Executor for FakeExecutor {
                     std::thread::sleep(Duration::from_millis(5));
                 }
             }
-            Some(Fault::Panic) | None => {}
+            Some(Fault::Panic | Fault::Row) | None => {}
         }
         let rows = step.sequences.iter().zip(sampled).zip(logits);
         let rows = rows.filter(|((scheduled, _), _)| scheduled.logit_rows != LogitRows::None);
@@ -198,8 +200,14 @@ impl Executor for FakeExecutor {
             sequence: scheduled.sequence,
             tokens: if logits.is_some() { smallvec![] } else { smallvec![token] },
             logits,
+            error: None,
         });
-        Ok(StepOutput { rows: rows.collect() })
+        let mut rows: Vec<SampledRow> = rows.collect();
+        if let (Some(Fault::Row), Some(row)) = (self.fault_at(step.step), rows.first_mut()) {
+            let error = Some(Error::LogitsNotFinite { position: 0 });
+            *row = SampledRow { sequence: row.sequence, tokens: smallvec![], logits: None, error };
+        }
+        Ok(StepOutput { rows })
     }
 }
 

@@ -65,6 +65,7 @@ impl ScheduledSequence {
     pub fn is_answered_by(&self, row: &SampledRow) -> bool {
         let is_complete = match self.logit_rows {
             LogitRows::None => false,
+            _ if row.error.is_some() => row.tokens.is_empty() && row.logits.is_none(),
             LogitRows::Last(n) => {
                 (1..=n as usize).contains(&row.tokens.len()) && row.logits.is_none()
             }
@@ -121,6 +122,8 @@ pub struct SampledRow {
     pub tokens: SmallVec<[TokenId; 1]>,
     /// For [`LogitRows::All`]: `[num_scheduled_tokens, vocab_size]`.
     pub logits: Option<Vec<f32>>,
+    /// Why there is neither: the request ends with it, and no other does.
+    pub error: Option<Error>,
 }
 
 /// The results of one step, one row for each sequence whose [`LogitRows`] is not `None`, in the
@@ -140,7 +143,7 @@ pub enum FinishReason {
     Length,
     /// It was aborted.
     Abort,
-    /// The engine failed.
+    /// Its row of a step has failed.
     Error(Error),
 }
 
@@ -177,7 +180,19 @@ mod tests {
     fn row(sequence: u64, num_tokens: usize, num_logits: Option<usize>) -> SampledRow {
         let tokens = std::iter::repeat_n(TokenId(0), num_tokens).collect();
         let logits = num_logits.map(|len| vec![0.0; len]);
-        SampledRow { sequence: SequenceId(sequence), tokens, logits }
+        SampledRow { sequence: SequenceId(sequence), tokens, logits, error: None }
+    }
+
+    #[test]
+    fn a_row_that_failed_holds_nothing_else() {
+        let failed = |row| SampledRow { error: Some(Error::EmptyPrompt), ..row };
+        for logit_rows in [LogitRows::Last(1), LogitRows::All] {
+            let asked = scheduled(logit_rows);
+            assert!(asked.is_answered_by(&failed(row(1, 0, None))));
+            assert!(!asked.is_answered_by(&failed(row(1, 1, None))));
+            assert!(!asked.is_answered_by(&failed(row(1, 0, Some(3)))));
+        }
+        assert!(!scheduled(LogitRows::None).is_answered_by(&failed(row(1, 0, None))));
     }
 
     #[test]

@@ -2,43 +2,143 @@
 
 use half::bf16;
 
+use super::LANES;
+use super::isa::{Isa, mul_add};
+use super::memory::AnyBits;
+use super::product::MAX_TILE_ROWS;
+use super::product::tile::Ahead;
+#[cfg(target_arch = "x86_64")]
+use super::product::tile::tile_avx512;
+
 /// Something stored that is computed in float32.
-pub trait Element: Copy + Send + Sync + 'static {
+pub trait Element: AnyBits {
+    /// What one lane of a product takes at once: a few elements side by side.
+    type Word: AnyBits;
+    /// Elements of a word.
+    const PER_WORD: usize;
+
     /// Exact.
     fn widen(self) -> f32;
 
     /// To the nearest, ties to even.
     fn narrow(value: f32) -> Self;
+
+    /// The first `PER_WORD` elements, side by side.
+    fn word(elements: &[Self]) -> Self::Word;
+
+    /// The first `PER_WORD` values, narrowed.
+    fn word_of(values: &[f32]) -> Self::Word;
+
+    /// The element at `index` of a word.
+    fn of_word(word: Self::Word, index: usize) -> Self;
+
+    /// `sum` and the products of two words' elements, in their order.
+    fn dot<const FMA: bool>(sum: f32, a: Self::Word, b: Self::Word) -> f32;
+
+    /// Adds the sums of a tile by an instruction made for the type; `false` if there is none.
+    fn tile<const ROWS: usize>(
+        _isa: Isa,
+        _rows: &[[Self::Word; ROWS]],
+        _panels: [&[[Self::Word; LANES]]; 2],
+        _ahead: Option<Ahead<'_, Self::Word>>,
+        _sums: &mut [[[f32; LANES]; MAX_TILE_ROWS]; 2],
+    ) -> bool {
+        false
+    }
 }
 
 impl Element for f32 {
-    #[inline]
+    type Word = f32;
+    const PER_WORD: usize = 1;
+
+    #[inline(always)]
     fn widen(self) -> f32 {
         self
     }
 
-    #[inline]
+    #[inline(always)]
     fn narrow(value: f32) -> Self {
         value
+    }
+
+    #[inline(always)]
+    fn word(elements: &[Self]) -> f32 {
+        elements[0]
+    }
+
+    #[inline(always)]
+    fn word_of(values: &[f32]) -> f32 {
+        values[0]
+    }
+
+    #[inline(always)]
+    fn of_word(word: f32, _index: usize) -> Self {
+        word
+    }
+
+    #[inline(always)]
+    fn dot<const FMA: bool>(sum: f32, a: f32, b: f32) -> f32 {
+        mul_add::<FMA>(a, b, sum)
     }
 }
 
 /// Not by `half`'s conversions, whose branches keep loops from becoming vector instructions.
 impl Element for bf16 {
-    #[inline]
+    /// The first element is the lower half.
+    type Word = u32;
+    const PER_WORD: usize = 2;
+
+    #[inline(always)]
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
-    #[inline]
+    #[inline(always)]
     fn narrow(value: f32) -> Self {
         let bits = value.to_bits();
         let rounded = (bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16) as u16;
         let quiet_nan = (bits >> 16) as u16 | 0x0040;
         Self::from_bits(if value.is_nan() { quiet_nan } else { rounded })
     }
-}
 
+    #[inline(always)]
+    fn word(elements: &[Self]) -> u32 {
+        u32::from(elements[1].to_bits()) << 16 | u32::from(elements[0].to_bits())
+    }
+
+    #[inline(always)]
+    fn word_of(values: &[f32]) -> u32 {
+        Self::word(&[Self::narrow(values[0]), Self::narrow(values[1])])
+    }
+
+    #[inline(always)]
+    fn of_word(word: u32, index: usize) -> Self {
+        Self::from_bits((word >> (16 * index)) as u16)
+    }
+
+    #[inline(always)]
+    fn dot<const FMA: bool>(sum: f32, a: u32, b: u32) -> f32 {
+        let wide = |word: u32| [f32::from_bits(word << 16), f32::from_bits(word & 0xFFFF_0000)];
+        let (a, b) = (wide(a), wide(b));
+        mul_add::<FMA>(a[1], b[1], mul_add::<FMA>(a[0], b[0], sum))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn tile<const ROWS: usize>(
+        isa: Isa,
+        rows: &[[u32; ROWS]],
+        panels: [&[[u32; LANES]]; 2],
+        ahead: Option<Ahead<'_, u32>>,
+        sums: &mut [[[f32; LANES]; MAX_TILE_ROWS]; 2],
+    ) -> bool {
+        if isa == Isa::Avx512 {
+            // SAFETY: the processor has what the set says.
+            unsafe { tile_avx512(rows, panels, ahead, sums) };
+        }
+        isa == Isa::Avx512
+    }
+}
 #[cfg(test)]
 mod tests {
     use super::*;

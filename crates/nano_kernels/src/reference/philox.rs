@@ -10,6 +10,7 @@ const NUM_ROUNDS: usize = 10;
 ///
 /// # Source
 /// Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3, 2011.
+#[inline(always)]
 pub fn philox_4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for round in 0..NUM_ROUNDS {
         if round > 0 {

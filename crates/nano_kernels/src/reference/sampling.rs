@@ -39,33 +39,54 @@ pub fn sample(logits: &[f32], sampling: &Sampling) -> Option<u32> {
     if sampling.temperature == 0.0 {
         return argmax(logits.iter().copied());
     }
-    let least = threshold(logits, sampling);
-    // Relative to the largest: no temperature, however small, makes the best token overflow.
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    if !largest.is_finite() {
-        return None;
-    }
-    let mut chosen = None;
-    let mut best = f32::NEG_INFINITY;
-    let mut least_uniform = 0.0;
+    let mut choice = Choice::new(logits, sampling)?;
     for (token, &logit) in logits.iter().enumerate() {
-        if logit < least || logit.is_nan() {
-            continue;
-        }
-        let uniform = uniform(sampling, token as u32);
+        choice.offer(token as u32, logit, uniform(sampling, token as u32));
+    }
+    choice.chosen
+}
+
+/// The best token among those offered, in the order of their ids.
+#[derive(Debug)]
+pub(crate) struct Choice {
+    temperature: f32,
+    least: f32,
+    largest: f32,
+    best: f32,
+    least_uniform: f32,
+    pub(crate) chosen: Option<u32>,
+}
+
+impl Choice {
+    /// `None` if no logit can be chosen.
+    pub(crate) fn new(logits: &[f32], sampling: &Sampling) -> Option<Self> {
+        // Relative to the largest: no temperature, however small, makes the best token overflow.
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        largest.is_finite().then(|| Self {
+            temperature: sampling.temperature,
+            least: threshold(logits, sampling),
+            largest,
+            best: f32::NEG_INFINITY,
+            least_uniform: 0.0,
+            chosen: None,
+        })
+    }
+
+    /// `uniform` is the token's noise.
+    #[inline(always)]
+    pub(crate) fn offer(&mut self, token: u32, logit: f32, uniform: f32) {
         // No logit is above the largest, so noise below the best sum so far cannot win: most
         // tokens need no logarithm.
-        if uniform < least_uniform {
-            continue;
+        if logit < self.least || logit.is_nan() || uniform < self.least_uniform {
+            return;
         }
-        let sum = (logit - largest) / sampling.temperature + gumbel_of(uniform);
-        if sum > best {
-            best = sum;
-            chosen = Some(token as u32);
-            least_uniform = uniform_of_gumbel(best) - UNIFORM_ERROR;
+        let sum = (logit - self.largest) / self.temperature + gumbel_of(uniform);
+        if sum > self.best {
+            self.best = sum;
+            self.chosen = Some(token);
+            self.least_uniform = uniform_of_gumbel(sum) - UNIFORM_ERROR;
         }
     }
-    chosen
 }
 
 /// Far above what rounding does to `uniform -> gumbel -> uniform`.
@@ -91,7 +112,8 @@ pub fn gumbel(sampling: &Sampling, token: u32) -> f32 {
 }
 
 /// `(word >> 9 + 0.5) / 2²³`, exact in float32, of the first word of Philox.
-fn uniform(sampling: &Sampling, token: u32) -> f32 {
+#[inline(always)]
+pub(crate) fn uniform(sampling: &Sampling, token: u32) -> f32 {
     let key = [sampling.seed as u32, (sampling.seed >> 32) as u32];
     let [word, ..] = philox_4x32_10([sampling.index, sampling.position, token, 0], key);
     ((word >> 9) as f32 + 0.5) / (1 << 23) as f32

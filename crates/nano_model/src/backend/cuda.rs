@@ -445,9 +445,17 @@ impl Backend for CudaBackend {
                 unsafe { self.kernels.fill_random(out, source, num_elements, dummy.seed()) }?;
                 self.draws = Some(draws);
             }
-            Values::Ones => buffer.upload(0, &vec![bf16::ONE; num_elements])?,
         }
         Ok(CudaWeight { buffer, rows, columns })
+    }
+
+    fn norm_weight(&mut self, size: usize, values: Option<TensorBytes<'_>>) -> Result<CudaWeight> {
+        let buffer = self.device().allocate(size * BF16_BYTES)?;
+        match values {
+            Some(tensor) => drop(self.place(&buffer, 0, tensor)?),
+            None => buffer.upload(0, &vec![bf16::ONE; size])?,
+        }
+        Ok(CudaWeight { buffer, rows: 1, columns: size })
     }
 
     fn prepare(&mut self, batch: &Batch) -> Result<CudaStep> {
@@ -610,7 +618,7 @@ impl Backend for CudaBackend {
         Ok(logits)
     }
 
-    fn to_host(&mut self, _logits: &CudaHidden, host: &mut Vec<f32>) -> Result<()> {
+    fn to_host(&mut self, _logits: CudaHidden, host: &mut Vec<f32>) -> Result<()> {
         *host = self.take_logits();
         Ok(())
     }

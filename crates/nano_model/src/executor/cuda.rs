@@ -11,7 +11,7 @@ use nano_core::executor::{Capacity, Executor};
 use nano_core::scheduler::output::{
     LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput, TokenMasks,
 };
-use nano_core::{SequenceId, TokenId};
+use nano_core::{Error as CoreError, SequenceId, TokenId};
 use nano_kernels::cuda::sampling::{NO_TOKEN, RowSampling};
 use nano_kernels::cuda::{Error as CudaError, Event, Graph, PinnedBuffer};
 use nano_kernels::reference::sampling::Sampling;
@@ -205,18 +205,19 @@ impl CudaExecutor {
         let vocab_size = self.backend.spec().vocab_size;
         let mut output = StepOutput::default();
         for Row { sequence, position, wanted } in flight.rows {
-            let (tokens, logits) = match wanted {
+            let mut row = SampledRow { sequence, tokens: smallvec![], logits: None, error: None };
+            match wanted {
                 Wanted::Nothing => continue,
                 Wanted::Token(at) => match u32::from_ne_bytes(chosen[at]) {
-                    NO_TOKEN => return Err(Error::NotFinite { position }),
-                    token => (smallvec![TokenId(token)], None),
+                    NO_TOKEN => row.error = Some(CoreError::LogitsNotFinite { position }),
+                    token => row.tokens.push(TokenId(token)),
                 },
                 Wanted::Logits(rows) => {
                     let numbers = rows.start * vocab_size..rows.end * vocab_size;
-                    (smallvec![], Some(flight.logits[numbers].to_vec()))
+                    row.logits = Some(flight.logits[numbers].to_vec());
                 }
-            };
-            output.rows.push(SampledRow { sequence, tokens, logits });
+            }
+            output.rows.push(row);
         }
         self.idle.push(flight.answer);
         Ok(output)

@@ -1,0 +1,126 @@
+//! Loading into the memory of the host.
+
+use std::num::NonZero;
+use std::path::Path;
+use std::thread;
+
+use half::bf16;
+use nano_core::executor::{Capacity, Executor};
+use nano_kernels::cpu::Element;
+
+use super::{
+    CacheMemory, CacheRoom, LoadFormat, ModelInfo, ModelOptions, Source, checkpoint_dtype, dtype,
+    load_decoder,
+};
+use crate::backend::cpu::CpuBackend;
+use crate::backend::{Backend, Dtype};
+use crate::config::{DecoderSpec, ModelConfig};
+use crate::decoder::Decoder;
+use crate::dummy::DummyWeights;
+use crate::error::{Error, Result};
+use crate::executor::CpuExecutor;
+use crate::weights::WeightMap;
+
+/// The KV cache holds this many sequences of full length, if memory allows and nobody says more.
+const DEFAULT_FULL_SEQUENCES: u64 = 16;
+/// The largest KV cache that nobody asked for.
+const DEFAULT_MOST_CACHE_BYTES: u64 = 4 << 30;
+/// More threads than a machine has cores.
+const MAX_THREADS: usize = 4096;
+
+/// Loads the model in `dir` for the CPU.
+pub(super) fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Executor>, ModelInfo)> {
+    if let Some(num_threads) = options.num_threads.filter(|it| !(1..=MAX_THREADS).contains(it)) {
+        let (range, value) = (format!("in [1, {MAX_THREADS}]"), num_threads.to_string());
+        return Err(Error::BadOption { name: "num_threads", range, value });
+    }
+    let checkpoint = Checkpoint::open(dir, options)?;
+    match checkpoint.dtype {
+        Dtype::Float32 => load_as::<f32>(checkpoint, options),
+        Dtype::BFloat16 => load_as::<bf16>(checkpoint, options),
+    }
+}
+
+fn load_as<E: Element>(
+    checkpoint: Checkpoint,
+    options: &ModelOptions,
+) -> Result<(Box<dyn Executor>, ModelInfo)> {
+    let asked = options.num_threads.and_then(NonZero::new);
+    let num_threads =
+        asked.unwrap_or_else(|| thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN));
+    let (backend, model, info) = checkpoint.load(options, |spec, _, num_blocks, block_size| {
+        CpuBackend::<E>::new(spec, num_blocks, block_size, num_threads)
+    })?;
+    let capacity = Capacity {
+        num_blocks: info.num_blocks,
+        block_size: options.block_size,
+        max_steps_in_flight: 1,
+    };
+    let executor = CpuExecutor::new(backend, model, capacity, info.vocab_size as usize);
+    Ok((Box::new(executor), info))
+}
+
+/// Loads the model in `dir` onto the back end that `make` makes from the model's shape, the data
+/// type, the number of blocks and their size.
+///
+/// # Errors
+/// As [`load`](super::load).
+pub fn load_on<B: Backend>(
+    dir: &Path,
+    options: &ModelOptions,
+    make: impl FnOnce(DecoderSpec, Dtype, u32, u32) -> Result<B>,
+) -> Result<(B, Decoder<B>, ModelInfo)> {
+    Checkpoint::open(dir, options)?.load(options, make)
+}
+
+/// What a directory holds.
+struct Checkpoint {
+    config: ModelConfig,
+    /// `None` for dummy weights.
+    map: Option<WeightMap>,
+    dtype: Dtype,
+}
+
+impl Checkpoint {
+    fn open(dir: &Path, options: &ModelOptions) -> Result<Self> {
+        let config = ModelConfig::from_dir(dir)?;
+        let map = match options.load_format {
+            LoadFormat::Auto => Some(WeightMap::open(dir)?),
+            LoadFormat::Dummy => None,
+        };
+        let dtype = dtype(options.dtype, config.dtype.or_else(|| checkpoint_dtype(map.as_ref()?)));
+        Ok(Self { config, map, dtype })
+    }
+
+    fn load<B: Backend>(
+        self,
+        options: &ModelOptions,
+        make: impl FnOnce(DecoderSpec, Dtype, u32, u32) -> Result<B>,
+    ) -> Result<(B, Decoder<B>, ModelInfo)> {
+        let Self { config, map, dtype } = self;
+        let element_bytes = dtype.num_bytes() as u64;
+        let weight_bytes = config.spec.num_parameters() as u64 * element_bytes;
+        let free = available_bytes().saturating_sub(weight_bytes);
+        let memory = CacheMemory {
+            bytes: free,
+            unasked_bytes: (free / 4).min(DEFAULT_MOST_CACHE_BYTES),
+            unasked_sequences: DEFAULT_FULL_SEQUENCES,
+            hint: "free the memory of other programs",
+        };
+        let room = CacheRoom::new(&config, options, element_bytes, &memory)?;
+        let spec = config.spec.clone();
+        let mut backend = make(spec.clone(), dtype, room.num_blocks, options.block_size)?;
+        let dummy = DummyWeights::new(options.seed);
+        let source = map.as_ref().map_or(Source::Dummy(&dummy), Source::Checkpoint);
+        let model = load_decoder(&spec, source, &mut backend)?;
+        Ok((backend, model, room.info(config, dtype, "cpu".to_owned())))
+    }
+}
+
+/// Memory that can be had without swapping; a modest guess where the system does not say.
+fn available_bytes() -> u64 {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.map_or(4 << 30, |kib| kib << 10)
+}
