@@ -121,7 +121,9 @@ def test_two_engines_share_a_gpu_and_a_full_one_says_what_helps(tmp_path, open_g
     }
     directory = write(GPU_MODELS["v0.2 on a GPU"], tmp_path)
     edit_config(directory, lambda config: config.update(too_large))
-    with pytest.raises(ModelLoadError, match=r"GiB .* the weights, but .* are free: .*device=") as error:
+    with pytest.raises(
+        ModelLoadError, match=r"GiB .* the weights, but .* are free: .*device="
+    ) as error:
         open_gpu(directory, load_format="dummy")
     assert error.value.code == "gpu_out_of_memory"
     assert engine.generate("Anne", GREEDY, use_tqdm=False)
