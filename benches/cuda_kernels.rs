@@ -14,8 +14,10 @@ use nano_kernels::cuda::attention::{
 };
 use nano_kernels::cuda::compile::Compiler;
 use nano_kernels::cuda::gather::Gather;
+use nano_kernels::cuda::gemm::{Output, Product};
 use nano_kernels::cuda::norm::RmsNorm;
 use nano_kernels::cuda::rope::RopeWriteKv;
+use nano_kernels::cuda::row_product::{Epilogue, RowProduct};
 use nano_kernels::cuda::sampling::{RowSampling, Sample};
 use nano_kernels::cuda::{Device, DeviceBuffer, Graph, Kernels, Result};
 use nano_kernels::reference::sampling::Sampling;
@@ -62,6 +64,15 @@ fn main() -> Result<()> {
         bench.rope(num_tokens)?;
         bench.gate(num_tokens)?;
         bench.gather(num_tokens)?;
+    }
+    for (name, out_features, in_features) in [
+        ("qkv", 6144, HIDDEN),
+        ("output", HIDDEN, HIDDEN),
+        ("gate_up", 2 * INTERMEDIATE, HIDDEN),
+        ("down", HIDDEN, INTERMEDIATE),
+        ("lm_head", VOCAB, HIDDEN),
+    ] {
+        bench.product(name, out_features, in_features)?;
     }
     for num_rows in [1, 64, 256] {
         for (name, temperature, top_p) in
@@ -252,6 +263,47 @@ impl Bench {
             // SAFETY: every buffer was allocated above with the size of its shape.
             unsafe { self.kernels.gather_rows(&gather, index) }
         })
+    }
+
+    /// One row with its norm, and several without, where there are such kernels.
+    fn product(&self, name: &str, out_features: usize, in_features: usize) -> Result<()> {
+        let weight_len = out_features * in_features;
+        let sets = num_sets(weight_len * 2);
+        let weights = self.values(weight_len, sets)?;
+        let (input, norm) = (self.values(32 * in_features, 1)?, self.values(in_features, 1)?);
+        let out = self.device().allocate(32 * out_features * 2)?;
+        let weight = |launch: usize| weights.address() + (launch % sets * weight_len * 2) as u64;
+        for num_rows in [1, 4, 16, 32] {
+            let kernel = if num_rows == 1 { "row_product" } else { "skinny_product" };
+            if num_rows > 1 && !self.kernels.has_skinny_product(num_rows, in_features) {
+                continue;
+            }
+            let bytes = (weight_len + num_rows * (in_features + out_features)) * 2;
+            let flops = 2.0 * (num_rows * weight_len) as f64;
+            self.report(&format!("{kernel} {name}, {num_rows} rows"), bytes, flops, |i| {
+                let (out, input, weight) = (out.address(), input.address(), weight(i));
+                let row = RowProduct {
+                    out,
+                    input,
+                    norm: Some(norm.address()),
+                    weight,
+                    out_features,
+                    in_features,
+                    epilogue: Epilogue::Bf16,
+                    eps: 1e-5,
+                };
+                let rows = Product { num_rows, out_features, in_features, output: Output::Bf16 };
+                // SAFETY: every buffer was allocated above with the size of its shape.
+                unsafe {
+                    if num_rows == 1 {
+                        self.kernels.row_product(&row)
+                    } else {
+                        self.kernels.skinny_product(&rows, out, input, weight)
+                    }
+                }
+            })?;
+        }
+        Ok(())
     }
 
     fn sample(&self, num_rows: usize, name: &str, temperature: f32, top_p: f32) -> Result<()> {

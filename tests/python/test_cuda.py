@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from devices import needs_gpu
-from nano_batch import Engine, EngineFailedError, ModelLoadError, SamplingParams
+from nano_batch import Engine, ModelLoadError, NanoBatchError, SamplingParams
 from random_models import GPU_MODELS, edit_config, random_tokens, reference, reference_logits, write
 from safetensors.torch import load_file, save_file
 
@@ -130,20 +130,27 @@ def test_two_engines_share_a_gpu_and_a_full_one_says_what_helps(tmp_path, open_g
 
 
 @needs_gpu
-def test_logits_that_are_no_numbers_end_the_requests_and_the_next_engine_starts(tmp_path, open_gpu):
+def test_logits_that_are_no_numbers_end_their_own_request_and_no_other(tmp_path, open_gpu):
     directory = write(GPU_MODELS["v0.2 on a GPU"], tmp_path)
     tensors = load_file(directory / "model.safetensors")
-    tensors["model.norm.weight"][:] = float("nan")
+    tensors["model.embed_tokens.weight"][9] = float("nan")
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    engine = open_gpu(directory)
-    streams = [engine.stream([5, 6, 7], SamplingParams(max_tokens=9)) for _ in range(3)]
-    for stream in streams:
-        with pytest.raises(EngineFailedError, match="not finite"):
-            list(stream)
-    with pytest.raises(EngineFailedError, match="not finite"):
-        engine.generate([5, 6, 7], use_tqdm=False)
-    engine.close()
-    assert open_gpu().generate("Anne", GREEDY, use_tqdm=False)
+    engine = open_gpu(directory, deterministic=True)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+    def tokens(stream):
+        return [token for output in stream for token in output.outputs[0].token_ids]
+
+    def together():
+        prompts = ([5, 6, 7], [5, 9, 7], [8, 6, 5])
+        first, bad, last = [engine.stream(prompt, params) for prompt in prompts]
+        with pytest.raises(NanoBatchError, match="no finite number") as error:
+            list(bad)
+        assert error.value.code == "logits_not_finite"
+        return tokens(first), tokens(last)
+
+    # The second time in blocks that held what is no number.
+    assert together() == together()
 
 
 @needs_gpu

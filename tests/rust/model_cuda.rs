@@ -12,9 +12,10 @@ mod model_fixture;
 use std::collections::BTreeMap;
 
 use model_fixture::{options, write_json};
+use nano_core::scheduler::output::{StepOutput, TokenMasks};
 use nano_core::{
-    EngineCore, Request, RequestId, RequestKind, RequestLimits, SamplingParams, SchedulerConfig,
-    TokenId,
+    Capacity, EngineCore, Executor, Request, RequestId, RequestKind, RequestLimits, SamplingParams,
+    ScheduleOutput, SchedulerConfig, TokenId,
 };
 use nano_kernels::cuda::{Device, Error};
 use nano_kernels::reference::sampling::{Sampling, sample};
@@ -81,7 +82,17 @@ fn serve(
     requests: &[(Vec<u32>, RequestKind)],
 ) -> Vec<Answer> {
     let (executor, info) = load(dir.path(), options).unwrap();
-    let ModelInfo { vocab_size, max_model_len, num_blocks, .. } = info;
+    run(executor, &info, options, eos, requests)
+}
+
+fn run<E: Executor>(
+    executor: E,
+    info: &ModelInfo,
+    options: &ModelOptions,
+    eos: &[u32],
+    requests: &[(Vec<u32>, RequestKind)],
+) -> Vec<Answer> {
+    let ModelInfo { vocab_size, max_model_len, num_blocks, .. } = *info;
     let limits = RequestLimits {
         vocab_size,
         max_model_len,
@@ -184,6 +195,41 @@ fn a_deterministic_sequence_says_the_same_in_any_batch_chunk_and_after_preemptio
             "{max_num_seqs} sequences, {budget} tokens, {num_blocks} blocks"
         );
     }
+}
+
+/// The same executor, one step at a time.
+#[derive(Debug)]
+struct OneStep(Box<dyn Executor>);
+
+impl Executor for OneStep {
+    fn capacity(&self) -> Capacity {
+        Capacity { max_steps_in_flight: 1, ..self.0.capacity() }
+    }
+
+    fn launch(&mut self, step: &ScheduleOutput) -> nano_core::Result<()> {
+        self.0.launch(step)
+    }
+
+    fn sample(&mut self, masks: &TokenMasks) -> nano_core::Result<()> {
+        self.0.sample(masks)
+    }
+
+    fn collect(&mut self) -> nano_core::Result<StepOutput> {
+        self.0.collect()
+    }
+}
+
+#[test]
+fn one_step_in_flight_says_what_two_do() {
+    if gpu().is_none() {
+        return;
+    }
+    let dir = model(64);
+    let options = ModelOptions { deterministic: true, ..gpu_options() };
+    let (executor, info) = load(dir.path(), &options).unwrap();
+    assert_eq!(executor.capacity().max_steps_in_flight, 2);
+    let one = run(OneStep(executor), &info, &options, &[], &mix());
+    assert!(one == serve(&dir, &options, &[], &mix()));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-// Products of up to 64 rows with a weight matrix on the tensor cores of a Hopper GPU, at the rate
+// Products of up to 32 rows with a weight matrix on the tensor cores of a Hopper GPU, at the rate
 // at which memory gives the weights.
 //
 //   out = input weight^T                                    [num_tokens, out_features]
@@ -21,7 +21,7 @@
 #include "common.cuh"
 
 #ifndef NUM_TOKENS
-#error "NUM_TOKENS is 8, 16, 32 or 64"
+#error "NUM_TOKENS is 8, 16 or 32"
 #endif
 constexpr int CHUNK = 64;  // columns: 128 bytes, the width of the swizzle
 constexpr int ROW_BYTES = CHUNK * sizeof(bf16);
@@ -90,7 +90,6 @@ template <int IN_FLIGHT> __device__ __forceinline__ void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
 }
 #define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
 __device__ __forceinline__ void multiply(float (&d)[NUM_TOKENS / 2], u64 a, u64 b) {
 #if NUM_TOKENS == 8
     asm volatile(
@@ -104,18 +103,11 @@ __device__ __forceinline__ void multiply(float (&d)[NUM_TOKENS / 2], u64 a, u64 
         "%8, %9, 1, 1, 1, 0, 0;"
         : FOUR(0), FOUR(4)
         : "l"(a), "l"(b));
-#elif NUM_TOKENS == 32
+#else
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, "
         "%8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, 0, 0;"
-        : SIXTEEN(0)
-        : "l"(a), "l"(b));
-#else
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, "
-        "%8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
-        "%26, %27, %28, %29, %30, %31}, %32, %33, 1, 1, 1, 0, 0;"
-        : SIXTEEN(0), SIXTEEN(16)
+        : FOUR(0), FOUR(4), FOUR(8), FOUR(12)
         : "l"(a), "l"(b));
 #endif
 }

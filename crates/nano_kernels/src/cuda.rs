@@ -14,10 +14,10 @@ pub mod graph;
 pub mod kernels;
 pub mod norm;
 pub mod rope;
+pub mod row_product;
 pub mod sampling;
 pub mod skinny;
 pub mod spec;
-pub mod thin;
 pub mod weights;
 
 pub use device::{Device, DeviceBuffer, Event, PinnedBuffer};

@@ -3,6 +3,8 @@
 //! What was timed once is kept on disk beside the kernels, so that a machine repeats itself and
 //! starts at once. A product only enqueues and may be captured.
 
+mod objects;
+
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::fmt::Write as _;
@@ -15,6 +17,7 @@ use cudarc::cublaslt::{result, sys};
 
 use super::compile::{Fnv, read_cached, write_cached};
 use super::{Device, DeviceBuffer, Error, Graph, Result};
+use objects::{BF16, Descriptor, F32, Handle, Layout, Preference, split_variant};
 
 const WORKSPACE_BYTES: usize = 32 << 20;
 /// Rows of every product of a deterministic run: decoding pays little for them, long prompts no
@@ -116,7 +119,7 @@ impl Gemm {
             plans: HashMap::new(),
             algorithms: BTreeMap::new(),
             descriptor: Descriptor::new()?,
-            handle: Handle(result::create_handle()?),
+            handle: Handle::new()?,
             workspace: device.allocate(WORKSPACE_BYTES)?,
             cache: cache.filter(|_| !is_deterministic),
             is_deterministic,
@@ -339,7 +342,7 @@ impl Gemm {
 
     /// The algorithms that cuBLASLt thinks best, at most `count`.
     fn heuristic(&self, plan: &Plan, count: usize) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
-        let preference = Preference::new()?;
+        let preference = Preference::new(WORKSPACE_BYTES)?;
         // SAFETY: all zeros are a value of this plain structure.
         let empty: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         let mut found = vec![empty; count];
@@ -397,27 +400,6 @@ fn bucket(num_rows: usize) -> usize {
     }
 }
 
-/// The algorithm with its sum cut into `split` parts, which are added up in f32.
-fn split_variant(
-    mut algorithm: sys::cublasLtMatmulAlgo_t,
-    split: u32,
-) -> Option<sys::cublasLtMatmulAlgo_t> {
-    use sys::cublasLtMatmulAlgoConfigAttributes_t as Attribute;
-    let in_f32 = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
-    for (attribute, value) in [
-        (Attribute::CUBLASLT_ALGO_CONFIG_SPLITK_NUM, split),
-        (Attribute::CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, in_f32),
-    ] {
-        let value = (&raw const value).cast();
-        // SAFETY: both attributes are of this size, and read before the call returns.
-        let status = unsafe {
-            sys::cublasLtMatmulAlgoConfigSetAttribute(&raw mut algorithm, attribute, value, 4)
-        };
-        status.result().ok()?;
-    }
-    Some(algorithm)
-}
-
 /// A line of the cache.
 fn parse(line: &str) -> Option<(Product, sys::cublasLtMatmulAlgo_t)> {
     let mut words = line.split(' ');
@@ -430,67 +412,6 @@ fn parse(line: &str) -> Option<(Product, sys::cublasLtMatmulAlgo_t)> {
     }
     let product = Product { num_rows, out_features, in_features, output };
     words.next().is_none().then_some((product, sys::cublasLtMatmulAlgo_t { data }))
-}
-
-const BF16: sys::cudaDataType = sys::cudaDataType::CUDA_R_16BF;
-const F32: sys::cudaDataType = sys::cudaDataType::CUDA_R_32F;
-
-/// Declares an owner of one of cuBLASLt's objects, destroyed on drop.
-macro_rules! owner {
-    ($name:ident, $inner:ty, $destroy:path) => {
-        #[derive(Debug)]
-        struct $name($inner);
-
-        impl Drop for $name {
-            fn drop(&mut self) {
-                // SAFETY: made by the library and destroyed once.
-                let _ = unsafe { $destroy(self.0) };
-            }
-        }
-    };
-}
-
-owner!(Handle, sys::cublasLtHandle_t, result::destroy_handle);
-owner!(Descriptor, sys::cublasLtMatmulDesc_t, result::destroy_matmul_desc);
-owner!(Layout, sys::cublasLtMatrixLayout_t, result::destroy_matrix_layout);
-owner!(Preference, sys::cublasLtMatmulPreference_t, result::destroy_matmul_pref);
-
-impl Descriptor {
-    /// Sums in f32, the first operand transposed.
-    fn new() -> Result<Self> {
-        let sums = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        let descriptor = Self(result::create_matmul_desc(sums, F32)?);
-        let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
-        let transpose = 1_i32;
-        let pointer = (&raw const transpose).cast();
-        // SAFETY: the attribute is of this size, and read before the call returns.
-        unsafe { result::set_matmul_desc_attribute(descriptor.0, attribute, pointer, 4) }?;
-        Ok(descriptor)
-    }
-}
-
-impl Layout {
-    /// A column-major matrix without gaps.
-    fn new(element: sys::cudaDataType, rows: usize, columns: usize) -> Result<Self> {
-        let layout =
-            result::create_matrix_layout(element, rows as u64, columns as u64, rows as i64);
-        Ok(Self(layout?))
-    }
-}
-
-impl Preference {
-    fn new() -> Result<Self> {
-        let preference = Self(result::create_matmul_pref()?);
-        let attribute =
-            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        let most = WORKSPACE_BYTES;
-        let pointer = (&raw const most).cast();
-        // SAFETY: the attribute is of this size, and read before the call returns.
-        unsafe {
-            result::set_matmul_pref_attribute(preference.0, attribute, pointer, size_of::<usize>())
-        }?;
-        Ok(preference)
-    }
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Products of up to 64 rows on Hopper's tensor cores: `kernels/skinny_product.cu`.
+//! Products of up to 32 rows on Hopper's tensor cores: `kernels/skinny_product.cu`.
 
 use std::ffi::c_void;
 
@@ -10,7 +10,7 @@ use super::spec::Kernel;
 use super::{Kernels, Result, check};
 
 /// Rows that a launch takes at most.
-pub const MAX_ROWS: usize = 64;
+pub const MAX_ROWS: usize = 32;
 /// Columns of a copy, and their bytes.
 const CHUNK: usize = 64;
 const ROW_BYTES: usize = CHUNK * 2;
@@ -138,8 +138,7 @@ impl Kernels {
         let (kernel, num_tokens) = match num_rows {
             0..=8 => (Kernel::SkinnyProduct8, 8),
             9..=16 => (Kernel::SkinnyProduct16, 16),
-            17..=32 => (Kernel::SkinnyProduct32, 32),
-            _ => (Kernel::SkinnyProduct64, 64),
+            _ => (Kernel::SkinnyProduct32, 32),
         };
         let device = self.device();
         let (num_multiprocessors, max_bytes) =
@@ -186,11 +185,10 @@ mod tests {
         };
         assert_eq!(tiling(6144, 8), (48, 128, 4));
         assert_eq!(tiling(4096, 16), (32, 128, 8));
-        assert_eq!(tiling(4096, 64), (32, 128, 2));
         assert_eq!(tiling(28_672, 8), (112, 128, 2));
         assert_eq!(tiling(32_000, 8), (128, 125, 2));
         assert_eq!(tiling(97, 8), (16, 7, 8));
-        for num_tokens in [8, 16, 32, 64] {
+        for num_tokens in [8, 16, 32] {
             for out_features in (1..40_000).step_by(37) {
                 tiling(out_features, num_tokens);
             }

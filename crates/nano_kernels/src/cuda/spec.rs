@@ -22,17 +22,13 @@ pub enum Kernel {
     /// bf16 parameters from other types.
     RoundToBf16,
     /// Products of one row.
-    ThinProduct1,
-    /// Products of two rows.
-    ThinProduct2,
+    RowProduct,
     /// Products of up to 8 rows, on Hopper.
     SkinnyProduct8,
     /// Products of up to 16 rows, on Hopper.
     SkinnyProduct16,
     /// Products of up to 32 rows, on Hopper.
     SkinnyProduct32,
-    /// Products of up to 64 rows, on Hopper.
-    SkinnyProduct64,
     /// Attention of one token a sequence, `head_dim` 64.
     DecodeAttention64,
     /// Attention of one token a sequence, `head_dim` 128.
@@ -72,7 +68,7 @@ const SILU_MUL: &str = include_str!("../../kernels/silu_mul.cu");
 const GATHER: &str = include_str!("../../kernels/gather.cu");
 const SAMPLE: &str = include_str!("../../kernels/sample.cu");
 const SKINNY_PRODUCT: &str = include_str!("../../kernels/skinny_product.cu");
-const THIN_PRODUCT: &str = include_str!("../../kernels/thin_product.cu");
+const ROW_PRODUCT: &str = include_str!("../../kernels/row_product.cu");
 const WEIGHTS: &str = include_str!("../../kernels/weights.cu");
 const DECODE_ATTENTION: &str = include_str!("../../kernels/decode_attention.cu");
 const PREFILL_ATTENTION: &str = include_str!("../../kernels/prefill_attention.cu");
@@ -82,7 +78,7 @@ const HEAD_DIM_128: &[&str] = &["-DHEAD_DIM=128"];
 
 /// Every kernel, in the order of [`Kernel`].
 #[rustfmt::skip]
-pub const KERNELS: [KernelSpec; 19] = [
+pub const KERNELS: [KernelSpec; 17] = [
     plain(Kernel::RmsNorm, "rms_norm", RMS_NORM),
     plain(Kernel::RopeWriteKv, "rope_write_kv", ROPE_WRITE_KV),
     plain(Kernel::SiluMul, "silu_mul", SILU_MUL),
@@ -92,12 +88,10 @@ pub const KERNELS: [KernelSpec; 19] = [
     plain(Kernel::BanTokens, "ban_tokens", SAMPLE),
     plain(Kernel::FillRandom, "fill_random", WEIGHTS),
     plain(Kernel::RoundToBf16, "round_to_bf16", WEIGHTS),
-    product(Kernel::ThinProduct1, "thin_product_1", THIN_PRODUCT, &["-DNUM_TOKENS=1"]),
-    product(Kernel::ThinProduct2, "thin_product_2", THIN_PRODUCT, &["-DNUM_TOKENS=2"]),
-    product(Kernel::SkinnyProduct8, "skinny_product_8", SKINNY_PRODUCT, &["-DNUM_TOKENS=8"]),
-    product(Kernel::SkinnyProduct16, "skinny_product_16", SKINNY_PRODUCT, &["-DNUM_TOKENS=16"]),
-    product(Kernel::SkinnyProduct32, "skinny_product_32", SKINNY_PRODUCT, &["-DNUM_TOKENS=32"]),
-    product(Kernel::SkinnyProduct64, "skinny_product_64", SKINNY_PRODUCT, &["-DNUM_TOKENS=64"]),
+    product(Kernel::RowProduct, "row_product", ROW_PRODUCT),
+    skinny(Kernel::SkinnyProduct8, "skinny_product_8", &["-DNUM_TOKENS=8"]),
+    skinny(Kernel::SkinnyProduct16, "skinny_product_16", &["-DNUM_TOKENS=16"]),
+    skinny(Kernel::SkinnyProduct32, "skinny_product_32", &["-DNUM_TOKENS=32"]),
     decode(Kernel::DecodeAttention64, "decode_attention_64", HEAD_DIM_64, 64),
     decode(Kernel::DecodeAttention128, "decode_attention_128", HEAD_DIM_128, 128),
     prefill(Kernel::PrefillAttention64, "prefill_attention_64", HEAD_DIM_64, 64, 64),
@@ -112,18 +106,13 @@ const fn plain(kernel: Kernel, name: &'static str, source: &'static str) -> Kern
 }
 
 /// As much shared memory as the device has.
-const fn product(
-    kernel: Kernel,
-    name: &'static str,
-    source: &'static str,
-    defines: Defines,
-) -> KernelSpec {
-    let function = if matches!(kernel, Kernel::ThinProduct1 | Kernel::ThinProduct2) {
-        "thin_product"
-    } else {
-        "skinny_product"
-    };
-    KernelSpec { name, defines, dynamic_shared_bytes: u32::MAX, ..plain(kernel, function, source) }
+const fn product(kernel: Kernel, name: &'static str, source: &'static str) -> KernelSpec {
+    KernelSpec { dynamic_shared_bytes: u32::MAX, ..plain(kernel, name, source) }
+}
+
+const fn skinny(kernel: Kernel, name: &'static str, defines: Defines) -> KernelSpec {
+    let spec = product(kernel, "skinny_product", SKINNY_PRODUCT);
+    KernelSpec { name, defines, ..spec }
 }
 
 /// 4 warps with 3 stages each of a block's keys and values.

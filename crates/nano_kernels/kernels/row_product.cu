@@ -1,20 +1,20 @@
-// Products of a few rows with a weight matrix, at the rate at which memory gives the weights, with
-// what comes before and after them in a decoder done on the way.
+// The product of one row with a weight matrix, at the rate at which memory gives the weights, with
+// what comes before and after it in a decoder done on the way.
 //
 //   x = input, or with a norm: input * norm / sqrt(mean(input^2) + eps), rounded to bf16
-//   y = x weight^T                                          [num_tokens, out_features]
+//   y = x weight^T
 //   out = y | out + y | silu(y's first half) * (y's second half), rounded once
 //
 // Every thread block keeps x in shared memory. A warp takes two rows of the weight at a time (those
 // of gate and up where they are multiplied) and holds UNROLL 16-byte pieces of each in registers:
 // what one piece frees is at once filled with the piece that the warp needs that much later, also
-// across the end of its rows. The first pieces are asked for before x is read.
+// across the end of its rows. The first pieces are asked for before x is there.
 //
 // Grid: as many blocks as fit the device. Block: 32 NUM_WARPS.
-// Shared memory: NUM_TOKENS in_features 2 bytes, dynamic.
+// Shared memory: in_features 2 bytes, dynamic.
 //
-//   out:    [num_tokens, out_features] bf16 or f32; [num_tokens, out_features / 2] bf16 if gated
-//   input:  [num_tokens, in_features] bf16, num_tokens at most NUM_TOKENS
+//   out:    [out_features] bf16 or f32; [out_features / 2] bf16 if gated
+//   input:  [in_features] bf16
 //   norm:   [in_features] bf16, or null
 //   weight: [out_features, in_features] bf16
 //
@@ -24,9 +24,6 @@
 // Variants Improve Transformer, 2020 (the gate).
 #include "common.cuh"
 
-#ifndef NUM_TOKENS
-#error "NUM_TOKENS is 1 or 2"
-#endif
 constexpr int NUM_WARPS = 8;
 constexpr int NUM_THREADS = NUM_WARPS * WARP;
 constexpr int ROWS = 2;
@@ -52,39 +49,34 @@ __device__ __forceinline__ float dot(const Bf16x8& a, const Bf16x8& b, float sum
     return sum;
 }
 
-// x into shared memory; tokens past num_tokens are zeros.
+// x into shared memory. Each thread normalises what it wrote itself.
 __device__ __forceinline__ void stage(Bf16x8* x, const Bf16x8* input, const Bf16x8* norm,
-                                      int num_tokens, int num_vectors, float eps) {
+                                      int num_vectors, float eps) {
     __shared__ float scratch[WARP];
-#pragma unroll
-    for (int t = 0; t < NUM_TOKENS; t++) {
-        const Bf16x8* row = input + (i64)t * num_vectors;
-        Bf16x8* target = x + (i64)t * num_vectors;
-        float sum_of_squares = 0.0f;
-        for (int i = threadIdx.x; i < num_vectors; i += NUM_THREADS) {
-            const Bf16x8 vector = t < num_tokens ? row[i] : Bf16x8{};
-            if (norm != nullptr) sum_of_squares = dot(vector, vector, sum_of_squares);
-            target[i] = vector;
-        }
-        if (norm == nullptr) continue;
+    float sum_of_squares = 0.0f;
+    for (int i = threadIdx.x; i < num_vectors; i += NUM_THREADS) {
+        const Bf16x8 vector = input[i];
+        sum_of_squares = dot(vector, vector, sum_of_squares);
+        x[i] = vector;
+    }
+    if (norm != nullptr) {
         sum_of_squares = block_reduce(sum_of_squares, scratch, Add());
         const float scale = rsqrtf(sum_of_squares / (num_vectors * 8) + eps);
-        // Each thread goes over what it wrote itself.
         for (int i = threadIdx.x; i < num_vectors; i += NUM_THREADS) {
             float values[8], factors[8];
-            unpack(target[i], values);
+            unpack(x[i], values);
             unpack(norm[i], factors);
 #pragma unroll
             for (int e = 0; e < 8; e++) values[e] *= scale * factors[e];
-            target[i] = pack(values);
+            x[i] = pack(values);
         }
     }
     __syncthreads();
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
-thin_product(void* out, const Bf16x8* input, const Bf16x8* norm, const Bf16x8* weight,
-             int num_tokens, int out_features, int in_features, int epilogue, float eps) {
+row_product(void* out, const Bf16x8* input, const Bf16x8* norm, const Bf16x8* weight,
+            int out_features, int in_features, int epilogue, float eps) {
     extern __shared__ __align__(16) Bf16x8 x[];
     let_next_begin();
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -111,10 +103,10 @@ thin_product(void* out, const Bf16x8* input, const Bf16x8* norm, const Bf16x8* w
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) load(unit, 0, u);
     wait_for_previous();
-    stage(x, input, norm, num_tokens, num_vectors, eps);
+    stage(x, input, norm, num_vectors, eps);
 
     for (; unit < num_units; unit += stride) {
-        float sums[ROWS][NUM_TOKENS] = {};
+        float sums[ROWS] = {};
         for (int round = 0; round < num_rounds; round++) {
             const bool is_last = round + 1 == num_rounds;
             const int next_round = is_last ? 0 : round + 1;
@@ -122,43 +114,33 @@ thin_product(void* out, const Bf16x8* input, const Bf16x8* norm, const Bf16x8* w
 #pragma unroll
             for (int u = 0; u < UNROLL; u++) {
                 // Past the end the weights are zeros; x is read where it is.
-                const int at = min((round * UNROLL + u) * WARP + lane, num_vectors - 1);
+                const Bf16x8 vector = x[min((round * UNROLL + u) * WARP + lane, num_vectors - 1)];
 #pragma unroll
-                for (int t = 0; t < NUM_TOKENS; t++) {
-                    const Bf16x8 vector = x[t * num_vectors + at];
-#pragma unroll
-                    for (int r = 0; r < ROWS; r++) {
-                        sums[r][t] = dot(pieces[u][r], vector, sums[r][t]);
-                    }
-                }
+                for (int r = 0; r < ROWS; r++) sums[r] = dot(pieces[u][r], vector, sums[r]);
                 load(next_unit, next_round, u);
             }
         }
 #pragma unroll
-        for (int t = 0; t < NUM_TOKENS; t++) {
+        for (int r = 0; r < ROWS; r++) sums[r] = warp_reduce(sums[r], Add());
+        if (lane != 0) continue;
+        if (epilogue == GATED) {
+            // Rounded as they are where the halves are written out first.
+            const float gate = low_float(pack_bf16(sums[0], 0.0f));
+            const float up = low_float(pack_bf16(sums[1], 0.0f));
+            const float gated = gate / (1.0f + __expf(-gate)) * up;
+            ((bf16*)out)[unit] = (bf16)pack_bf16(gated, 0.0f);
+            continue;
+        }
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) sums[r][t] = warp_reduce(sums[r][t], Add());
-            if (lane != 0 || t >= num_tokens) continue;
-            if (epilogue == GATED) {
-                // Rounded as they are where the halves are written out first.
-                const float gate = low_float(pack_bf16(sums[0][t], 0.0f));
-                const float up = low_float(pack_bf16(sums[1][t], 0.0f));
-                const float gated = gate / (1.0f + __expf(-gate)) * up;
-                ((bf16*)out)[(i64)t * num_units + unit] = (bf16)pack_bf16(gated, 0.0f);
-                continue;
-            }
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                const int row = row_of(unit, r);
-                if (row >= out_features) continue;
-                const i64 at = (i64)t * out_features + row;
-                if (epilogue == STORE_F32) {
-                    ((float*)out)[at] = sums[r][t];
-                } else {
-                    bf16* target = (bf16*)out + at;
-                    const float before = epilogue == ADD ? low_float(*target) : 0.0f;
-                    *target = (bf16)pack_bf16(before + sums[r][t], 0.0f);
-                }
+        for (int r = 0; r < ROWS; r++) {
+            const int row = row_of(unit, r);
+            if (row >= out_features) continue;
+            if (epilogue == STORE_F32) {
+                ((float*)out)[row] = sums[r];
+            } else {
+                bf16* target = (bf16*)out + row;
+                const float before = epilogue == ADD ? low_float(*target) : 0.0f;
+                *target = (bf16)pack_bf16(before + sums[r], 0.0f);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Products of a few rows, with norm, residual and gate: `kernels/thin_product.cu`.
+//! The product of one row, with norm, residual and gate: `kernels/row_product.cu`.
 
 use cudarc::driver::LaunchConfig;
 
@@ -6,8 +6,6 @@ use super::kernels::shape;
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
 
-/// Rows that a launch takes at most.
-pub const MAX_TOKENS: usize = 2;
 const NUM_THREADS: u32 = 256;
 
 /// What becomes of a product.
@@ -25,17 +23,15 @@ pub enum Epilogue {
 
 /// One launch; addresses on the device.
 #[derive(Clone, Copy, Debug)]
-pub struct ThinProduct {
-    /// `[num_tokens, out_features]`, written; half as wide if gated.
+pub struct RowProduct {
+    /// `[out_features]`, written; half as wide if gated.
     pub out: u64,
-    /// `[num_tokens, in_features]` bf16.
+    /// `[in_features]` bf16.
     pub input: u64,
     /// `[in_features]` bf16: the input is normalised first.
     pub norm: Option<u64>,
     /// `[out_features, in_features]` bf16.
     pub weight: u64,
-    /// Rows, at most [`MAX_TOKENS`].
-    pub num_tokens: usize,
     /// Rows of the weight; even if gated.
     pub out_features: usize,
     /// A multiple of 8.
@@ -47,47 +43,43 @@ pub struct ThinProduct {
 }
 
 impl Kernels {
-    /// Whether [`thin_product`](Self::thin_product) has this shape on this device, which keeps the
+    /// Whether [`row_product`](Self::row_product) has this shape on this device, which keeps the
     /// input in shared memory.
-    pub fn has_thin_product(&self, num_tokens: usize, in_features: usize) -> bool {
-        let bytes = num_tokens * in_features * 2;
-        num_tokens <= MAX_TOKENS
+    pub fn has_row_product(&self, num_rows: usize, in_features: usize) -> bool {
+        let num_bytes = in_features * 2;
+        num_rows == 1
             && in_features.is_multiple_of(8)
-            && bytes <= self.device().max_shared_bytes() as usize
+            && num_bytes <= self.device().max_shared_bytes() as usize
     }
 
     /// Enqueues a product.
     ///
     /// # Safety
     /// Every address names as much memory as its shape says, 16-byte aligned, alive until the
-    /// stream has come to the launch; the output overlaps nothing else.
-    pub unsafe fn thin_product(&self, launch: &ThinProduct) -> Result<()> {
-        let ThinProduct { out, input, norm, weight, num_tokens, out_features, in_features, .. } =
-            *launch;
-        let ok = self.has_thin_product(num_tokens, in_features);
-        check(ok, "num_tokens", "few enough for thin_product", num_tokens)?;
+    /// stream has come to the launch; the output overlaps nothing else, and nothing that is still
+    /// in the stream writes the weight.
+    pub unsafe fn row_product(&self, launch: &RowProduct) -> Result<()> {
+        let RowProduct { out, input, norm, weight, out_features, in_features, .. } = *launch;
+        let ok = self.has_row_product(1, in_features);
+        check(ok, "in_features", "a multiple of 8 that fits shared memory", in_features)?;
         let is_even = launch.epilogue != Epilogue::Gated || out_features.is_multiple_of(2);
         check(is_even, "out_features", "even where half of them is a gate", out_features)?;
-        if num_tokens == 0 || out_features == 0 {
+        if out_features == 0 {
             return Ok(());
         }
-        let (kernel, most_tokens) = match num_tokens {
-            1 => (Kernel::ThinProduct1, 1),
-            _ => (Kernel::ThinProduct2, 2),
-        };
-        let function = self.function(kernel);
-        let shared_mem_bytes = (most_tokens * in_features * 2) as u32;
+        let function = self.function(Kernel::RowProduct);
+        let shared_mem_bytes = (in_features * 2) as u32;
         let resident = function.occupancy_max_active_blocks_per_multiprocessor(
             NUM_THREADS,
             shared_mem_bytes as usize,
             None,
         )?;
         let num_blocks = resident.max(1) * self.device().num_multiprocessors();
-        let (norm, tokens) = (norm.unwrap_or(0), num_tokens as i32);
+        let norm = norm.unwrap_or(0);
         let (rows, columns) = (out_features as i32, in_features as i32);
         let (epilogue, eps) = (launch.epilogue as i32, launch.eps);
-        let mut launch = self.launch(kernel);
-        launch.arg(&out).arg(&input).arg(&norm).arg(&weight).arg(&tokens).arg(&rows);
+        let mut launch = self.launch(Kernel::RowProduct);
+        launch.arg(&out).arg(&input).arg(&norm).arg(&weight).arg(&rows);
         launch.arg(&columns).arg(&epilogue).arg(&eps);
         let config = LaunchConfig { shared_mem_bytes, ..shape((num_blocks, 1, 1), NUM_THREADS) };
         // SAFETY: the input fits the shared memory, as checked, and the kernel walks any number of

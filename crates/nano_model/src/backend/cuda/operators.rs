@@ -1,0 +1,329 @@
+//! The operators, which only enqueue, and how parameters come to the device.
+
+use half::bf16;
+use nano_kernels::cuda::DeviceBuffer;
+use nano_kernels::cuda::activation::SiluMul;
+use nano_kernels::cuda::attention::AttentionInput;
+use nano_kernels::cuda::gather::{Gather, TokenIds};
+use nano_kernels::cuda::gemm::{Output, Product};
+use nano_kernels::cuda::norm::RmsNorm;
+use nano_kernels::cuda::rope::RopeWriteKv;
+use nano_kernels::cuda::row_product::{Epilogue, RowProduct};
+
+use super::step::{CudaStep, StepInput};
+use super::{BF16_BYTES, CudaBackend, CudaHidden, CudaWeight, no_room};
+use crate::backend::{Backend, Values};
+use crate::batch::Batch;
+use crate::config::CheckpointDtype;
+use crate::error::Result;
+use crate::weights::TensorBytes;
+
+impl CudaBackend {
+    fn norm(&self, hidden: CudaHidden, norm: &CudaWeight) -> Result<CudaHidden> {
+        let out = self.activations.normed.address();
+        let launch = RmsNorm {
+            out,
+            residual: hidden.address,
+            addend: None,
+            weight: norm.buffer.address(),
+            num_tokens: hidden.num_rows,
+            hidden_size: self.spec.hidden_size,
+            eps: self.spec.rms_norm_eps,
+        };
+        // SAFETY: activations have rows for the largest step and live as long as this value; the
+        // weight outlives the step by the executor's order of drops.
+        unsafe { self.kernels.rms_norm(&launch) }?;
+        Ok(CudaHidden { address: out, ..hidden })
+    }
+
+    /// A product with the norm before it: in one launch for one row, else in two.
+    fn product(
+        &mut self,
+        out: u64,
+        input: CudaHidden,
+        norm: Option<&CudaWeight>,
+        weight: &CudaWeight,
+        output: Output,
+    ) -> Result<CudaHidden> {
+        let epilogue = match output {
+            Output::Bf16 => Epilogue::Bf16,
+            Output::AddBf16 => Epilogue::AddBf16,
+            Output::F32 => Epilogue::F32,
+        };
+        if let Some(out) = self.row_product(out, input, norm, weight, epilogue)? {
+            return Ok(out);
+        }
+        let input = norm.map_or(Ok(input), |norm| self.norm(input, norm))?;
+        let product = Product {
+            num_rows: input.num_rows,
+            out_features: weight.rows,
+            in_features: weight.columns,
+            output,
+        };
+        let (from, weight) = (input.address, weight.buffer.address());
+        let is_skinny = self.kernels.has_skinny_product(product.num_rows, product.in_features);
+        // SAFETY: as in `norm`; weights were written long before any step.
+        unsafe {
+            if is_skinny && !self.is_deterministic {
+                self.kernels.skinny_product(&product, out, from, weight)?;
+            } else {
+                self.gemm.product(&product, out, from, weight)?;
+            }
+        }
+        Ok(CudaHidden { address: out, ..input })
+    }
+
+    /// `None` where there are more rows, or every row must be computed alike.
+    fn row_product(
+        &self,
+        out: u64,
+        input: CudaHidden,
+        norm: Option<&CudaWeight>,
+        weight: &CudaWeight,
+        epilogue: Epilogue,
+    ) -> Result<Option<CudaHidden>> {
+        let has_shape = self.kernels.has_row_product(input.num_rows, weight.columns);
+        if self.is_deterministic || !has_shape {
+            return Ok(None);
+        }
+        let launch = RowProduct {
+            out,
+            input: input.address,
+            norm: norm.map(|norm| norm.buffer.address()),
+            weight: weight.buffer.address(),
+            out_features: weight.rows,
+            in_features: weight.columns,
+            epilogue,
+            eps: self.spec.rms_norm_eps,
+        };
+        // SAFETY: as in `norm`.
+        unsafe { self.kernels.row_product(&launch) }?;
+        Ok(Some(CudaHidden { address: out, ..input }))
+    }
+
+    /// One checkpoint tensor into its place in a weight.
+    fn place(&self, buffer: &DeviceBuffer, offset: usize, part: TensorBytes<'_>) -> Result<usize> {
+        let element_bytes = match part.dtype {
+            CheckpointDtype::BFloat16 => {
+                buffer.upload_large(offset, part.bytes)?;
+                return Ok(part.bytes.len());
+            }
+            CheckpointDtype::Float16 => 2,
+            CheckpointDtype::Float32 => 4,
+        };
+        let source = self.device().allocate(part.bytes.len())?;
+        source.upload_large(0, part.bytes)?;
+        let num_elements = part.bytes.len() / element_bytes;
+        let (out, source, is_half) =
+            (buffer.address() + offset as u64, source.address(), element_bytes == 2);
+        // SAFETY: the weight has room for its parts, and the source is dropped after the wait.
+        unsafe { self.kernels.round_to_bf16(out, source, num_elements, is_half) }?;
+        self.device().synchronize()?;
+        Ok(num_elements * BF16_BYTES)
+    }
+}
+
+impl Backend for CudaBackend {
+    type Hidden = CudaHidden;
+    type Weight = CudaWeight;
+    type Step = CudaStep;
+
+    fn weight(&mut self, rows: usize, columns: usize, values: Values<'_>) -> Result<CudaWeight> {
+        let num_elements = rows * columns;
+        let buffer = self.device().allocate(num_elements * BF16_BYTES)?;
+        match values {
+            Values::Tensors(parts) => {
+                let mut offset = 0;
+                for part in parts {
+                    offset += self.place(&buffer, offset, *part)?;
+                }
+            }
+            Values::Dummy(dummy) => {
+                let draws = if let Some(draws) = self.draws.take() {
+                    draws
+                } else {
+                    let draws = dummy.draws().iter().map(|&draw| bf16::from_f32(draw));
+                    self.device().allocate_from(&draws.collect::<Vec<_>>())?
+                };
+                let (out, source) = (buffer.address(), draws.address());
+                // SAFETY: the weight was allocated above; the draws live until `make_room`, which
+                // waits for the device by giving them back.
+                unsafe { self.kernels.fill_random(out, source, num_elements, dummy.seed()) }?;
+                self.draws = Some(draws);
+            }
+        }
+        Ok(CudaWeight { buffer, rows, columns })
+    }
+
+    fn norm_weight(&mut self, size: usize, values: Option<TensorBytes<'_>>) -> Result<CudaWeight> {
+        let buffer = self.device().allocate(size * BF16_BYTES)?;
+        match values {
+            Some(tensor) => drop(self.place(&buffer, 0, tensor)?),
+            None => buffer.upload(0, &vec![bf16::ONE; size])?,
+        }
+        Ok(CudaWeight { buffer, rows: 1, columns: size })
+    }
+
+    fn prepare(&mut self, batch: &Batch) -> Result<CudaStep> {
+        self.upload(&StepInput { batch, sampling: &[], graph_rows: None, keeps_logits: true })
+    }
+
+    fn embed(&mut self, table: &CudaWeight, step: &CudaStep) -> Result<CudaHidden> {
+        let out = self.activations.residual.address();
+        let gather = Gather {
+            out,
+            source: table.buffer.address(),
+            num_rows: step.num_tokens,
+            num_source_rows: table.rows,
+            row_size: table.columns,
+        };
+        let ids = TokenIds {
+            token: step.token,
+            from_sampled: step.from_sampled,
+            sampled: self.sampled.address(),
+        };
+        // SAFETY: as in `norm`; rows of the step before are below its number of sampled rows.
+        unsafe { self.kernels.embed_tokens(&gather, &ids) }?;
+        Ok(CudaHidden { address: out, num_rows: step.num_tokens })
+    }
+
+    fn norm_product(
+        &mut self,
+        hidden: &CudaHidden,
+        norm: &CudaWeight,
+        weight: &CudaWeight,
+    ) -> Result<CudaHidden> {
+        self.product(self.activations.qkv.address(), *hidden, Some(norm), weight, Output::Bf16)
+    }
+
+    fn rope_write_kv(
+        &mut self,
+        layer: usize,
+        qkv: CudaHidden,
+        step: &CudaStep,
+    ) -> Result<CudaHidden> {
+        let room = self.room.as_ref().ok_or_else(no_room)?;
+        let query = self.activations.query.address();
+        let launch = RopeWriteKv {
+            query,
+            cache: room.cache.address() + (layer * room.layer_bytes) as u64,
+            qkv: qkv.address,
+            cos_sin: room.cos_sin.address(),
+            position: step.position,
+            slot: step.slot,
+            num_tokens: step.num_tokens,
+            num_heads: self.heads.num_heads,
+            num_kv_heads: self.heads.num_kv_heads,
+            head_dim: self.heads.head_dim,
+        };
+        // SAFETY: as in `norm`; positions are below max_model_len and slots below the cache's end,
+        // which the scheduler answers for, and no two rows of a step are the same token.
+        unsafe { self.kernels.rope_write_kv(&launch) }?;
+        Ok(CudaHidden { address: query, ..qkv })
+    }
+
+    fn paged_attention(
+        &mut self,
+        layer: usize,
+        query: CudaHidden,
+        step: &CudaStep,
+    ) -> Result<CudaHidden> {
+        let room = self.room.as_ref().ok_or_else(no_room)?;
+        let out = self.activations.context.address();
+        let input = AttentionInput {
+            query: query.address,
+            cache: room.cache.address() + (layer * room.layer_bytes) as u64,
+            block_table: step.block_table,
+            max_blocks: room.steps.max_blocks(),
+            heads: self.heads,
+            window: self.spec.layers[layer].window,
+        };
+        // SAFETY: as in `norm`; tables are those of the scheduler, whose blocks are the cache's.
+        unsafe {
+            if step.num_decodes > 0 {
+                let (plan, num_decodes) = (&self.decode_plan, step.num_decodes);
+                self.kernels.decode_attention(plan, &input, out, step.length, num_decodes)?;
+            }
+            self.kernels.prefill_attention(&input, out, step.tiles, step.num_tiles)?;
+        }
+        Ok(CudaHidden { address: out, ..query })
+    }
+
+    fn product_add(
+        &mut self,
+        input: &CudaHidden,
+        weight: &CudaWeight,
+        residual: CudaHidden,
+    ) -> Result<CudaHidden> {
+        self.product(residual.address, *input, None, weight, Output::AddBf16)
+    }
+
+    fn norm_gated_product(
+        &mut self,
+        hidden: &CudaHidden,
+        norm: &CudaWeight,
+        gate_up: &CudaWeight,
+    ) -> Result<CudaHidden> {
+        let out = self.activations.gated.address();
+        if let Some(gated) = self.row_product(out, *hidden, Some(norm), gate_up, Epilogue::Gated)? {
+            return Ok(gated);
+        }
+        let both = self.activations.gate_up.address();
+        let both = self.product(both, *hidden, Some(norm), gate_up, Output::Bf16)?;
+        let launch = SiluMul {
+            out,
+            gate_up: both.address,
+            num_tokens: both.num_rows,
+            intermediate_size: self.spec.intermediate_size,
+        };
+        // SAFETY: as in `norm`.
+        unsafe { self.kernels.silu_mul(&launch) }?;
+        Ok(CudaHidden { address: out, ..both })
+    }
+
+    fn logits(
+        &mut self,
+        hidden: &CudaHidden,
+        norm: &CudaWeight,
+        weight: &CudaWeight,
+        step: &CudaStep,
+    ) -> Result<CudaHidden> {
+        let out = self.activations.logits.address();
+        let (num_rows, vocab_size) = (step.num_logit_rows, self.spec.vocab_size);
+        let mut at_once = num_rows.max(1);
+        if step.keeps_logits {
+            self.kept.resize(num_rows * vocab_size, 0.0);
+            at_once = self.limits.max_sequences;
+        }
+        let mut logits = CudaHidden { address: out, num_rows: 0 };
+        // More rows than the buffer has go to the host piece by piece. The first piece is the last
+        // to be made, and stays: what is sampled comes first.
+        for first in (0..num_rows).step_by(at_once).rev() {
+            let num_rows = at_once.min(num_rows - first);
+            let mut rows = CudaHidden { num_rows, ..*hidden };
+            if let Some(logit_row) = step.logit_row {
+                let gather = Gather {
+                    out: self.activations.gathered.address(),
+                    source: hidden.address,
+                    num_rows,
+                    num_source_rows: hidden.num_rows,
+                    row_size: self.spec.hidden_size,
+                };
+                // SAFETY: as in `norm`; `at_once` rows fit into the buffer.
+                unsafe { self.kernels.gather_rows(&gather, logit_row + first as u64 * 4) }?;
+                rows.address = gather.out;
+            }
+            logits = self.product(out, rows, Some(norm), weight, Output::F32)?;
+            if step.keeps_logits {
+                let kept = &mut self.kept[first * vocab_size..][..num_rows * vocab_size];
+                self.activations.logits.download(0, kept)?;
+            }
+        }
+        Ok(logits)
+    }
+
+    fn to_host(&mut self, _logits: CudaHidden, host: &mut Vec<f32>) -> Result<()> {
+        *host = self.take_logits();
+        Ok(())
+    }
+}
