@@ -1,0 +1,35 @@
+"""A processor with fewer vector instructions gives the same logits but for rounding."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from nano_batch import Engine
+
+TEXT = "It is a truth universally acknowledged, that a single man in possession"
+PROGRAM = """
+import sys
+import numpy as np
+from nano_batch import Engine
+
+with Engine(device="cpu", dtype=sys.argv[1], num_blocks=16) as engine:
+    ids = engine.get_tokenizer().encode(sys.argv[2])
+    np.save(sys.argv[3], engine.logits(ids))
+"""
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.06)])
+def test_fewer_instructions_change_only_the_rounding(isa, dtype, bound, tmp_path):
+    with Engine(device="cpu", dtype=dtype, num_blocks=16) as engine:
+        expected = engine.logits(engine.get_tokenizer().encode(TEXT))
+    path = tmp_path / "logits.npy"
+    environment = {**os.environ, "NANO_BATCH_CPU_ISA": isa}
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, dtype, TEXT, str(path)], check=True, env=environment
+    )
+    difference = np.abs(np.load(path) - expected).max()
+    assert difference < bound
+    assert expected.std() > 1
