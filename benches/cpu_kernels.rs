@@ -8,9 +8,14 @@ use std::thread;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
+use nano_kernels::cpu::attention::{AttentionInput, KvShape, Tile, paged_attention};
 use nano_kernels::cpu::matrix::PackedMatrix;
+use nano_kernels::cpu::memory::Memory;
+use nano_kernels::cpu::norm::rms_norm;
 use nano_kernels::cpu::product::{PackedRows, product};
+use nano_kernels::cpu::sampling::sample;
 use nano_kernels::cpu::{Element, Isa, Pool};
+use nano_kernels::reference::sampling::Sampling;
 
 /// 103 MB of bfloat16, more than any cache.
 const ROWS: usize = 14_336;
@@ -68,5 +73,70 @@ fn product_reads_memory(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, product_reads_memory);
+/// 16 sequences decode: keys and values of one layer, more than the caches hold.
+fn decode_attention(criterion: &mut Criterion) {
+    let mut pool = pool();
+    let shape = KvShape { num_kv_heads: 4, block_size: 16, head_dim: 64 };
+    let (num_sequences, num_heads) = (16, 16);
+    let mut group = criterion.benchmark_group("decode attention, 16 sequences, 16/4 heads of 64");
+    for context in [128, 1024, 8192] {
+        let blocks = context / shape.block_size;
+        let num_blocks = num_sequences * blocks;
+        let mut cache = Memory::<u32>::zeroed(num_blocks * shape.block_len::<bf16>()).unwrap();
+        cache.as_mut_slice().fill(0x3C00_3C00);
+        // Neighbours in a table are far apart in the pool.
+        let block_tables: Vec<u32> = (0..num_sequences)
+            .flat_map(|sequence| (0..blocks).map(move |at| (at * num_sequences + sequence) as u32))
+            .collect();
+        let tiles: Vec<Tile> = (0..num_sequences)
+            .map(|row| Tile {
+                first_row: row,
+                num_rows: 1,
+                first_position: context - 1,
+                block_table: row * blocks..(row + 1) * blocks,
+            })
+            .collect();
+        let query: Vec<f32> = (0..num_sequences * num_heads * shape.head_dim).map(value).collect();
+        let input = AttentionInput::<bf16> {
+            tiles: &tiles,
+            block_tables: &block_tables,
+            query: &query,
+            num_heads,
+            cache: cache.as_slice(),
+            shape,
+            window: None,
+        };
+        let mut output = vec![0.0; query.len()];
+        group.throughput(Throughput::Bytes((cache.as_slice().len() * 4) as u64));
+        group.bench_function(BenchmarkId::from_parameter(context), |bencher| {
+            bencher.iter(|| paged_attention(&mut pool, Isa::detect(), &input, &mut output));
+        });
+    }
+}
+
+/// What surrounds the products of a row: norm, and the choice of a token.
+fn rows(criterion: &mut Criterion) {
+    let row: Vec<f32> = (0..4096).map(value).collect();
+    let mut output = vec![0.0; row.len()];
+    criterion.bench_function("rms_norm of 4096", |bencher| {
+        bencher.iter(|| rms_norm(Isa::detect(), black_box(&row), &row, 1e-5, &mut output));
+    });
+    let logits: Vec<f32> = (0..32_000).map(value).collect();
+    for temperature in [0.0, 1.0] {
+        let sampling = Sampling {
+            temperature,
+            top_k: None,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 1,
+            position: 9,
+            index: 0,
+        };
+        criterion.bench_function(&format!("sample, temperature {temperature}"), |bencher| {
+            bencher.iter(|| sample(Isa::detect(), black_box(&logits), &sampling));
+        });
+    }
+}
+
+criterion_group!(benches, product_reads_memory, decode_attention, rows);
 criterion_main!(benches);

@@ -39,8 +39,8 @@ class Engine:
         num_blocks: Blocks of the KV cache; None derives it from `kv_cache_gib` or free memory.
         kv_cache_gib: Size of the KV cache in GiB, if `num_blocks` is None.
         num_threads: Threads of a CPU step; None is one per core.
-        deterministic: On a GPU, whether a request's tokens are exactly the same in any batch, at
-            the cost of speed.
+        deterministic: Whether a request's tokens are exactly the same in any batch: on a GPU at
+            the cost of speed, on the CPU always.
         seed: What the seeds of unseeded requests derive from.
         load_format: "auto", or "dummy" for random weights of the config's shapes.
         revision: The hub's branch, tag or commit, for a hub id.

@@ -158,7 +158,6 @@ OPTIONS = {
     "quantization": ({"quantization": "int8"}, ["quantization", "int8", "not supported yet"]),
     "tensor parallelism": ({"tensor_parallel_size": 2}, ["tensor_parallel_size", "supported yet"]),
     "max_itl_ms": ({"max_itl_ms": 20}, ["max_itl_ms", "not supported yet"]),
-    "deterministic": ({"deterministic": True}, ["deterministic", "False on the CPU"]),
     "more than a GPU": ({"gpu_memory_utilization": 1.1}, ["gpu_memory_utilization", 1, 1.1]),
     "max_num_seqs 0": ({"max_num_seqs": 0}, ["max_num_seqs", 1, 0]),
     "max_num_seqs negative": ({"max_num_seqs": -4}, ["max_num_seqs", "-4"]),

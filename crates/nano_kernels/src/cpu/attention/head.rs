@@ -6,7 +6,7 @@ use super::{AttentionInput, MAX_QUERIES, NUM_KEYS, Tile};
 use crate::cpu::LANES;
 use crate::cpu::element::Element;
 use crate::cpu::exp::exp;
-use crate::cpu::isa::{Isa, Kernel, mul_add};
+use crate::cpu::isa::{Isa, Kernel, mul_add, prefetch};
 use crate::cpu::product::tile::{Sums, TileRows, run_tile};
 use crate::cpu::product::tiles;
 use crate::cpu::shared::SharedMut;
@@ -67,6 +67,7 @@ impl<E: Element> Kernel for Attend<'_, '_, E> {
             // Of the lanes outside, no row sees anything: what lies there may be no number.
             let lanes = first.max(start) - start..end.min(start + NUM_KEYS) - start;
             self.read(start, lanes.clone());
+            self.ask_for(start + NUM_KEYS..end.min(start + 2 * NUM_KEYS));
             self.score();
             self.weigh::<FMA>(start);
             self.add_values::<FMA>(lanes);
@@ -151,6 +152,23 @@ impl<E: Element> Attend<'_, '_, E> {
         }
     }
 
+    /// Asks for the keys and values of positions that are read next: blocks are scattered, so the
+    /// processor sees no stream to read ahead in.
+    #[inline(always)]
+    fn ask_for(&self, positions: Range<usize>) {
+        let AttentionInput { shape, cache, block_tables, .. } = self.input;
+        let strip_len = shape.block_size * shape.num_words::<E>();
+        let table = &block_tables[self.tile.block_table.clone()];
+        let mut position = positions.start;
+        while position < positions.end {
+            let block = table[position / shape.block_size] as usize;
+            for part in 0..2 {
+                prefetch(&cache[shape.strip::<E>(block, part, self.kv_head)..][..strip_len]);
+            }
+            position += shape.block_size - position % shape.block_size;
+        }
+    }
+
     #[inline(always)]
     fn score(&mut self) {
         let num_words = self.input.shape.num_words::<E>();
@@ -187,18 +205,10 @@ impl<E: Element> Attend<'_, '_, E> {
                 *weight =
                     if lane < low || lane > high { f32::NEG_INFINITY } else { *weight * scale };
             }
-            let mut lanes: [f32; LANES] = std::array::from_fn(|lane| {
-                let (low, high) = (weights[lane], weights[LANES + lane]);
-                // NaN is passed on: a row that holds one is no number as a whole.
-                if low > high || low.is_nan() { low } else { high }
-            });
-            for width in [8, 4, 2, 1] {
-                for lane in 0..width {
-                    let (low, high) = (lanes[lane], lanes[lane + width]);
-                    lanes[lane] = if low > high || low.is_nan() { low } else { high };
-                }
-            }
-            let now = if *largest > lanes[0] { *largest } else { lanes[0] };
+            // NaN is passed on: a row that holds one is no number as a whole.
+            let larger = |a: f32, b: f32| if a > b || a.is_nan() { a } else { b };
+            let chunk = reduced(weights, larger);
+            let now = larger(*largest, chunk);
             if now == f32::NEG_INFINITY {
                 // This row sees none of them.
                 weights.fill(0.0);
@@ -215,14 +225,7 @@ impl<E: Element> Attend<'_, '_, E> {
             for weight in weights.iter_mut() {
                 *weight = exp::<FMA>(*weight - now);
             }
-            let mut lanes: [f32; LANES] =
-                std::array::from_fn(|lane| weights[lane] + weights[LANES + lane]);
-            for width in [8, 4, 2, 1] {
-                for lane in 0..width {
-                    lanes[lane] += lanes[lane + width];
-                }
-            }
-            *total += lanes[0];
+            *total += reduced(weights, |a, b| a + b);
         }
     }
 
@@ -248,6 +251,15 @@ impl<E: Element> Attend<'_, '_, E> {
     }
 }
 
+/// All of them by `f`, in halves that are spelled out: a loop of changing width stays a loop.
+#[inline(always)]
+fn reduced(values: &[f32; NUM_KEYS], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let lanes: [f32; LANES] = std::array::from_fn(|lane| f(values[lane], values[lane + LANES]));
+    let eight: [f32; 8] = std::array::from_fn(|lane| f(lanes[lane], lanes[lane + 8]));
+    let four: [f32; 4] = std::array::from_fn(|lane| f(eight[lane], eight[lane + 4]));
+    f(f(four[0], four[2]), f(four[1], four[3]))
+}
+
 /// Adds the elements of words `word..word + WIDTH` of all values, weighed, to the sums of a few
 /// queries.
 #[inline(always)]
@@ -268,9 +280,12 @@ fn add_words<E: Element, const FMA: bool, const WIDTH: usize>(
             own.copy_from_slice(&sums[part * num_words + word..][..WIDTH]);
         }
     }
-    for (key, value) in values.chunks_exact(num_words).enumerate().take(lanes.end).skip(lanes.start)
-    {
-        let Some(words) = value[word..].first_chunk::<WIDTH>() else { continue };
+    let values = &values[word..];
+    for key in lanes {
+        let Some(words) = values.get(key * num_words..).and_then(<[_]>::first_chunk::<WIDTH>)
+        else {
+            break;
+        };
         for part in 0..E::PER_WORD {
             let value: [f32; WIDTH] = std::array::from_fn(|at| E::of_word(words[at], part).widen());
             for query in 0..QUERIES_AT_ONCE {
