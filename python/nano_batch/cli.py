@@ -51,9 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", default="auto", help="auto, float32 or bfloat16")
     add("--max-model-len", type=int, help="tokens of prompt and output together")
+    add("--gpu-memory-utilization", type=float, default=0.9, help="share that may be in use")
     add("--num-blocks", type=int, help="blocks of the KV cache")
     add("--kv-cache-gib", type=float, help="size of the KV cache")
     add("--num-threads", type=int, help="threads of a step (default: one per core)")
+    add("--deterministic", action="store_true", help="the same bits in any batch, slower on a GPU")
     add("--load-format", default="auto", help="auto, or dummy for random weights")
     add("--revision", help="branch, tag or commit of a hub id")
     sampling = generate.add_argument_group("sampling")
@@ -91,9 +93,11 @@ def _generate(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         max_model_len=args.max_model_len,
+        gpu_memory_utilization=args.gpu_memory_utilization,
         num_blocks=args.num_blocks,
         kv_cache_gib=args.kv_cache_gib,
         num_threads=args.num_threads,
+        deterministic=args.deterministic,
         load_format=args.load_format,
         revision=args.revision,
     ) as engine:

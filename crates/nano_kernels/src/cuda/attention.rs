@@ -170,6 +170,7 @@ impl Kernels {
         let (num_heads, max_blocks) = (heads.num_heads as i32, input.max_blocks as i32);
         let (window, scale) = (window_or_all(input.window), heads.scale());
         let mut launch = self.launch(kernel);
+        launch.in_turn();
         launch.arg(&out).arg(&input.query).arg(&input.cache).arg(&input.block_table).arg(&tiles);
         launch.arg(&num_heads).arg(&max_blocks).arg(&window).arg(&scale);
         // SAFETY: the heads were checked; the memory is the caller's word.

@@ -47,7 +47,12 @@ impl Kernels {
 
     /// A launch of `kernel`, to be given its arguments.
     pub(super) fn launch(&self, kernel: Kernel) -> Launch<'_> {
-        Launch { device: &self.device, function: self.function(kernel), arguments: Vec::new() }
+        Launch {
+            device: &self.device,
+            function: self.function(kernel),
+            arguments: Vec::new(),
+            begins_early: self.device.overlaps_kernels(),
+        }
     }
 
     pub(super) fn function(&self, kernel: Kernel) -> &CudaFunction {
@@ -63,12 +68,20 @@ pub(super) struct Launch<'a> {
     device: &'a Device,
     function: &'a CudaFunction,
     arguments: Vec<*mut c_void>,
+    begins_early: bool,
 }
 
 impl<'a> Launch<'a> {
     /// The next argument, in the order of the source; it is read by `launch`.
     pub(super) fn arg<T: DeviceRepr>(&mut self, value: &'a T) -> &mut Self {
         self.arguments.push(ptr::from_ref(value).cast_mut().cast());
+        self
+    }
+
+    /// Begins when the kernel in front has ended. Blocks that come before lie where there is room
+    /// for them by then: a kernel with a block or two a multiprocessor would lie unevenly.
+    pub(super) fn in_turn(&mut self) -> &mut Self {
+        self.begins_early = false;
         self
     }
 
@@ -93,7 +106,7 @@ impl<'a> Launch<'a> {
             sharedMemBytes: shape.shared_mem_bytes,
             hStream: self.device.stream().cu_stream(),
             attrs: &raw mut overlap,
-            numAttrs: u32::from(self.device.overlaps_kernels()),
+            numAttrs: u32::from(self.begins_early),
         };
         // SAFETY: the configuration and the arguments outlive the call, which copies them; the
         // rest is the caller's word.

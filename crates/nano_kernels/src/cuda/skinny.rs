@@ -23,8 +23,8 @@ const STAGED: usize = 68;
 const MAX_STAGE_BYTES: usize = 32 << 10;
 const MAX_STAGES: usize = 16;
 const MIN_STAGES: usize = 4;
-/// Shared memory of a thread block: what is left lets the blocks of the small kernels between two
-/// products begin beside it, and through them the next product.
+/// Shared memory of a thread block: no slower than with all there is, and the blocks of the small
+/// kernels between two products have room beside it.
 const MAX_SHARED_BYTES: usize = 200 << 10;
 
 /// Where and how a matrix lies, as the copies read it.
