@@ -60,7 +60,7 @@ class Engine:
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
         max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
+        max_num_batched_tokens: int = 8192,
         block_size: int = 16,
         num_blocks: int | None = None,
         kv_cache_gib: float | None = None,
