@@ -118,6 +118,7 @@ fn run(dir: &Path) -> Result<(), Box<dyn Error>> {
         ("decode, 16 rows, context 1000", step(16, 999, 1, 0.0), 30),
         ("decode, 64 rows, context 100", step(64, 99, 1, 0.0), 15),
         ("prefill, 32 rows", step(1, 0, 32, 0.0), 20),
+        ("prefill, 16 x 32 rows", step(16, 0, 32, 0.0), 9),
         ("prefill, 512 rows", step(1, 0, 512, 0.0), 9),
         ("prefill, 4 x 512 rows", step(4, 0, 512, 0.0), 3),
         ("prefill, 512 rows on 1536", step(1, 1536, 512, 0.0), 5),

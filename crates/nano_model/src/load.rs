@@ -97,8 +97,6 @@ pub struct ModelInfo {
     pub weight_bytes: u64,
     /// Blocks of the KV cache.
     pub num_blocks: u32,
-    /// Bytes of the KV cache.
-    pub kv_cache_bytes: u64,
 }
 
 /// Loads the model in `dir`.
@@ -241,7 +239,6 @@ impl CacheRoom {
             dtype: dtype.name(),
             weight_bytes,
             num_blocks: self.num_blocks,
-            kv_cache_bytes: self.bytes,
         }
     }
 }
