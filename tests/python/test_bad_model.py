@@ -46,10 +46,11 @@ def test_a_config_that_is_none_is_refused(content, directory):
 
 def test_an_empty_config_is_refused(directory):
     (directory / "config.json").write_text("{}", encoding="utf-8")
-    assert_names(load_fails(directory), "architecture", "MistralForCausalLM")
+    assert_names(load_fails(directory), "names no architecture", "MistralForCausalLM")
 
 
 CONFIGS = {
+    "an empty list of architectures": ({"architectures": []}, ["names no architecture"]),
     "an unknown architecture": ({"architectures": ["GptForAll"]}, ["GptForAll", "Mistral"]),
     "heads that do not divide": (
         {"num_attention_heads": 3, "num_key_value_heads": 2},
@@ -67,6 +68,8 @@ CONFIGS = {
     "a negative size": ({"intermediate_size": -5}, ["intermediate_size", "-5"]),
     "a size that is a text": ({"hidden_size": "wide"}, ["hidden_size"]),
     "a window of nothing": ({"sliding_window": 0}, ["sliding_window", 0]),
+    "an epsilon of 0": ({"rms_norm_eps": 0}, ["rms_norm_eps", "above 0", "got 0"]),
+    "a negative epsilon": ({"rms_norm_eps": -1e-5}, ["rms_norm_eps", "above 0", "-0.00001"]),
     "another activation": ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
     "an unknown rope scaling": (
         {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}},

@@ -139,7 +139,7 @@ impl ModelConfig {
             let reason = "is not supported yet: float checkpoints are".to_owned();
             return Err(Error::BadConfig { field, reason });
         }
-        let spec = match architecture(&fields).as_str() {
+        let spec = match architecture(&fields)? {
             "MistralForCausalLM" => mistral::parse(&fields, mistral::Layers::Alike)?,
             "MinistralForCausalLM" => mistral::parse(&fields, mistral::Layers::ByType)?,
             other => return Err(Error::UnknownArchitecture { architecture: other.to_owned() }),
@@ -173,7 +173,7 @@ pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
     serde_json::from_slice(&bytes).map(Some).map_err(|error| bad(format!("is no JSON: {error}")))
 }
 
-fn architecture(fields: &Fields<'_>) -> String {
+fn architecture<'a>(fields: &Fields<'a>) -> Result<&'a str> {
     let named = match fields.get("architectures") {
         Some(list) => list.get(0).and_then(Value::as_str),
         None => match fields.get("model_type").and_then(Value::as_str) {
@@ -182,7 +182,11 @@ fn architecture(fields: &Fields<'_>) -> String {
             other => other,
         },
     };
-    named.unwrap_or_default().to_owned()
+    named.ok_or_else(|| {
+        let reason = "is missing or empty: the file names no architecture, where \
+                      MistralForCausalLM and MinistralForCausalLM are supported";
+        fields.bad("architectures", reason)
+    })
 }
 
 /// `torch_dtype` as transformers 4 wrote it, or `dtype` as 5 does.

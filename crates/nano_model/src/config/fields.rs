@@ -79,6 +79,10 @@ impl<'a> Fields<'a> {
         }
     }
 
+    pub(super) fn optional_positive(&self, name: &str) -> Result<Option<f64>> {
+        self.get(name).map(|_| self.positive(name)).transpose()
+    }
+
     pub(super) fn optional_bool(&self, name: &str) -> Result<Option<bool>> {
         let Some(value) = self.get(name) else { return Ok(None) };
         match value {

@@ -38,8 +38,7 @@ pub(super) fn parse(fields: &Fields<'_>) -> Result<RopeSpec> {
     let prefix = kind.map_or(format!("{name}."), |kind| format!("{name} of type {kind}: "));
     let scaling = Fields::new(scaling, &prefix)?;
     let theta_at = if scaling.has("rope_theta") { &scaling } else { fields };
-    let theta =
-        if theta_at.has("rope_theta") { theta_at.positive("rope_theta")? } else { 10_000.0 };
+    let theta = theta_at.optional_positive("rope_theta")?.unwrap_or(10_000.0);
     for at in [&scaling, fields] {
         if let Some(part) = at.optional_number("partial_rotary_factor")?.filter(|it| *it < 1.0) {
             let reason = format!("must be 1: heads turn as a whole, got {part}");
