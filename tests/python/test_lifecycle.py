@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nano_batch
 import pytest
+import recital_model
 from nano_batch import Engine, SamplingParams
 from nano_batch.exceptions import EngineClosedError
 from recital_model import TEXT
@@ -254,6 +255,59 @@ def test_ctrl_c_interrupts_what_waits(wait, reciting_dir):
         process.send_signal(signal.SIGINT)
         output, errors = end_of(process)
     assert (output.strip(), process.returncode) == ("interrupted True", 130), errors
+
+
+LOADING = """
+    import os, sys, threading, time
+    from pathlib import Path
+    from nano_batch import Engine
+    config = Path(sys.argv[1], "config.json")
+    content = config.read_text()
+    config.unlink()
+    # Whoever reads it waits until somebody writes.
+    os.mkfifo(config)
+    def tell():
+        global pipe
+        pipe = config.open("w")
+        print("loading", flush=True)
+    threading.Thread(target=tell).start()
+"""
+
+
+def test_ctrl_c_interrupts_loading_and_what_is_loaded_after_it_goes(tmp_path):
+    script = f"""{LOADING}
+    try:
+        Engine(sys.argv[1], device="cpu", num_threads=1, num_blocks=64)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    config.unlink()
+    config.write_text(content)
+    def names():
+        return [comm.read_text() for comm in Path("/proc/self/task").glob("*/comm")]
+    assert "nano-load\\n" in names()
+    pipe.write(content)
+    pipe.close()
+    while any(name.startswith("nano-") for name in names()):
+        time.sleep(0.01)
+    print("gone", flush=True)
+    """
+    with run_script(script, recital_model.write(tmp_path)) as process:
+        assert process.stdout.readline().strip() == "loading"
+        process.send_signal(signal.SIGINT)
+        output, errors = end_of(process)
+    assert (output.split(), process.returncode) == (["interrupted", "gone"], 0), errors
+
+
+def test_ctrl_c_ends_a_program_that_loads(tmp_path):
+    script = f"""{LOADING}
+    Engine(sys.argv[1], device="cpu", num_threads=1, num_blocks=64)
+    """
+    with run_script(script, recital_model.write(tmp_path)) as process:
+        assert process.stdout.readline().strip() == "loading"
+        process.send_signal(signal.SIGINT)
+        _, errors = end_of(process)
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert "KeyboardInterrupt" in errors
 
 
 def test_ctrl_c_ends_a_program_that_does_not_catch_it(reciting_dir):

@@ -1,7 +1,10 @@
 //! `Engine`: a running engine behind Python's wrapper of the same name.
 
+use std::panic::resume_unwind;
 use std::path::PathBuf;
+use std::thread;
 
+use crossbeam_channel::{RecvTimeoutError, bounded};
 use nano_core::{RequestId, SchedulerConfig, TokenId};
 use nano_engine::{EngineConfig, Prompt};
 use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
@@ -9,7 +12,7 @@ use pyo3::prelude::*;
 
 use crate::error::{invalid, to_py};
 use crate::sampling_params::SamplingParams;
-use crate::stream::RequestStream;
+use crate::stream::{RequestStream, SIGNAL_INTERVAL};
 
 /// A prompt as Python spells it.
 #[derive(FromPyObject)]
@@ -89,8 +92,7 @@ impl Engine {
             scheduler: limits,
             seed,
         };
-        let engine = py.detach(|| nano_engine::Engine::load(config));
-        engine.map(Self).map_err(|error| to_py(py, &error))
+        load(py, config).map(Self)
     }
 
     /// Submits a request and returns at once.
@@ -205,6 +207,24 @@ impl Engine {
             })
         });
         checked.collect()
+    }
+}
+
+/// Loads on a thread of its own, so that Ctrl-C ends the wait. An engine that is ready only after
+/// that is dropped by its loader.
+fn load(py: Python<'_>, config: EngineConfig) -> PyResult<nano_engine::Engine> {
+    let (ended, end) = bounded::<()>(0);
+    let main = move || {
+        let _ended = ended;
+        nano_engine::Engine::load(config)
+    };
+    let loader = thread::Builder::new().name("nano-load".into()).spawn(main)?;
+    while py.detach(|| end.recv_timeout(SIGNAL_INTERVAL)) == Err(RecvTimeoutError::Timeout) {
+        py.check_signals()?;
+    }
+    match py.detach(|| loader.join()) {
+        Ok(engine) => engine.map_err(|error| to_py(py, &error)),
+        Err(panic) => resume_unwind(panic),
     }
 }
 

@@ -10,7 +10,7 @@ use pyo3::types::PyByteArray;
 use crate::error::to_py;
 
 /// How often a waiting thread looks whether Ctrl-C was pressed.
-const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
+pub(crate) const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// `(token_ids, text, finish_reason, stop_reason, first_token_s, last_token_s)`.
 type DeltaTuple = (Vec<u32>, String, Option<&'static str>, Option<Py<PyAny>>, f64, f64);
