@@ -33,6 +33,8 @@ REQUESTS = {
     "an array of two dimensions": (np.array([[1, 2], [3, 4]]), ["position 0"]),
     "a number": (7, ["int"]),
     "bytes": (b"abc", ["bytes"]),
+    "a lone surrogate": ("a\ud800b", ["prompt", "surrogate", "position 1"]),
+    "a lone surrogate at the end": ({"prompt": "日語\udcff"}, ["prompt", "position 2"]),
     "nothing": (None, ["NoneType"]),
     "a dictionary without a prompt": ({"text": "a"}, ["prompt", "text"]),
     "a dictionary with two prompts": (
@@ -49,6 +51,11 @@ def test_a_prompt_that_does_not_hold_is_refused(name, reciting):
     prompt, words = REQUESTS[name]
     message = refused(InvalidRequestError, lambda: reciting.stream(prompt, SHORT))
     assert_names(message, *words)
+
+
+def test_the_tokenizer_refuses_a_lone_surrogate(reciting):
+    encode = reciting.get_tokenizer().encode
+    assert_names(refused(InvalidRequestError, lambda: encode("\ud800")), "text", "position 0")
 
 
 @pytest.mark.usefixtures("unharmed")

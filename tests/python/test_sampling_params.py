@@ -72,6 +72,8 @@ def test_what_is_invalid_is_refused_by_name(pair):
         ({"min_tokens": 20}, "max_tokens 16", "20"),
         ({"stop": [""]}, "empty", ""),
         ({"stop": ["a", ""]}, "empty", "1"),
+        ({"stop": "a\ud800"}, "surrogate", "position 1"),
+        ({"stop": ["a", "\udcff"]}, "stop string 1", "position 0"),
         ({"stop": ["a"], "detokenize": False}, "detokenize", "1"),
     ],
 )

@@ -9,15 +9,16 @@ use nano_core::{RequestId, SchedulerConfig, TokenId};
 use nano_engine::{EngineConfig, Prompt};
 use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
 use pyo3::prelude::*;
+use pyo3::types::PyString;
 
-use crate::error::{invalid, to_py};
+use crate::error::{invalid, plain_text, to_py};
 use crate::sampling_params::SamplingParams;
 use crate::stream::{RequestStream, SIGNAL_INTERVAL};
 
 /// A prompt as Python spells it.
 #[derive(FromPyObject)]
-enum PyPrompt {
-    Text(String),
+enum PyPrompt<'py> {
+    Text(Bound<'py, PyString>),
     Tokens(Vec<i64>),
 }
 
@@ -99,11 +100,13 @@ impl Engine {
     fn submit(
         &self,
         py: Python<'_>,
-        prompt: PyPrompt,
+        prompt: PyPrompt<'_>,
         params: &SamplingParams,
     ) -> PyResult<RequestStream> {
         let prompt = match prompt {
-            PyPrompt::Text(text) => Prompt::Text(text),
+            PyPrompt::Text(text) => {
+                Prompt::Text(plain_text(&text, "prompt", "invalid_prompt")?.to_owned())
+            }
             PyPrompt::Tokens(tokens) => Prompt::Tokens(self.token_ids(py, &tokens)?),
         };
         let text = params.detokenize.then_some(&params.text);
@@ -240,7 +243,14 @@ impl Tokenizer {
     }
 
     #[pyo3(signature = (text, *, add_special_tokens=true))]
-    fn encode(&self, py: Python<'_>, text: &str, add_special_tokens: bool) -> PyResult<Vec<u32>> {
+    #[expect(clippy::needless_pass_by_value, reason = "what pyo3 extracts")]
+    fn encode(
+        &self,
+        py: Python<'_>,
+        text: Bound<'_, PyString>,
+        add_special_tokens: bool,
+    ) -> PyResult<Vec<u32>> {
+        let text = plain_text(&text, "text", "invalid_prompt")?;
         let tokens = py
             .detach(|| self.0.encode(text, add_special_tokens))
             .map_err(|error| to_py(py, &error.into()))?;

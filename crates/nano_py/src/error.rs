@@ -3,6 +3,7 @@
 use nano_engine::Error;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
+use pyo3::types::PyString;
 
 /// The exception of an error, with its stable word as `code`.
 pub(crate) fn to_py(py: Python<'_>, error: &Error) -> PyErr {
@@ -27,6 +28,21 @@ pub(crate) fn to_py(py: Python<'_>, error: &Error) -> PyErr {
 /// An `InvalidRequestError` for what never reached the engine.
 pub(crate) fn invalid(py: Python<'_>, message: &str, code: &str) -> PyErr {
     exception(py, "InvalidRequestError", message, code)
+}
+
+/// What a `str` says. One with lone surrogates, as undecodable bytes become on a command line,
+/// has no UTF-8 and is refused by position.
+pub(crate) fn plain_text<'a>(
+    text: &'a Bound<'_, PyString>,
+    name: &str,
+    code: &str,
+) -> PyResult<&'a str> {
+    text.to_str().map_err(|error| {
+        let py = text.py();
+        let Ok(position) = error.value(py).getattr("start") else { return error };
+        let message = format!("{name} has a lone surrogate, no character, at position {position}");
+        invalid(py, &message, code)
+    })
 }
 
 fn exception(py: Python<'_>, class: &str, message: &str, code: &str) -> PyErr {

@@ -4,15 +4,15 @@ use nano_core::TokenId;
 use nano_engine::TextOptions;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict, PyInt, PyTuple};
+use pyo3::types::{PyBool, PyDict, PyInt, PyString, PyTuple};
 
-use crate::error::{invalid, to_py};
+use crate::error::{invalid, plain_text, to_py};
 
 /// One string or several.
 #[derive(FromPyObject)]
-enum Stop {
-    One(String),
-    Many(Vec<String>),
+enum Stop<'py> {
+    One(Bound<'py, PyString>),
+    Many(Vec<Bound<'py, PyString>>),
 }
 
 /// How tokens are chosen and when a request ends.
@@ -71,7 +71,7 @@ impl SamplingParams {
         top_k: Option<&Bound<'_, PyAny>>,
         min_p: f64,
         seed: Option<&Bound<'_, PyAny>>,
-        stop: Option<Stop>,
+        stop: Option<Stop<'_>>,
         stop_token_ids: Option<Vec<Bound<'_, PyAny>>>,
         ignore_eos: bool,
         max_tokens: Option<i128>,
@@ -125,6 +125,11 @@ impl SamplingParams {
             Some(Stop::One(stop)) => vec![stop],
             Some(Stop::Many(stops)) => stops,
         };
+        let stop = stop.iter().enumerate().map(|(position, stop)| {
+            let name = format!("stop string {position}");
+            plain_text(stop, &name, "invalid_sampling_params").map(str::to_owned)
+        });
+        let stop = stop.collect::<PyResult<Vec<_>>>()?;
         if let Some(position) = stop.iter().position(String::is_empty) {
             let message = format!("stop string {position} is empty and would match everywhere");
             return Err(invalid(py, &message, "invalid_sampling_params"));
