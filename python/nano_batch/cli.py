@@ -4,11 +4,43 @@ import argparse
 import logging
 import sys
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nano_batch import Engine, NanoBatchError, SamplingParams, __version__
 
 _EXIT_FAILURE, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
+
+# The keywords of `Engine` and of `SamplingParams` that are flags, and how argparse reads them.
+_ENGINE: dict[str, dict[str, Any]] = {
+    "device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},
+    "dtype": {"default": "auto", "help": "auto, float32 or bfloat16"},
+    "max_model_len": {"type": int, "help": "tokens of prompt and output together"},
+    "gpu_memory_utilization": {
+        "type": float,
+        "default": 0.9,
+        "help": "share that may be in use",
+    },
+    "num_blocks": {"type": int, "help": "blocks of the KV cache"},
+    "kv_cache_gib": {"type": float, "help": "size of the KV cache"},
+    "num_threads": {"type": int, "help": "threads of a step (default: one per core)"},
+    "deterministic": {
+        "action": "store_true",
+        "help": "the same bits in any batch, slower on a GPU",
+    },
+    "load_format": {"default": "auto", "help": "auto, or dummy for random weights"},
+    "revision": {"help": "branch, tag or commit of a hub id"},
+}
+_SAMPLING: dict[str, dict[str, Any]] = {
+    "max_tokens": {"type": int, "default": 128, "help": "tokens generated at most (%(default)s)"},
+    "min_tokens": {"type": int, "default": 0, "help": "tokens generated before a stop"},
+    "temperature": {"type": float, "default": 0.8, "help": "0 is greedy (%(default)s)"},
+    "top_p": {"type": float, "default": 1.0, "help": "nucleus sampling (%(default)s)"},
+    "top_k": {"type": int, "default": 0, "help": "most likely tokens kept; 0 is all"},
+    "min_p": {"type": float, "default": 0.0, "help": "least share of the best token's probability"},
+    "seed": {"type": int, "help": "the same seed gives the same tokens"},
+    "stop": {"action": "append", "help": "a string that ends the text; may be repeated"},
+    "ignore_eos": {"action": "store_true", "help": "go on after the end of the text"},
+}
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -46,29 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     add("model", nargs="?", metavar="MODEL", help="a directory or hub id (default: embedded)")
     add("-p", "--prompt", help="the prompt (default: read from stdin)")
     add("-v", "--verbose", action="store_true", help="log what is loaded")
-    engine = generate.add_argument_group("engine")
-    add = engine.add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", default="auto", help="auto, float32 or bfloat16")
-    add("--max-model-len", type=int, help="tokens of prompt and output together")
-    add("--gpu-memory-utilization", type=float, default=0.9, help="share that may be in use")
-    add("--num-blocks", type=int, help="blocks of the KV cache")
-    add("--kv-cache-gib", type=float, help="size of the KV cache")
-    add("--num-threads", type=int, help="threads of a step (default: one per core)")
-    add("--deterministic", action="store_true", help="the same bits in any batch, slower on a GPU")
-    add("--load-format", default="auto", help="auto, or dummy for random weights")
-    add("--revision", help="branch, tag or commit of a hub id")
-    sampling = generate.add_argument_group("sampling")
-    add = sampling.add_argument
-    add("--max-tokens", type=int, default=128, help="tokens generated at most (%(default)s)")
-    add("--min-tokens", type=int, default=0, help="tokens generated before a stop")
-    add("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
-    add("--top-p", type=float, default=1.0, help="nucleus sampling (%(default)s)")
-    add("--top-k", type=int, default=0, help="most likely tokens kept; 0 is all")
-    add("--min-p", type=float, default=0.0, help="least share of the best token's probability")
-    add("--seed", type=int, help="the same seed gives the same tokens")
-    add("--stop", action="append", help="a string that ends the text; may be repeated")
-    add("--ignore-eos", action="store_true", help="go on after the end of the text")
+    for title, flags in (("engine", _ENGINE), ("sampling", _SAMPLING)):
+        group = generate.add_argument_group(title)
+        for name, how in flags.items():
+            group.add_argument("--" + name.replace("_", "-"), **how)
     return parser
 
 
@@ -76,34 +89,13 @@ def _generate(args: argparse.Namespace) -> int:
     if args.prompt is None and sys.stdin.isatty():
         print("nano-batch generate: give --prompt, or a text on stdin", file=sys.stderr)
         return _EXIT_USAGE
-    params = SamplingParams(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        seed=args.seed,
-        stop=args.stop,
-        ignore_eos=args.ignore_eos,
-        max_tokens=args.max_tokens,
-        min_tokens=args.min_tokens,
-    )
-    prompt = sys.stdin.read() if args.prompt is None else args.prompt
-    with Engine(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        max_model_len=args.max_model_len,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        num_blocks=args.num_blocks,
-        kv_cache_gib=args.kv_cache_gib,
-        num_threads=args.num_threads,
-        deterministic=args.deterministic,
-        load_format=args.load_format,
-        revision=args.revision,
-    ) as engine:
-        print(prompt, end="", flush=True)
+    params = SamplingParams(**{name: getattr(args, name) for name in _SAMPLING})
+    prompt = _read_stdin() if args.prompt is None else args.prompt
+    with Engine(args.model, **{name: getattr(args, name) for name in _ENGINE}) as engine:
         num_tokens, start, first_token_s = 0, time.perf_counter(), 0.0
-        for output in engine.stream(prompt, params):
+        stream = engine.stream(prompt, params)
+        print(prompt, end="", flush=True)
+        for output in stream:
             num_tokens += len(output.outputs[0].token_ids)
             first_token_s = output.metrics.first_token_s
             print(output.outputs[0].text, end="", flush=True)
@@ -113,3 +105,10 @@ def _generate(args: argparse.Namespace) -> int:
     first = f"first token after {1e3 * first_token_s:.0f} ms"
     print(f"{num_tokens} tokens, {rate}, {first}", file=sys.stderr)
     return 0
+
+
+def _read_stdin() -> str:
+    # Bytes that are no text become what they are in arguments, which the engine refuses.
+    with open(0, errors="surrogateescape", closefd=False) as stdin:
+        # The shell ends a line with it; it is no part of what was written.
+        return stdin.read().removesuffix("\n")

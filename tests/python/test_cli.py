@@ -35,11 +35,24 @@ def test_generate_streams_the_continuation_to_stdout(command, reciting_dir):
     assert "26 tokens" in done.stderr
 
 
-def test_generate_reads_the_prompt_from_stdin(reciting_dir):
-    done = run(
-        COMMANDS["nano-batch"], "generate", reciting_dir, "--max-tokens", "5", *GREEDY, text="🙂?"
-    )
-    assert (done.returncode, done.stdout) == (0, "🙂?wörl\n")
+@pytest.mark.parametrize(
+    ("text", "prompt"), [("🙂?", "🙂?"), ("🙂?\n", "🙂?"), ("\n🙂?\n\n", "\n🙂?\n")]
+)
+def test_generate_reads_the_prompt_from_stdin_up_to_its_last_newline(text, prompt, reciting_dir):
+    arguments = ["generate", reciting_dir, "--max-tokens", "5", *GREEDY]
+    done = run(COMMANDS["nano-batch"], *arguments, text=text)
+    assert (done.returncode, done.stdout) == (0, f"{prompt}wörl\n")
+
+
+def test_bytes_that_are_no_text_are_refused_by_position(command, reciting_dir):
+    generate = [*command, "generate", reciting_dir]
+    for arguments, bytes_in in [(["--prompt", b"ab\xff"], b""), ([], b"ab\xff\n")]:
+        done = subprocess.run(
+            [*generate, *arguments], input=bytes_in, capture_output=True, timeout=120
+        )
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert len(done.stderr.splitlines()) == 1
+        assert b"position 2" in done.stderr
 
 
 def test_generate_without_a_model_runs_the_embedded_one():
