@@ -33,3 +33,11 @@ def test_fewer_instructions_change_only_the_rounding(isa, dtype, bound, tmp_path
     difference = np.abs(np.load(path) - expected).max()
     assert difference < bound
     assert expected.std() > 1
+
+
+def test_an_unknown_name_is_refused(tmp_path):
+    environment = {**os.environ, "NANO_BATCH_CPU_ISA": "sse9"}
+    command = [sys.executable, "-c", PROGRAM, "float32", TEXT, str(tmp_path / "logits.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    assert "avx512, avx2 or portable, got sse9" in done.stderr

@@ -40,6 +40,12 @@ impl Isa {
         })
     }
 
+    /// What the environment asks for, if it is no set's name.
+    pub fn unknown_name() -> Option<String> {
+        let name = std::env::var(ISA_VARIABLE).ok()?;
+        (!["avx512", "avx2", "portable"].contains(&name.as_str())).then_some(name)
+    }
+
     /// All sets that the processor has.
     pub fn available() -> Vec<Self> {
         let found = Self::of_processor();

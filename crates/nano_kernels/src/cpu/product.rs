@@ -23,7 +23,7 @@ pub(super) const MAX_TILE_ROWS: usize = 12;
 /// Tiles that share each read of parameters.
 const MAX_TILES: usize = 4;
 /// Words of a panel that are read at once: with those of its neighbour a first cache.
-const BLOCK_WORDS: usize = 512;
+const BLOCK_WORDS: usize = 256;
 /// Numbers of rows at which blocks pay: fewer wait for memory alone, whose stream the processor
 /// sees by itself; more wait for arithmetic alone.
 const BLOCK_ROWS: Range<usize> = 6..MAX_TILES * MAX_TILE_ROWS + 1;

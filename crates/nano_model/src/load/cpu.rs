@@ -7,10 +7,11 @@ use std::thread;
 use half::bf16;
 use nano_core::executor::{Capacity, Executor};
 use nano_kernels::cpu::Element;
+use nano_kernels::cpu::isa::{ISA_VARIABLE, Isa};
 
 use super::{
     CacheMemory, CacheRoom, LoadFormat, ModelInfo, ModelOptions, Source, checkpoint_dtype, dtype,
-    load_decoder,
+    gib, load_decoder,
 };
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, Dtype};
@@ -33,6 +34,10 @@ pub(super) fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Execut
     if let Some(num_threads) = options.num_threads.filter(|it| !(1..=MAX_THREADS).contains(it)) {
         let (range, value) = (format!("in [1, {MAX_THREADS}]"), num_threads.to_string());
         return Err(Error::BadOption { name: "num_threads", range, value });
+    }
+    if let Some(value) = Isa::unknown_name() {
+        let range = "avx512, avx2 or portable".to_owned();
+        return Err(Error::BadOption { name: ISA_VARIABLE, range, value });
     }
     let checkpoint = Checkpoint::open(dir, options)?;
     match checkpoint.dtype {
@@ -100,7 +105,12 @@ impl Checkpoint {
         let Self { config, map, dtype } = self;
         let element_bytes = dtype.num_bytes() as u64;
         let weight_bytes = config.spec.num_parameters() as u64 * element_bytes;
-        let free = available_bytes().saturating_sub(weight_bytes);
+        let available = available_bytes();
+        let Some(free) = available.checked_sub(weight_bytes) else {
+            let (needed, available) = (gib(weight_bytes), gib(available));
+            let reason = format!("{needed:.2} GiB are needed, {available:.2} GiB are free");
+            return Err(Error::NoMemory { what: "the weights", reason });
+        };
         let memory = CacheMemory {
             bytes: free,
             unasked_bytes: (free / 4).min(DEFAULT_MOST_CACHE_BYTES),
