@@ -90,7 +90,7 @@ impl<E: Element> CpuExecutor<E> {
             if let LogitRows::Last(_) = scheduled.logit_rows {
                 let (logits, token) = &mut *rows[row].lock();
                 let last = logits.len() - self.vocab_size;
-                *token = sample(Isa::detect(), &logits[last..], &sampling(scheduled));
+                *token = sample(Isa::detect(), &logits[last..], &sampling_of(scheduled));
             }
         });
         self.previous.clear();
@@ -129,7 +129,7 @@ fn num_logit_rows(scheduled: &ScheduledSequence) -> usize {
 }
 
 /// How a sequence's next token is chosen.
-fn sampling(scheduled: &ScheduledSequence) -> Sampling {
+fn sampling_of(scheduled: &ScheduledSequence) -> Sampling {
     let params = &scheduled.params;
     Sampling {
         temperature: params.temperature,

@@ -14,10 +14,9 @@ use nano_core::scheduler::output::{
 use nano_core::{Error as CoreError, SequenceId, TokenId};
 use nano_kernels::cuda::sampling::{NO_TOKEN, RowSampling};
 use nano_kernels::cuda::{Error as CudaError, Event, Graph, PinnedBuffer};
-use nano_kernels::reference::sampling::Sampling;
 use smallvec::smallvec;
 
-use super::failed;
+use super::{failed, sampling_of};
 use crate::backend::cuda::{CudaBackend, CudaStep, StepInput};
 use crate::batch::Batch;
 use crate::decoder::{Decoder, forward};
@@ -169,7 +168,7 @@ impl CudaExecutor {
             }
             if wants_token || graph_rows.is_some() {
                 batch.logit_rows.push((part.first_row + part.num_rows - 1) as u32);
-                sampling.push(sampling_of(&scheduled[index]));
+                sampling.push(RowSampling::from(&sampling_of(&scheduled[index])));
             }
         }
         for (part, &index) in batch.sequences.iter().zip(&order) {
@@ -233,19 +232,6 @@ struct Plan {
 
 fn is_single(scheduled: &ScheduledSequence) -> bool {
     scheduled.num_scheduled_tokens == 1
-}
-
-fn sampling_of(scheduled: &ScheduledSequence) -> RowSampling {
-    let params = &scheduled.params;
-    RowSampling::from(&Sampling {
-        temperature: params.temperature,
-        top_k: params.top_k,
-        top_p: params.top_p,
-        min_p: params.min_p,
-        seed: scheduled.seed,
-        position: scheduled.context_len(),
-        index: 0,
-    })
 }
 
 /// Rows that steps are filled up to: 1, 2, 4, 8, 16, 24 and so on, the last one at least `most`.
