@@ -41,6 +41,7 @@ pub struct TchStep {
     cos: Tensor,
     sin: Tensor,
     sequences: Vec<BatchSequence>,
+    block_ids: Vec<u32>,
 }
 
 impl TchBackend {
@@ -76,10 +77,17 @@ impl TchBackend {
     }
 
     /// Attention of one sequence's rows, `[num_rows, num_heads, head_dim]`.
-    fn attend(&self, layer: usize, query: &Tensor, sequence: &BatchSequence) -> Result<Tensor> {
+    fn attend(
+        &self,
+        layer: usize,
+        query: &Tensor,
+        sequence: &BatchSequence,
+        step: &TchStep,
+    ) -> Result<Tensor> {
         let block_size = self.block_size as usize;
+        let table = &step.block_ids[sequence.block_table.clone()];
         let slot = |position: usize| {
-            let block = sequence.block_table[position / block_size];
+            let block = table[position / block_size];
             i64::from(block) * block_size as i64 + (position % block_size) as i64
         };
         let slots: Vec<i64> = (0..sequence.context_len()).map(slot).collect();
@@ -151,6 +159,7 @@ impl Backend for TchBackend {
             cos: angles.f_cos()?.f_mul_scalar(factor)?,
             sin: angles.f_sin()?.f_mul_scalar(factor)?,
             sequences: batch.sequences.clone(),
+            block_ids: batch.block_ids.clone(),
         })
     }
 
@@ -177,7 +186,7 @@ impl Backend for TchBackend {
         let query = query.f_view([-1, self.spec.num_heads as i64, self.spec.head_dim as i64])?;
         let attend = |sequence: &BatchSequence| {
             let (first, num_rows) = (sequence.first_row as i64, sequence.num_rows as i64);
-            self.attend(layer, &query.f_narrow(0, first, num_rows)?, sequence)
+            self.attend(layer, &query.f_narrow(0, first, num_rows)?, sequence, step)
         };
         let parts = step.sequences.iter().map(attend).collect::<Result<Vec<_>>>()?;
         Ok(Tensor::f_cat(&parts, 0)?.f_reshape([query.size()[0], -1])?)

@@ -6,8 +6,8 @@ use std::thread;
 
 use half::bf16;
 use nano_core::executor::{Capacity, Executor};
-use nano_kernels::cpu::Element;
 use nano_kernels::cpu::isa::{ISA_VARIABLE, Isa};
+use nano_kernels::cpu::{Element, Pool};
 
 use super::{
     CacheMemory, CacheRoom, LoadFormat, ModelInfo, ModelOptions, Source, checkpoint_dtype, dtype,
@@ -35,26 +35,27 @@ pub(super) fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Execut
         let (range, value) = (format!("in [1, {MAX_THREADS}]"), num_threads.to_string());
         return Err(Error::BadOption { name: "num_threads", range, value });
     }
-    if let Some(value) = Isa::unknown_name() {
+    let isa = Isa::asked().map_err(|value| {
         let range = "avx512, avx2 or portable".to_owned();
-        return Err(Error::BadOption { name: ISA_VARIABLE, range, value });
-    }
+        Error::BadOption { name: ISA_VARIABLE, range, value }
+    })?;
     let checkpoint = Checkpoint::open(dir, options)?;
+    let num_threads = options.num_threads.and_then(NonZero::new);
+    let num_threads = num_threads.or_else(|| thread::available_parallelism().ok());
+    let pool = Pool::new(num_threads.unwrap_or(NonZero::<usize>::MIN), isa);
     match checkpoint.dtype {
-        Dtype::Float32 => load_as::<f32>(checkpoint, options),
-        Dtype::BFloat16 => load_as::<bf16>(checkpoint, options),
+        Dtype::Float32 => load_as::<f32>(checkpoint, options, pool),
+        Dtype::BFloat16 => load_as::<bf16>(checkpoint, options, pool),
     }
 }
 
 fn load_as<E: Element>(
     checkpoint: Checkpoint,
     options: &ModelOptions,
+    pool: Pool,
 ) -> Result<(Box<dyn Executor>, ModelInfo)> {
-    let asked = options.num_threads.and_then(NonZero::new);
-    let num_threads =
-        asked.unwrap_or_else(|| thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN));
     let (backend, model, info) = checkpoint.load(options, |spec, _, num_blocks, block_size| {
-        CpuBackend::<E>::new(spec, num_blocks, block_size, num_threads)
+        CpuBackend::<E>::new(spec, num_blocks, block_size, pool)
     })?;
     let capacity = Capacity {
         num_blocks: info.num_blocks,
