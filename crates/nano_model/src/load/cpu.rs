@@ -9,6 +9,7 @@ use nano_core::executor::{Capacity, Executor};
 use nano_kernels::cpu::isa::{ISA_VARIABLE, Isa};
 use nano_kernels::cpu::{Element, Pool};
 
+use super::memory::available_bytes;
 use super::{
     CacheMemory, CacheRoom, LoadFormat, ModelInfo, ModelOptions, Source, checkpoint_dtype, dtype,
     gib, load_decoder,
@@ -22,19 +23,8 @@ use crate::error::{Error, Result};
 use crate::executor::CpuExecutor;
 use crate::weights::WeightMap;
 
-/// The KV cache holds this many sequences of full length, if memory allows and nobody says more.
-const DEFAULT_FULL_SEQUENCES: u64 = 16;
-/// The largest KV cache that nobody asked for.
-const DEFAULT_MOST_CACHE_BYTES: u64 = 4 << 30;
-/// More threads than a machine has cores.
-const MAX_THREADS: usize = 4096;
-
 /// Loads the model in `dir` for the CPU.
 pub(super) fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Executor>, ModelInfo)> {
-    if let Some(num_threads) = options.num_threads.filter(|it| !(1..=MAX_THREADS).contains(it)) {
-        let (range, value) = (format!("in [1, {MAX_THREADS}]"), num_threads.to_string());
-        return Err(Error::BadOption { name: "num_threads", range, value });
-    }
     let isa = Isa::asked().map_err(|value| {
         let range = "avx512, avx2 or portable".to_owned();
         Error::BadOption { name: ISA_VARIABLE, range, value }
@@ -114,8 +104,10 @@ impl Checkpoint {
         };
         let memory = CacheMemory {
             bytes: free,
-            unasked_bytes: (free / 4).min(DEFAULT_MOST_CACHE_BYTES),
-            unasked_sequences: DEFAULT_FULL_SEQUENCES,
+            // A block takes memory when it is first written, and the one freed last comes first: a
+            // cache that is never full takes what it needed at its fullest.
+            unasked_bytes: free / 2,
+            unasked_sequences: options.max_num_seqs.into(),
             hint: "free the memory of other programs",
         };
         let room = CacheRoom::new(&config, options, element_bytes, &memory)?;
@@ -124,14 +116,6 @@ impl Checkpoint {
         let dummy = DummyWeights::new(options.seed);
         let source = map.as_ref().map_or(Source::Dummy(&dummy), Source::Checkpoint);
         let model = load_decoder(&spec, source, &mut backend)?;
-        Ok((backend, model, room.info(config, dtype, "cpu".to_owned())))
+        Ok((backend, model, room.info(config, dtype, "cpu".to_owned(), options.limits(false))))
     }
-}
-
-/// Memory that can be had without swapping; a modest guess where the system does not say.
-fn available_bytes() -> u64 {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.map_or(4 << 30, |kib| kib << 10)
 }
