@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 
 PROMPT ?= It is a truth universally acknowledged, that
 
-.PHONY: run test test-rust test-python lint format bench dist clean
+.PHONY: run test test-rust test-python lint format bench bench-kernels dist clean
 
 run: $(VENV)/.built
 	@$(BIN)/nano-batch generate --prompt "$(PROMPT)"
@@ -44,9 +44,18 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# nano_batch beside transformers on this machine: JSON and pictures in benches/results/local/. Two
+# cores need less than 10 minutes.
 bench: $(VENV)/.built $(VENV)/.dev
-	LD_LIBRARY_PATH=$(LIBRARIES) cargo bench --locked
-	$(BIN)/python benches/end_to_end.py
+	$(BIN)/nano-batch bench throughput
+	$(BIN)/nano-batch bench latency
+	$(BIN)/nano-batch bench plot
+
+# Criterion's microbenchmarks, and each CUDA kernel where there is a GPU. To compare with an earlier
+# state: BENCH="--save-baseline NAME", later BENCH="--baseline NAME".
+BENCHES := block_allocator scheduler detokenizer sampler cpu_kernels cuda_kernels
+bench-kernels: $(VENV)/.deps
+	LD_LIBRARY_PATH=$(LIBRARIES) cargo bench --locked $(BENCHES:%=--bench %) -- $(BENCH)
 
 dist: $(VENV)/.deps
 	$(BIN)/maturin build --locked --release --out dist

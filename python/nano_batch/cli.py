@@ -7,6 +7,7 @@ import time
 from typing import Any, NoReturn
 
 from nano_batch import Engine, NanoBatchError, SamplingParams, __version__
+from nano_batch.bench import command as bench
 
 _EXIT_FAILURE, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
 
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         group = generate.add_argument_group(title)
         for name, how in flags.items():
             group.add_argument("--" + name.replace("_", "-"), **how)
+    bench.add(commands)
     return parser
 
 
