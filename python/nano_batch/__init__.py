@@ -19,7 +19,7 @@ if _torch.__version__.split("+")[0] != _TORCH:
         f"pip install torch=={_TORCH}"
     )
 
-from nano_batch._native import BlockAllocator, SamplingParams, __version__  # noqa: E402
+from nano_batch._native import BlockAllocator, __version__  # noqa: E402
 from nano_batch.engine import Engine  # noqa: E402
 from nano_batch.exceptions import (  # noqa: E402
     EngineClosedError,
@@ -34,6 +34,7 @@ from nano_batch.outputs import (  # noqa: E402
     RequestMetrics,
     RequestOutput,
 )
+from nano_batch.sampling_params import SamplingParams  # noqa: E402
 
 LLM = Engine
 
