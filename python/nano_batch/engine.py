@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from nano_batch import _native
 from nano_batch.checks import check_choice, check_flag, check_integer, check_number
+from nano_batch.cuda_libraries import map_cuda_libraries
 from nano_batch.exceptions import InvalidRequestError, ModelLoadError
 from nano_batch.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
 from nano_batch.sampling_params import SamplingParams
@@ -122,6 +123,8 @@ class Engine:
                 )
                 raise InvalidRequestError(message, code)
         self.model_dir = _find_model(model, revision)
+        if device != "cpu":
+            map_cuda_libraries()
         self._native = _native.Engine(
             self.model_dir,
             device=device,
