@@ -1,18 +1,20 @@
 //! The back ends, operator by operator, against the plain reference.
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
+mod tch_backend;
+
 use std::num::NonZero;
 
 use nano_kernels::reference::attention::{PagedCache, paged_attention};
 use nano_kernels::reference::norm::rms_norm;
 use nano_kernels::reference::{activation, product, rope};
 use nano_model::backend::cpu::{CpuBackend, Rows};
-use nano_model::backend::tch::TchBackend;
 use nano_model::backend::{Backend, Dtype, Values};
 use nano_model::batch::{Batch, BatchSequence};
 use nano_model::config::{CheckpointDtype, DecoderSpec, LayerSpec, RopeSpec};
 use nano_model::weights::TensorBytes;
 use tch::Tensor;
+use tch_backend::TchBackend;
 
 const NUM_BLOCKS: u32 = 40;
 const BLOCK_SIZE: u32 = 4;
@@ -54,7 +56,7 @@ trait Probe: Backend {
 
 impl Probe for TchBackend {
     fn make(spec: &DecoderSpec, num_blocks: u32) -> Self {
-        Self::new(spec.clone(), Dtype::Float32, num_blocks, BLOCK_SIZE).unwrap()
+        Self::new(spec.clone(), Dtype::Float32, num_blocks, BLOCK_SIZE)
     }
 
     fn hidden(&self, values: &[f32], columns: usize) -> Tensor {
@@ -313,7 +315,11 @@ fn check_norms_products_gates_and_logits_agree<B: Probe>() {
     let step = backend.prepare(&batch(&[(0, 2), (0, 1)])).unwrap();
     let head = noise(spec.vocab_size * hidden_size, 9);
     let head_weight = backend.matrix(&head, hidden_size);
-    let found = backend.logits(&hidden_rows, &norm, &head_weight, &step).unwrap();
+    let (context, residual) = (noise(rows * 2 * 4, 10), backend.hidden(&hidden, hidden_size));
+    let context_rows = backend.hidden(&context, 2 * 4);
+    let (found, residual) = backend.logit_rows(context_rows, residual, &step).unwrap();
+    assert_close(&backend.host(found), &context[2 * 4..], "attention of rows 1 and 2");
+    let found = backend.logits(&residual, &norm, &head_weight, &step).unwrap();
     let all = through(&head);
     assert_close(
         &backend.host(found),

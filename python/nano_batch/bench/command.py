@@ -102,6 +102,7 @@ def _latency(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, kind: str) -> int:
+    _require("torch", "measures the machine: pip install 'nano_batch[bench]'")
     _require("transformers", "is what is measured beside: pip install 'nano_batch[bench]'")
     device = _device(args.device)
     if args.quick and device == "cuda":
