@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nano_batch.bench import latency, result, throughput, workload
+from nano_batch.bench import latency, result, tables, throughput, workload
 from nano_batch.bench.side import Task
 from nano_batch.exceptions import InvalidRequestError, NanoBatchError
 
@@ -140,7 +140,7 @@ def _measure(args: argparse.Namespace, kind: str) -> int:
         measured = module.measure(chosen, task, options)
     out = args.out or local / f"{chosen.name}-{kind}.json"
     result.write(measured, out)
-    module.print_table(measured)
+    print(f"{tables.describe(measured)}\n\n{tables.table(measured)}")
     print(out, file=sys.stderr)
     return 0
 
