@@ -118,10 +118,10 @@ def _measure(args: argparse.Namespace, kind: str) -> int:
     if kind == "throughput" and args.concurrency:
         chosen = replace(chosen, concurrency=tuple(sorted(set(args.concurrency))))
     local = result.checkout() / result.LOCAL
-    options = {**vars(args), "load_at_start": os.getloadavg()[0]}
-    if device == "cpu" and options["load_at_start"] > 0.3:
-        load = options["load_at_start"]
-        throughput.note(f"the machine is busy (load {load:.1f}): figures will be low")
+    options = {**vars(args), "busy_cores_at_start": result.busy_cores()}
+    if device == "cpu" and options["busy_cores_at_start"] > 0.1:
+        busy = options["busy_cores_at_start"]
+        throughput.note(f"the machine is busy ({busy:.1f} cores): figures will be low")
     model = workload.make_model(chosen, local)
     task = Task(
         model=str(model),

@@ -21,9 +21,9 @@ def describe(result: Result) -> str:
         f"{result['model']['name']}, bfloat16, {workload['prompt_len']} tokens in and "
         f"{workload['output_len']} out, greedy, median of {result['runs']} runs. "
         f"{device_name(result)} on {day}: memory {limits.bytes_per_s / 1e9:,.0f} GB/s and matrix "
-        f"products {limits.operations_per_s / 1e12:,.2f} TFLOP/s, both measured; load "
-        f"{result['machine']['load_at_start']:.1f} before; commit {result['commit'][:12]}; "
-        f"{versions}. Settings of transformers: {settings}."
+        f"products {limits.operations_per_s / 1e12:,.2f} TFLOP/s, both measured; "
+        f"{result['machine']['busy_cores_at_start']:.1f} cores busy before; commit "
+        f"{result['commit'][:12]}; {versions}. Settings of transformers: {settings}."
     )
 
 
