@@ -1,6 +1,7 @@
 """`nano-batch bench`: its results follow the schema, and README and pictures follow the results."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 from jsonschema import Draft202012Validator
-from nano_batch.bench import latency, pictures, promote, roofline, summary, workload
+from nano_batch.bench import latency, pictures, promote, roofline, summary, tables, workload
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = Draft202012Validator(json.loads((ROOT / "benches/schema.json").read_text("utf-8")))
@@ -37,7 +38,7 @@ def measured(tmp_path_factory):
         quick = ("--quick", "--runs", 1, "--device", "cpu", "--threads", 1)
         done = bench(directory, kind, *quick, "--out", path)
         assert done.returncode == 0, done.stderr
-        assert "| nano_batch" in done.stdout
+        assert "nano_batch |" in done.stdout
         assert "attn_implementation sdpa, use_cache True" in done.stdout
         results[kind] = (path, json.loads(path.read_text("utf-8")))
     return results
@@ -78,18 +79,16 @@ def test_pictures_are_drawn_beside_results_and_are_the_same_each_time(measured, 
     for path, _ in measured.values():
         copies.append(tmp_path / path.name)
         copies[-1].write_bytes(path.read_bytes())
+    done = bench(tmp_path, "plot", *copies)
+    assert done.returncode == 0, done.stderr
+    drawn = {path.stem: path.read_text("utf-8") for path in tmp_path.glob("*.svg")}
+    kinds = ("throughput", "scaling", "steps", "latency")
+    assert set(drawn) == {f"quick-{kind}" for kind in kinds}
+    # In another process, and a second time in this one.
     for _ in range(2):
-        done = bench(tmp_path, "plot", *copies)
-        assert done.returncode == 0, done.stderr
-        drawn = {path.stem: path.read_bytes() for path in tmp_path.glob("*.svg")}
-        assert set(drawn) == {
-            f"quick-{name}" for name in ("throughput", "scaling", "steps", "latency")
-        }
-        first = locals().get("first", drawn)
-        assert drawn == first
-    for path, result in measured.values():
-        for name, svg in pictures.draw(result, path.name).items():
-            assert svg.encode() == drawn[name]
+        for path, result in measured.values():
+            for name, svg in pictures.draw(result, path.name).items():
+                assert svg == drawn[name]
 
 
 def test_a_picture_follows_light_and_dark_and_has_text_as_text(measured):
@@ -115,7 +114,7 @@ def test_a_quick_result_is_not_promoted(measured, tmp_path):
 
 
 def test_promotion_copies_draws_and_writes_the_readme(measured, tmp_path):
-    for name in ("benches/schema.json", "benches/results/vllm.json", "README.md"):
+    for name in ("benches/schema.json", "benches/results/vllm.json", *promote.PAGES):
         target = tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
@@ -127,11 +126,12 @@ def test_promotion_copies_draws_and_writes_the_readme(measured, tmp_path):
     assert done.returncode == 0, done.stderr
     readme = (tmp_path / "README.md").read_text("utf-8")
     rate = measured["throughput"][1]["nano_batch"]["scale4_toks"]
-    assert f"| nano_batch, 4 at once | {rate:,.1f} |" in readme
+    assert re.search(rf"^\| 4 \|.*\| {tables._rate(rate)} \|", readme, re.MULTILINE)
     assert (tmp_path / "benches/results/cpu-latency.json").exists()
     for name in ("throughput", "scaling", "latency"):
         assert f"docs/pictures/cpu-{name}.svg" in readme
         assert (tmp_path / f"docs/pictures/cpu-{name}.svg").exists()
+    assert "pictures/cpu-steps.svg" in (tmp_path / "docs/benchmarks.md").read_text("utf-8")
     # Nothing is left to do.
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert bench(tmp_path, "promote", tmp_path / "benches/results/cpu-latency.json").returncode == 0
@@ -143,9 +143,13 @@ def test_a_committed_result_follows_the_schema(name):
     SCHEMA.validate(COMMITTED[name])
 
 
-def test_the_readme_and_its_pictures_are_those_of_the_committed_results():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert promote.rewritten(readme, ROOT) == readme
+@pytest.mark.parametrize("page", promote.PAGES)
+def test_a_page_says_what_the_committed_results_say(page):
+    text = (ROOT / page).read_text("utf-8")
+    assert promote.rewritten(text, promote.PAGES[page], ROOT) == text
+
+
+def test_the_pictures_are_those_of_the_committed_results():
     for name, svg in promote.drawn(ROOT).items():
         picture = ROOT / promote.PICTURES / f"{name}.svg"
         assert picture.read_text("utf-8") == svg, f"{picture}: nano-batch bench promote draws it"
@@ -178,7 +182,9 @@ def test_bytes_and_operations_are_those_counted_by_hand():
     ("arguments", "word"),
     [
         (["plot", "/no/such.json"], "/no/such.json"),
-        (["throughput", "--quick", "--device", "cuda"], "GPU"),
+        (["plot"], "benches/results/local"),
+        (["throughput", "--quick", "--device", "cuda"], "cuda"),
+        (["throughput", "--quick", "--device", "cpu", "--llama-python", "python"], "llama"),
     ],
 )
 def test_a_failure_is_one_sentence(arguments, word, tmp_path):
@@ -186,3 +192,12 @@ def test_a_failure_is_one_sentence(arguments, word, tmp_path):
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["speed"], ["latency", "--runs", "0"], ["latency", "--commit", "main"]]
+)
+def test_wrong_usage_exits_with_2(arguments, tmp_path):
+    done = bench(tmp_path, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "usage:" in done.stderr

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nano_batch.bench import latency, result, throughput, workload
+from nano_batch.bench import latency, result, tables, throughput, workload
 from nano_batch.bench.side import Task
 from nano_batch.exceptions import InvalidRequestError, NanoBatchError
 
@@ -64,7 +65,7 @@ def _add_measure(
         "--threads", type=_positive, default=os.cpu_count(), help="of a CPU (default: all cores)"
     )
     option("--seed", type=int, default=0, help="of the prompts (%(default)s)")
-    option("--commit", help="what is noted where there is no git (default: git's)")
+    option("--commit", type=_commit, help="noted where there is no git (default: git's)")
     option("--out", type=Path, metavar="JSON", help=f"(default: in {result.LOCAL})")
     if name == "throughput":
         option(
@@ -93,6 +94,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _commit(text: str) -> str:
+    # Asked for now: the schema would refuse it once everything is measured.
+    if not re.fullmatch(r"[0-9a-f]{7,40}", text):
+        raise argparse.ArgumentTypeError(f"must be the hash of a commit, got {text!r}")
+    return text
+
+
 def _throughput(args: argparse.Namespace) -> int:
     return _measure(args, "throughput")
 
@@ -118,10 +126,10 @@ def _measure(args: argparse.Namespace, kind: str) -> int:
     if kind == "throughput" and args.concurrency:
         chosen = replace(chosen, concurrency=tuple(sorted(set(args.concurrency))))
     local = result.checkout() / result.LOCAL
-    options = {**vars(args), "load_at_start": os.getloadavg()[0]}
-    if device == "cpu" and options["load_at_start"] > 0.3:
-        load = options["load_at_start"]
-        throughput.note(f"the machine is busy (load {load:.1f}): figures will be low")
+    options = {**vars(args), "busy_cores_at_start": result.busy_cores()}
+    if device == "cpu" and options["busy_cores_at_start"] > 0.1:
+        busy = options["busy_cores_at_start"]
+        throughput.note(f"the machine is busy ({busy:.1f} cores): figures will be low")
     model = workload.make_model(chosen, local)
     task = Task(
         model=str(model),
@@ -140,7 +148,7 @@ def _measure(args: argparse.Namespace, kind: str) -> int:
         measured = module.measure(chosen, task, options)
     out = args.out or local / f"{chosen.name}-{kind}.json"
     result.write(measured, out)
-    module.print_table(measured)
+    print(f"{tables.describe(measured)}\n\n{tables.table(measured)}")
     print(out, file=sys.stderr)
     return 0
 

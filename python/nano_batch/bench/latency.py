@@ -7,7 +7,7 @@ from nano_batch.bench import result as results
 from nano_batch.bench.result import Result
 from nano_batch.bench.side import Answer, Run, Side, Task, in_turns
 from nano_batch.bench.summary import median, percentiles
-from nano_batch.bench.throughput import note, print_head
+from nano_batch.bench.throughput import note
 from nano_batch.bench.workload import Workload
 
 # What one of nano_batch's runs takes alone is short: several make its percentiles steadier.
@@ -26,7 +26,9 @@ def measure(workload: Workload, task: Task, options: dict[str, Any]) -> Result:
     def nano_batch(side: Side, run: int) -> Answer:
         answer: Answer = {"alone": alone(side, run, _NUM_ALONE)}
         for count in workload.load[1:]:
-            prompts = workload.prompts(count, workload.prompt_len, f"{options['seed']} {run}")
+            prompts = workload.prompts(
+                count, workload.prompt_len, f"{options['seed']} {run} {count}"
+            )
             if run == 0:
                 side.burst(prompts, 4)
             answer[str(count)] = side.burst(prompts, workload.output_len)
@@ -116,29 +118,3 @@ def _percentiles(bursts: list[Answer], output_len: int) -> Result:
         summary[name] = percentiles(chain.from_iterable(runs))
         summary[name]["runs"] = [percentiles(run) for run in runs]
     return summary
-
-
-def rows(result: Result) -> list[tuple[str, int, str, float, float, float, float]]:
-    """Of the table: side, load, how, and p50 and p99 of first token and time per token in ms."""
-    table = []
-    for side in ("transformers", "nano_batch"):
-        for count, load in result[side]["load"].items():
-            first, each = load["ttft_ms"], load["latency_per_token_ms"]
-            values = (first["p50"], first["p99"], each["p50"], each["p99"])
-            table.append((side, int(count), load["how"], *values))
-    return table
-
-
-def print_table(result: Result) -> None:
-    """Print the percentiles, and the settings that they were measured with."""
-    print_head(result)
-    print("| | at once | first token p50, ms | p99 | per token p50, ms | p99 | |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
-    for side, count, how, *values in rows(result):
-        cells = " | ".join(f"{value:,.1f}" for value in values)
-        print(f"| {side} | {count} | {cells} | {how} |")
-    most = str(result["workload"]["load"][-1])
-    ours, theirs = (result[side]["load"][most] for side in ("nano_batch", "transformers"))
-    for name, label in (("ttft_ms", "first token"), ("latency_per_token_ms", "time per token")):
-        less = 100 * (1 - ours[name]["p50"] / theirs[name]["p50"])
-        print(f"{label} at {most} at once: {less:.1f} % below transformers'")

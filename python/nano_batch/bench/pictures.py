@@ -8,6 +8,7 @@ from nano_batch.bench import style
 from nano_batch.bench.result import COMMITTED, Result
 from nano_batch.bench.style import COLOR, ERROR, caption, new_figure, to_svg
 from nano_batch.bench.summary import rates, spread
+from nano_batch.bench.tables import readable
 
 _ERRORS = "Error bars: least and most of the runs."
 
@@ -169,7 +170,13 @@ def _latency(result: Result, data: str, peer: Result | None) -> str:
                 for at, value, above in zip(x, values, errors[1], strict=True):
                     top = value + above + highest / scale * 0.015
                     axes.text(
-                        at, top, _short(value), ha="center", va="bottom", size=7.5, rotation=90
+                        at,
+                        top,
+                        readable(value * scale),
+                        ha="center",
+                        va="bottom",
+                        size=7.5,
+                        rotation=90,
                     )
         axes.set_title(title)
         axes.set_xticks(range(len(loads)), [str(n) for n in loads])
@@ -184,11 +191,6 @@ def _latency(result: Result, data: str, peer: Result | None) -> str:
     note = f"Per token: (end - arrival) / tokens. transformers at {loads[-1]}: {how}. {_ERRORS}"
     caption(figure, result, data, note)
     return to_svg(figure, "Latency of nano_batch beside transformers, by load")
-
-
-def _short(value: float) -> str:
-    """Two or three digits that count."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _steps(result: Result, data: str, peer: Result | None) -> str:

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +42,7 @@ def header(
     machine = {
         "processor": _processor(),
         "num_cores": os.cpu_count(),
-        "load_at_start": options["load_at_start"],
+        "busy_cores_at_start": options["busy_cores_at_start"],
         **facts["limits"],
         **{name: median(run[name] for run in limits) for name in limits[0]},
         "runs": limits,
@@ -119,6 +120,22 @@ def device_name(result: Result) -> str:
     machine = result["machine"]
     cores = f"{machine['num_cores']} cores of an {machine['processor']}"
     return str(machine.get("card", cores))
+
+
+def busy_cores() -> float:
+    """Cores that other programs keep busy, over a second."""
+
+    def times() -> tuple[int, int]:
+        with open("/proc/stat", encoding="utf-8") as file:
+            numbers = [int(word) for word in file.readline().split()[1:]]
+        # The 4th and 5th are idle and waiting for disks.
+        return sum(numbers[:8]), numbers[3] + numbers[4]
+
+    total, idle = times()
+    time.sleep(1)
+    total_after, idle_after = times()
+    share = 1 - (idle_after - idle) / max(total_after - total, 1)
+    return max(0.0, share) * (os.cpu_count() or 1)
 
 
 def _processor() -> str:

@@ -33,7 +33,9 @@ def measure(
             _warm_up(side, workload, counts)
         answer = {}
         for count in counts:
-            prompts = workload.prompts(count, workload.prompt_len, f"{options['seed']} {run}")
+            prompts = workload.prompts(
+                count, workload.prompt_len, f"{options['seed']} {run} {count}"
+            )
             answer[str(count)] = side.burst(prompts, workload.output_len)
             rate = count * workload.output_len / answer[str(count)]["elapsed_s"]
             note(f"run {run + 1} of {options['runs']}: {side.name}, {count}: {rate:.1f} tok/s")
@@ -190,51 +192,3 @@ def _agreement(name: str, ours: list[list[float]], theirs: list[list[float]]) ->
         "same_first_tokens": num_same,
         "num_prompts": len(theirs),
     }
-
-
-def rows(result: Result) -> list[tuple[str, float, float | None]]:
-    """Of the table: what ran, its tok/s, and the hardware's limit."""
-    theirs, static = result["transformers"], result["workload"]["static_batch"]
-    version = result["versions"]["transformers"]
-    name = f"transformers {version} `generate`"
-
-    def limit(count: int) -> float | None:
-        value: float | None = result["limit"].get(f"scale{count}_toks")
-        return value
-
-    table = [
-        (f"{name}, one at a time", theirs["serial_toks"], limit(1)),
-        (f"{name}, one batch of {static}", theirs[f"static{static}_toks"], limit(static)),
-    ]
-    for side in ("llama.cpp", "nano_batch"):
-        for count in result["workload"]["concurrency"] if side in result else []:
-            rate = result[side][f"scale{count}_toks"]
-            table.append((f"{side}, {count} at once", rate, limit(count)))
-    return table
-
-
-def print_table(result: Result) -> None:
-    """Print what the README shows, and the settings that it was measured with."""
-    print_head(result)
-    serial = result["transformers"]["serial_toks"]
-    print("| | tok/s | against one at a time | hardware's limit |")
-    print("| --- | ---: | ---: | ---: |")
-    for name, rate, limit in rows(result):
-        bound = f"{limit:,.0f}" if limit else ""
-        print(f"| {name} | {rate:,.1f} | {rate / serial:.1f} | {bound} |")
-
-
-def print_head(result: Result) -> None:
-    """Print the machine, the versions and the settings."""
-    machine, workload = result["machine"], result["workload"]
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    print(
-        f"{results.device_name(result)}: reads {machine['read_gb_per_s']:.0f} GB/s, multiplies "
-        f"matrices at {machine['matmul_gflop_per_s']:,.0f} GFLOP/s; {versions}; commit "
-        f"{result['commit'][:12]}; {result['model']['name']}, bfloat16; {workload['prompt_len']} "
-        f"tokens in, {workload['output_len']} out, greedy; median of {result['runs']}"
-    )
-    for name, settings in result["settings"].items():
-        said = ", ".join(f"{key} {value}" for key, value in settings.items())
-        print(f"{name}: {said}")
-    print()

@@ -7,6 +7,7 @@ another environment, shares this loop.
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -219,4 +220,6 @@ def _resident_bytes(name: str) -> int:
 SIDES = {"nano_batch": NanoBatch, "transformers": Transformers, "limits": Limits}
 
 if __name__ == "__main__":
+    # Whoever pressed Ctrl-C hears of it from the process that waits for this one.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     serve(SIDES[sys.argv[1]], sys.argv[2])
