@@ -64,6 +64,8 @@ def _add_measure(
     option(
         "--threads", type=_positive, default=os.cpu_count(), help="of a CPU (default: all cores)"
     )
+    option("--input-len", type=_positive, metavar="N", help="tokens of a prompt")
+    option("--output-len", type=_positive, metavar="N", help="tokens of an answer")
     option("--seed", type=int, default=0, help="of the prompts (%(default)s)")
     option("--commit", type=_commit, help="noted where there is no git (default: git's)")
     option("--out", type=Path, metavar="JSON", help=f"(default: in {result.LOCAL})")
@@ -121,6 +123,11 @@ def _measure(args: argparse.Namespace, kind: str) -> int:
     if kind == "throughput" and args.llama_python and chosen.name != "cpu":
         message = f"--llama-python is for the CPU's workload, not for {chosen.name}"
         raise InvalidRequestError(message, "invalid_config")
+    lengths = (args.input_len or chosen.prompt_len, args.output_len or chosen.output_len)
+    name = f"{chosen.name}-{kind}"
+    if lengths != (chosen.prompt_len, chosen.output_len):
+        chosen = replace(chosen, prompt_len=lengths[0], output_len=lengths[1])
+        name += f"-{lengths[0]}-{lengths[1]}"
     if args.serial:
         chosen = replace(chosen, serial=(args.serial, args.serial))
     if kind == "throughput" and args.concurrency:
@@ -146,7 +153,7 @@ def _measure(args: argparse.Namespace, kind: str) -> int:
         measured = throughput.measure(chosen, task, options, [args.llama_python, str(script)])
     else:
         measured = module.measure(chosen, task, options)
-    out = args.out or local / f"{chosen.name}-{kind}.json"
+    out = args.out or local / f"{name}.json"
     result.write(measured, out)
     print(f"{tables.describe(measured)}\n\n{tables.table(measured)}")
     print(out, file=sys.stderr)
