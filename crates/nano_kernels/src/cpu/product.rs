@@ -12,7 +12,7 @@ use std::ops::Range;
 use super::LANES;
 use super::element::Element;
 use super::exp::silu;
-use super::isa::Kernel;
+use super::isa::{Isa, Kernel};
 use super::matrix::PackedMatrix;
 use super::norm::Norm;
 use super::pool::Pool;
@@ -72,7 +72,7 @@ impl<E: Element> PackedRows<E> {
                 // SAFETY: a tile is one task's.
                 let tile = unsafe { words.slice(first * num_words, tile_rows * num_words) };
                 let rows = &rows[first * columns..][..tile_rows * columns];
-                isa.run(Pack::<E> { rows, columns, norm, tile });
+                pack_tile::<E>(isa, rows, columns, norm, tile);
             }
         });
     }
@@ -82,42 +82,73 @@ impl<E: Element> PackedRows<E> {
     }
 }
 
-/// Packs the rows of one tile.
-struct Pack<'a, E: Element> {
-    rows: &'a [f32],
+/// Packs the rows of one tile, `[num_words, tile_rows]`. Words are spread in plain code: as a part of
+/// the kernel that would become an instruction that scatters a vector, which is slow.
+fn pack_tile<E: Element>(
+    isa: Isa,
+    rows: &[f32],
     columns: usize,
-    norm: Option<Norm<'a>>,
-    tile: &'a mut [E::Word],
+    norm: Option<Norm<'_>>,
+    tile: &mut [E::Word],
+) {
+    let tile_rows = rows.len() / columns;
+    let mut values = [0.0; 2 * PACK_WORDS];
+    let mut words = [E::Word::default(); PACK_WORDS];
+    for (index, row) in rows.chunks_exact(columns).enumerate() {
+        let mut scale = 1.0;
+        if let Some(norm) = norm {
+            isa.run(Scale { row, norm, output: &mut scale });
+        }
+        let blocks = tile.chunks_mut(PACK_WORDS * tile_rows);
+        for (block, (tile, row)) in blocks.zip(row.chunks(PACK_WORDS * E::PER_WORD)).enumerate() {
+            let first = block * PACK_WORDS * E::PER_WORD;
+            let weight = norm.map(|norm| &norm.weight[first..][..row.len()]);
+            let num_words = row.len().div_ceil(E::PER_WORD);
+            // The second half of the last word of an odd row.
+            values[num_words * E::PER_WORD - 1] = 0.0;
+            let (values, words) = (&mut values[..], &mut words[..num_words]);
+            isa.run(Narrow::<E> { row, weight, scale, values, words });
+            let places = tile.iter_mut().skip(index).step_by(tile_rows);
+            places.zip(&*words).for_each(|(place, word)| *place = *word);
+        }
+    }
 }
 
-impl<E: Element> Kernel for Pack<'_, E> {
+struct Scale<'a> {
+    row: &'a [f32],
+    norm: Norm<'a>,
+    output: &'a mut f32,
+}
+
+impl Kernel for Scale<'_> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let tile_rows = self.rows.len() / self.columns;
-        let mut values = [0.0; 2 * PACK_WORDS];
-        let mut words = [E::Word::default(); PACK_WORDS];
-        for (index, row) in self.rows.chunks_exact(self.columns).enumerate() {
-            let scale = self.norm.map_or(1.0, |norm| norm.scale::<FMA>(row));
-            let blocks = self.tile.chunks_mut(PACK_WORDS * tile_rows);
-            for (block, (tile, row)) in blocks.zip(row.chunks(PACK_WORDS * E::PER_WORD)).enumerate()
-            {
-                match self.norm {
-                    None => values[..row.len()].copy_from_slice(row),
-                    Some(norm) => {
-                        let weight = &norm.weight[block * PACK_WORDS * E::PER_WORD..];
-                        for ((value, x), weight) in values.iter_mut().zip(row).zip(weight) {
-                            *value = x * scale * weight;
-                        }
-                    }
+        *self.output = self.norm.scale::<FMA>(self.row);
+    }
+}
+
+/// `row`, or `row * scale * weight`, as words.
+struct Narrow<'a, E: Element> {
+    row: &'a [f32],
+    weight: Option<&'a [f32]>,
+    scale: f32,
+    values: &'a mut [f32],
+    words: &'a mut [E::Word],
+}
+
+impl<E: Element> Kernel for Narrow<'_, E> {
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        match self.weight {
+            None => self.values[..self.row.len()].copy_from_slice(self.row),
+            Some(weight) => {
+                for ((value, x), weight) in self.values.iter_mut().zip(self.row).zip(weight) {
+                    *value = x * self.scale * weight;
                 }
-                // The second half of the last word of an odd row.
-                values[row.len()..].iter_mut().take(1).for_each(|value| *value = 0.0);
-                for (word, values) in words.iter_mut().zip(values.chunks_exact(E::PER_WORD)) {
-                    *word = E::word_of(values);
-                }
-                let places = tile.iter_mut().skip(index).step_by(tile_rows);
-                places.zip(&words).for_each(|(place, word)| *place = *word);
             }
+        }
+        for (word, values) in self.words.iter_mut().zip(self.values.chunks_exact(E::PER_WORD)) {
+            *word = E::word_of(values);
         }
     }
 }
