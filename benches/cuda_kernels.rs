@@ -372,11 +372,20 @@ impl Bench {
             * (prefix as f64 + num_tokens.div_ceil(2) as f64);
         let query_bytes = num_sequences * num_tokens * HEADS.num_heads * HEADS.head_dim * 2;
         let bytes = num_sequences * (prefix + num_tokens) * KV_BYTES + 2 * query_bytes;
+        let (out, tiles_on, num_tiles) = (batch.out.address(), tiles_on.address(), tiles.len());
         let name = format!("prefill_attention, {num_sequences} x {num_tokens} on {prefix}");
         self.report(&name, bytes, keys * FLOPS_PER_KEY, |i| {
-            let (input, out) = (batch.input(i), batch.out.address());
             // SAFETY: every buffer was allocated above with the size of its shape.
-            unsafe { self.kernels.prefill_attention(&input, out, tiles_on.address(), tiles.len()) }
+            unsafe { self.kernels.prefill_attention(&batch.input(i), out, tiles_on, num_tiles) }
+        })?;
+        if !self.kernels.has_prefill_attention_wgmma() {
+            return Ok(());
+        }
+        let name = format!("prefill_attention_wgmma, {num_sequences} x {num_tokens} on {prefix}");
+        self.report(&name, bytes, keys * FLOPS_PER_KEY, |i| {
+            let (input, rows) = (batch.input(i), num_sequences * num_tokens);
+            // SAFETY: every buffer was allocated above with the size of its shape.
+            unsafe { self.kernels.prefill_attention_wgmma(&input, out, tiles_on, num_tiles, rows) }
         })
     }
 }
@@ -407,16 +416,16 @@ impl Batch {
         let num_blocks_of = |length: &usize| length.div_ceil(16);
         let num_blocks: usize = lengths.iter().map(num_blocks_of).sum();
         let max_blocks = lengths.iter().map(num_blocks_of).max().unwrap_or(1);
-        // A stride coprime to the number of blocks scatters them.
-        let stride = (num_blocks / 3..=2 * num_blocks)
-            .find(|stride| gcd(*stride, num_blocks) == 1)
-            .unwrap_or(1);
-        let mut next = 0;
+        let mut order: Vec<i32> = (0..num_blocks as i32).collect();
+        let mut state = 0x2545_f491_4f6c_dd1d_u64;
+        for i in (1..num_blocks).rev() {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            order.swap(i, (state >> 33) as usize % (i + 1));
+        }
         let mut table = vec![0_i32; lengths.len() * max_blocks];
         for (row, length) in table.chunks_mut(max_blocks).zip(lengths) {
             for block in &mut row[..length.div_ceil(16)] {
-                *block = (next * stride % num_blocks) as i32;
-                next += 1;
+                *block = order.pop().unwrap_or(0);
             }
         }
         let cache_bytes = num_blocks * 16 * KV_BYTES;
@@ -443,8 +452,4 @@ impl Batch {
             window: None,
         }
     }
-}
-
-fn gcd(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { gcd(b, a % b) }
 }

@@ -96,3 +96,14 @@ __device__ __forceinline__ T block_reduce(T value, T* scratch, Combine combine) 
     for (int warp = 1; warp < blockDim.x / WARP; warp++) value = combine(value, scratch[warp]);
     return value;
 }
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return (u32)__cvta_generic_to_shared(pointer);
+}
+
+// 2^x; minus infinity gives zero.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}

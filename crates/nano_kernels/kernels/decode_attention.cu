@@ -27,7 +27,7 @@
 //   cache:       one layer, [num_blocks, k | v, num_kv_heads, BLOCK_SIZE, HEAD_DIM] bf16
 //   block_table: [num_sequences, max_blocks] i32
 //   length:      [num_sequences] i32, the new token included
-//   window:      at least 1; a window over every length is none
+//   window:      1 to 2^30; a window over every length is none
 //   scale:       log2(e) / sqrt(HEAD_DIM)
 //
 // Source: Kwon et al., PagedAttention, 2023; Dao et al., Flash-Decoding, 2023; Ainslie et al.,
