@@ -313,7 +313,11 @@ fn check_norms_products_gates_and_logits_agree<B: Probe>() {
     let step = backend.prepare(&batch(&[(0, 2), (0, 1)])).unwrap();
     let head = noise(spec.vocab_size * hidden_size, 9);
     let head_weight = backend.matrix(&head, hidden_size);
-    let found = backend.logits(&hidden_rows, &norm, &head_weight, &step).unwrap();
+    let (context, residual) = (noise(rows * 2 * 4, 10), backend.hidden(&hidden, hidden_size));
+    let context_rows = backend.hidden(&context, 2 * 4);
+    let (found, residual) = backend.logit_rows(context_rows, residual, &step).unwrap();
+    assert_close(&backend.host(found), &context[2 * 4..], "attention of rows 1 and 2");
+    let found = backend.logits(&residual, &norm, &head_weight, &step).unwrap();
     let all = through(&head);
     assert_close(
         &backend.host(found),

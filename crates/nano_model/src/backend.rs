@@ -61,7 +61,8 @@ pub enum Values<'a> {
     Dummy(DummyTensor<'a>),
 }
 
-/// Runs the operators of a decoder. `num_tokens` is the number of the step's rows.
+/// Runs the operators of a decoder. `num_tokens` is the number of rows: the step's, and of the last
+/// layer from [`logit_rows`](Self::logit_rows) on those that need logits.
 pub trait Backend: Debug {
     /// Rows of activations on the device.
     type Hidden;
@@ -136,8 +137,15 @@ pub trait Backend: Debug {
         gate_up: &Self::Weight,
     ) -> Result<Self::Hidden>;
 
-    /// RMSNorm and the output projection of the rows that need logits, in float32:
-    /// `[num_logit_rows, vocab_size]`.
+    /// The rows that need logits, of the last layer's attention and of the residual stream.
+    fn logit_rows(
+        &mut self,
+        context: Self::Hidden,
+        residual: Self::Hidden,
+        step: &Self::Step,
+    ) -> Result<(Self::Hidden, Self::Hidden)>;
+
+    /// RMSNorm and the output projection, in float32: `[num_logit_rows, vocab_size]`.
     fn logits(
         &mut self,
         hidden: &Self::Hidden,

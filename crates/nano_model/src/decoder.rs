@@ -48,7 +48,11 @@ pub fn forward<B: Backend>(
     for (index, layer) in model.layers.iter().enumerate() {
         let qkv = backend.norm_product(&hidden, &layer.attention_norm, &layer.qkv)?;
         let query = backend.rope_write_kv(index, qkv, step)?;
-        let context = backend.paged_attention(index, query, step)?;
+        let mut context = backend.paged_attention(index, query, step)?;
+        if index + 1 == model.layers.len() {
+            // Keys and values are written: from here on a row matters to its own logits alone.
+            (context, hidden) = backend.logit_rows(context, hidden, step)?;
+        }
         hidden = backend.product_add(&context, &layer.output, hidden)?;
         hidden = backend.all_reduce(hidden)?;
 

@@ -124,19 +124,15 @@ impl<E: Element> CpuBackend<E> {
         Rows { values, spare: Rc::clone(&self.spare) }
     }
 
-    /// Norms the rows that `row` numbers, as the next product takes them.
-    fn norm(
-        &mut self,
-        hidden: &Rows,
-        norm: &[f32],
-        num_rows: usize,
-        row: impl Fn(usize) -> usize + Sync,
-    ) {
+    /// Norms rows, as the next product takes them, and returns their number.
+    fn norm(&mut self, hidden: &Rows, norm: &[f32]) -> usize {
         let (isa, size, eps) = (self.isa, norm.len(), self.spec.rms_norm_eps);
         let values = &hidden.values;
-        self.rows.pack(&mut self.pool, isa, num_rows, size, |index, output| {
-            rms_norm(isa, &values[row(index) * size..][..size], norm, eps, output);
+        let num_rows = values.len() / size;
+        self.rows.pack(&mut self.pool, isa, num_rows, size, |row, output| {
+            rms_norm(isa, &values[row * size..][..size], norm, eps, output);
         });
+        num_rows
     }
 
     /// Fills a matrix.
@@ -251,8 +247,7 @@ impl<E: Element> Backend for CpuBackend<E> {
         norm: &CpuWeight<E>,
         weight: &CpuWeight<E>,
     ) -> Result<Rows> {
-        let num_rows = hidden.values.len() / norm.norm.len();
-        self.norm(hidden, &norm.norm, num_rows, |row| row);
+        let num_rows = self.norm(hidden, &norm.norm);
         let mut output = self.rows(num_rows, weight.matrix.rows());
         product(&mut self.pool, self.isa, &self.rows, &weight.matrix, &mut output.values);
         Ok(output)
@@ -306,11 +301,31 @@ impl<E: Element> Backend for CpuBackend<E> {
         norm: &CpuWeight<E>,
         gate_up: &CpuWeight<E>,
     ) -> Result<Rows> {
-        let num_rows = hidden.values.len() / norm.norm.len();
-        self.norm(hidden, &norm.norm, num_rows, |row| row);
+        let num_rows = self.norm(hidden, &norm.norm);
         let mut output = self.rows(num_rows, gate_up.matrix.rows() / 2);
         gated_product(&mut self.pool, self.isa, &self.rows, &gate_up.matrix, &mut output.values);
         Ok(output)
+    }
+
+    fn logit_rows(
+        &mut self,
+        context: Rows,
+        residual: Rows,
+        step: &CpuStep,
+    ) -> Result<(Rows, Rows)> {
+        let num_rows = step.slots.len();
+        if step.logit_rows.len() == num_rows {
+            return Ok((context, residual));
+        }
+        let gather = |source: &Rows| {
+            let size = source.values.len() / num_rows;
+            let mut output = self.rows(step.logit_rows.len(), size);
+            for (row, output) in step.logit_rows.iter().zip(output.values.chunks_exact_mut(size)) {
+                output.copy_from_slice(&source.values[*row as usize * size..][..size]);
+            }
+            output
+        };
+        Ok((gather(&context), gather(&residual)))
     }
 
     fn logits(
@@ -318,13 +333,9 @@ impl<E: Element> Backend for CpuBackend<E> {
         hidden: &Rows,
         norm: &CpuWeight<E>,
         weight: &CpuWeight<E>,
-        step: &CpuStep,
+        _step: &CpuStep,
     ) -> Result<Rows> {
-        let num_rows = step.logit_rows.len();
-        self.norm(hidden, &norm.norm, num_rows, |row| step.logit_rows[row] as usize);
-        let mut output = self.rows(num_rows, weight.matrix.rows());
-        product(&mut self.pool, self.isa, &self.rows, &weight.matrix, &mut output.values);
-        Ok(output)
+        self.norm_product(hidden, norm, weight)
     }
 
     fn to_host(&mut self, mut logits: Rows, host: &mut Vec<f32>) -> Result<()> {

@@ -78,7 +78,6 @@ struct Activations {
     context: DeviceBuffer,
     gate_up: DeviceBuffer,
     gated: DeviceBuffer,
-    /// `[max_sequences, hidden_size]`.
     gathered: DeviceBuffer,
     /// `[max_sequences, vocab_size]` f32.
     logits: DeviceBuffer,
@@ -143,7 +142,7 @@ impl CudaBackend {
             context: tokens(query_size)?,
             gate_up: tokens(2 * spec.intermediate_size)?,
             gated: tokens(spec.intermediate_size)?,
-            gathered: rows(limits.max_sequences, spec.hidden_size, BF16_BYTES)?,
+            gathered: tokens(spec.hidden_size)?,
             logits: rows(limits.max_sequences, spec.vocab_size, size_of::<f32>())?,
         };
         Ok(Self {

@@ -199,15 +199,24 @@ impl Backend for TchBackend {
         Ok(gate.f_mul(&both.f_narrow(1, size, size)?)?)
     }
 
+    fn logit_rows(
+        &mut self,
+        context: Tensor,
+        residual: Tensor,
+        step: &TchStep,
+    ) -> Result<(Tensor, Tensor)> {
+        let rows = |hidden: Tensor| hidden.f_index_select(0, &step.logit_rows);
+        Ok((rows(context)?, rows(residual)?))
+    }
+
     fn logits(
         &mut self,
         hidden: &Tensor,
         norm: &Tensor,
         weight: &Tensor,
-        step: &TchStep,
+        _step: &TchStep,
     ) -> Result<Tensor> {
-        let rows = hidden.f_index_select(0, &step.logit_rows)?;
-        Ok(self.norm_product(&rows, norm, weight)?.f_to_kind(Kind::Float)?)
+        Ok(self.norm_product(hidden, norm, weight)?.f_to_kind(Kind::Float)?)
     }
 
     fn to_host(&mut self, logits: Tensor, host: &mut Vec<f32>) -> Result<()> {

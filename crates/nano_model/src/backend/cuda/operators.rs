@@ -287,6 +287,32 @@ impl Backend for CudaBackend {
         Ok(CudaHidden { address: out, ..both })
     }
 
+    fn logit_rows(
+        &mut self,
+        context: CudaHidden,
+        residual: CudaHidden,
+        step: &CudaStep,
+    ) -> Result<(CudaHidden, CudaHidden)> {
+        let Some(logit_row) = step.logit_row else { return Ok((context, residual)) };
+        let gather =
+            |out: &DeviceBuffer, source: CudaHidden, row_size: usize| -> Result<CudaHidden> {
+                let gather = Gather {
+                    out: out.address(),
+                    source: source.address,
+                    num_rows: step.num_logit_rows,
+                    num_source_rows: source.num_rows,
+                    row_size,
+                };
+                // SAFETY: as in `norm`.
+                unsafe { self.kernels.gather_rows(&gather, logit_row) }?;
+                Ok(CudaHidden { address: gather.out, num_rows: gather.num_rows })
+            };
+        // Queries have been read by now, and are as wide as what attention made of them.
+        let query_size = self.heads.num_heads * self.heads.head_dim;
+        let context = gather(&self.activations.query, context, query_size)?;
+        Ok((context, gather(&self.activations.gathered, residual, self.spec.hidden_size)?))
+    }
+
     fn logits(
         &mut self,
         hidden: &CudaHidden,
@@ -306,19 +332,9 @@ impl Backend for CudaBackend {
         // to be made, and stays: what is sampled comes first.
         for first in (0..num_rows).step_by(at_once).rev() {
             let num_rows = at_once.min(num_rows - first);
-            let mut rows = CudaHidden { num_rows, ..*hidden };
-            if let Some(logit_row) = step.logit_row {
-                let gather = Gather {
-                    out: self.activations.gathered.address(),
-                    source: hidden.address,
-                    num_rows,
-                    num_source_rows: hidden.num_rows,
-                    row_size: self.spec.hidden_size,
-                };
-                // SAFETY: as in `norm`; `at_once` rows fit into the buffer.
-                unsafe { self.kernels.gather_rows(&gather, logit_row + first as u64 * 4) }?;
-                rows.address = gather.out;
-            }
+            let row_bytes = self.spec.hidden_size * BF16_BYTES;
+            let address = hidden.address + (first * row_bytes) as u64;
+            let rows = CudaHidden { address, num_rows };
             logits = self.product(out, rows, Some(norm), weight, Output::F32)?;
             if step.keeps_logits {
                 let kept = &mut self.kept[first * vocab_size..][..num_rows * vocab_size];
