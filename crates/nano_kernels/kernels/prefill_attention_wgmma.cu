@@ -115,21 +115,27 @@ __device__ __forceinline__ void await_turn(int group) {
 __device__ __forceinline__ void give_turn(int group) {
     asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory");
 }
+// Queries and Work have been read, and may be overwritten: from both warpgroups to the copying warp.
+__device__ __forceinline__ void await_queries_read() {
+    asm volatile("bar.sync 3, 288;" ::: "memory");
+}
+__device__ __forceinline__ void queries_read() {
+    asm volatile("bar.arrive 3, 288;" ::: "memory");
+}
 
 // Shared addresses of the barriers, 8 bytes each.
 struct Barriers {
-    u32 query_full, query_free, tail, keys_full, keys_free, values_full, values_free;
+    u32 query_full, tail, keys_full, keys_free, values_full, values_free;
     __device__ explicit Barriers(u32 base) {
         query_full = base;
-        query_free = base + 8;
-        tail = base + 16;
-        keys_full = base + 24;
+        tail = base + 8;
+        keys_full = base + 16;
         keys_free = keys_full + STAGES * 8;
         values_full = keys_free + STAGES * 8;
         values_free = values_full + STAGES * 8;
     }
 };
-constexpr int NUM_BARRIERS = 3 + 4 * STAGES;
+constexpr int NUM_BARRIERS = 2 + 4 * STAGES;
 
 // The copying warp.
 __device__ __forceinline__ void copy(const TensorMap& query, const TensorMap& cache,
@@ -144,7 +150,8 @@ __device__ __forceinline__ void copy(const TensorMap& query, const TensorMap& ca
     const u32 query_bytes = HALVES * ROW_BYTES * group * (ROWS / group);
     const u64 keep = keep_policy();
     Turn turn;
-    u32 query_phase = 1, tail_phase = 0;
+    u32 tail_phase = 0;
+    bool is_first = true;
     for (int piece = blockIdx.x; piece < num_tiles * num_kv_heads;) {
         const Tile tile = tiles[piece / num_kv_heads];
         const int kv_head = piece % num_kv_heads;
@@ -153,8 +160,8 @@ __device__ __forceinline__ void copy(const TensorMap& query, const TensorMap& ca
             const int* table = block_table + (i64)tile.sequence * max_blocks + span.first_block;
             // Past the last block that one again: its rows count for nothing.
             int block = table[min(box_block, span.num_blocks - 1)];
-            wait(barriers.query_free, query_phase);
-            query_phase ^= 1;
+            if (!is_first) await_queries_read();
+            is_first = false;
             if (lane == 0) {
                 *work = {tile, kv_head};
                 expect_bytes(barriers.query_full, query_bytes);
@@ -211,7 +218,7 @@ __device__ __forceinline__ void copy(const TensorMap& query, const TensorMap& ca
         if (lane == 0) piece = gridDim.x + atomicAdd(&turns[0], 1u);
         piece = __shfl_sync(ALL_LANES, piece, 0);
     }
-    wait(barriers.query_free, query_phase);
+    if (!is_first) await_queries_read();
     if (lane != 0) return;
     work->tile.num_tokens = 0;
     arrive(barriers.query_full);
@@ -336,7 +343,7 @@ __device__ __forceinline__ void attend(bf16* out, int num_heads, int group, int 
         wait_products<0>();
         pin(scores);
         if (lane == 0) arrive(barriers.keys_free + turn.stage * 8);
-        if (span.num_steps == 1 && lane == 0) arrive(barriers.query_free);
+        if (span.num_steps == 1) queries_read();
         weigh(0);
         pack_weights();
         for (int step = 1; step < span.num_steps; step++) {
@@ -354,7 +361,7 @@ __device__ __forceinline__ void attend(bf16* out, int num_heads, int group, int 
             wait_products<1>();
             pin(scores);
             if (lane == 0) arrive(barriers.keys_free + turn.stage * 8);
-            if (step == span.num_steps - 1 && lane == 0) arrive(barriers.query_free);
+            if (step == span.num_steps - 1) queries_read();
             weigh(step);
             wait_products<0>();
             pin(output);
@@ -417,7 +424,6 @@ prefill_attention_wgmma(const __grid_constant__ TensorMap query,
     if (threadIdx.x == 0) {
         constexpr int MULTIPLYING_WARPS = 2 * GROUP_THREADS / WARP;
         init_barrier(barriers.query_full, 1);
-        init_barrier(barriers.query_free, MULTIPLYING_WARPS);
         init_barrier(barriers.tail, 1);
         for (int s = 0; s < STAGES; s++) {
             init_barrier(barriers.keys_full + s * 8, 1);
