@@ -17,7 +17,8 @@ constexpr int BLOCK_SIZE = 16;
 
 // Lets the next kernel of the stream begin, and waits until the one before has ended, with all that
 // it wrote. Every kernel calls both before it reads what another one writes, or writes anything:
-// the kernels of a stream overlap, see src/cuda/kernels.rs.
+// the kernels of a stream overlap, see src/cuda/kernels.rs. At least one block of each must wait:
+// then no kernel ends before the one in front of it.
 __device__ __forceinline__ void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
