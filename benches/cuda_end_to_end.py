@@ -41,7 +41,7 @@ CONFIG = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-BURSTS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+BURSTS = [1, 2, 3, 4, 8, 16, 24, 32, 64, 100, 128, 256]
 MEASURE_COPY = """
 import torch
 source = torch.randn(2**31 // 4, device="cuda")

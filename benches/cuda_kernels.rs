@@ -2,6 +2,7 @@
 //!
 //! A case is captured a number of times into one graph over rotating data larger than the L2
 //! cache; the median of its replays, by the host's clock, is divided by the number of launches.
+//! An argument names the kind of kernels to time: elements, products, sampling, decode or prefill.
 
 #![allow(clippy::print_stdout, reason = "a bench prints its table")]
 
@@ -59,7 +60,9 @@ fn main() -> Result<()> {
     );
     println!("| kernel | MB | GFLOP | floor µs | measured µs | share |");
     println!("|---|---|---|---|---|---|");
-    for num_tokens in [1, 64, 256, 2048] {
+    let kind = std::env::args().nth(1).filter(|kind| !kind.starts_with('-'));
+    let wants = |it: &str| kind.as_deref().is_none_or(|kind| kind == it);
+    for num_tokens in [1, 64, 256, 2048].into_iter().filter(|_| wants("elements")) {
         bench.norm(num_tokens)?;
         bench.rope(num_tokens)?;
         bench.gate(num_tokens)?;
@@ -71,10 +74,13 @@ fn main() -> Result<()> {
         ("gate_up", 2 * INTERMEDIATE, HIDDEN),
         ("down", HIDDEN, INTERMEDIATE),
         ("lm_head", VOCAB, HIDDEN),
-    ] {
+    ]
+    .into_iter()
+    .filter(|_| wants("products"))
+    {
         bench.product(name, out_features, in_features)?;
     }
-    for num_rows in [1, 64, 256] {
+    for num_rows in [1, 64, 256].into_iter().filter(|_| wants("sampling")) {
         for (name, temperature, top_p) in
             [("greedy", 0.0, 1.0), ("hot", 0.6, 1.0), ("top_p", 0.6, 0.9)]
         {
@@ -90,13 +96,20 @@ fn main() -> Result<()> {
         (64, 2048),
         (256, 512),
         (256, 1024),
-    ] {
+    ]
+    .into_iter()
+    .filter(|_| wants("decode"))
+    {
         bench.decode(&format!("{num_sequences} x {length}"), &vec![length; num_sequences])?;
     }
     let ragged: Vec<usize> = (0..64).map(|i| 100 + (i * 1237) % 1949).collect();
-    bench.decode("64 x 100..2048", &ragged)?;
+    if wants("decode") {
+        bench.decode("64 x 100..2048", &ragged)?;
+    }
     for (num_sequences, num_tokens, prefix) in
         [(1, 512, 0), (16, 512, 0), (1, 2048, 0), (8, 2048, 0), (2, 8192, 0), (4, 512, 4096)]
+            .into_iter()
+            .filter(|_| wants("prefill"))
     {
         bench.prefill(num_sequences, num_tokens, prefix)?;
     }
