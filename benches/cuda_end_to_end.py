@@ -11,10 +11,10 @@ the items of `stream`, the time to load, the card and its measured copy bandwidt
 
 import argparse
 import json
+import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,45 +23,12 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
-CONFIG = {
-    "architectures": ["MistralForCausalLM"],
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from nano_batch import Engine, SamplingParams, __version__
+from nano_batch.bench.result import write
+from nano_batch.bench.side import Side, Task
+from nano_batch.bench.workload import MISTRAL_7B, random_prompts
+
 BURSTS = [1, 2, 3, 4, 8, 16, 24, 32, 64, 100, 128, 256]
-MEASURE_COPY = """
-import torch
-source = torch.randn(2**31 // 4, device="cuda")
-target = torch.empty_like(source)
-times = []
-for _ in range(12):
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    target.copy_(source)
-    end.record()
-    torch.cuda.synchronize()
-    times.append(start.elapsed_time(end))
-print(2 * source.nbytes / sorted(times)[6] / 1e6)
-"""
-
-
-def fixed(count, length, seed):
-    """Return prompts of one length."""
-    generator = random.Random(seed)
-    return [[generator.randint(3, 10000) for _ in range(length)] for _ in range(count)]
 
 
 def mix(seed):
@@ -83,11 +50,9 @@ class Bench:
     def fresh(self, count, length):
         """Prompts that no run has seen."""
         self.seed += 1
-        return fixed(count, length, self.seed)
+        return random_prompts(count, length, self.seed)
 
     def seconds(self, prompts, counts, temperature=0.0):
-        from nano_batch import SamplingParams
-
         params = [
             SamplingParams(
                 temperature=temperature, ignore_eos=True, max_tokens=count, detokenize=False
@@ -102,8 +67,6 @@ class Bench:
 
     def gaps(self, length, count):
         """Seconds between the items of a stream, its first one left out."""
-        from nano_batch import SamplingParams
-
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=count, detokenize=False)
         times = []
         for output in self.engine.stream(self.fresh(1, length)[0], params):
@@ -116,7 +79,7 @@ class Bench:
 
     def measure(self):
         result = {}
-        self.seconds(fixed(8, 64, 0), [16] * 8)
+        self.seconds(random_prompts(8, 64, 0), [16] * 8)
         self.burst(2, 512, 4)
         first = [self.seconds(self.fresh(1, 512), [1]) for _ in range(11)]
         full = [self.seconds(self.fresh(1, 512), [129]) for _ in range(4)]
@@ -150,10 +113,9 @@ class Bench:
 
 def measure_copy():
     """GB/s read and written, in a process of its own, so that its memory is gone."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE_COPY], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return float(done.stdout)
+    task = Task("", "cuda", os.cpu_count(), longest=0, answer_len=0, num_blocks=0, concurrency=())
+    with Side("limits", task) as side:
+        return side.call("limits")["copy_gb_per_s"]
 
 
 def main():
@@ -164,10 +126,8 @@ def main():
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     args = parser.parse_args()
     copy = measure_copy()
-    from nano_batch import Engine
-
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+        (Path(directory) / "config.json").write_text(json.dumps(MISTRAL_7B), encoding="utf-8")
         loads = []
         # The first one may compile kernels and time products, if this machine never did.
         for _ in range(2):
@@ -192,8 +152,8 @@ def main():
                 "card": engine.device,
                 "copy_gb_per_s": copy,
                 "python": platform.python_version(),
-                "versions": {name: version(name) for name in ("nano_batch", "torch")},
-                "config": CONFIG,
+                "versions": {"nano_batch": __version__, "torch": version("torch")},
+                "config": MISTRAL_7B,
                 "num_blocks": engine.stats().num_blocks,
                 "load_s": loads,
                 **figures,
@@ -201,8 +161,7 @@ def main():
     print(f"{result['card']}, copy {copy:.0f} GB/s")
     print("RESULT", json.dumps(result))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write(result, args.out)
 
 
 if __name__ == "__main__":

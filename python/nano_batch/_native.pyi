@@ -1,13 +1,15 @@
 from os import PathLike
-from typing import TypeAlias, final
+from typing import Any, TypeAlias, final
+
+from nano_batch.sampling_params import SamplingParams
 
 __all__ = [
     "BlockAllocator",
     "Engine",
     "RequestStream",
-    "SamplingParams",
     "Tokenizer",
     "__version__",
+    "check_sampling_params",
 ]
 __version__: str
 
@@ -28,65 +30,8 @@ class BlockAllocator:
     def retain(self, block: int) -> None: ...
     def free(self, block: int) -> bool: ...
 
-@final
-class SamplingParams:
-    """How tokens are chosen and when a request ends.
-
-    vLLM's names and defaults. A parameter without its feature raises for any value but the
-    neutral one.
-    """
-
-    def __new__(
-        cls,
-        *,
-        n: int | None = None,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int | None = None,
-        min_p: float = 0.0,
-        seed: int | None = None,
-        stop: str | list[str] | None = None,
-        stop_token_ids: list[int] | None = None,
-        ignore_eos: bool = False,
-        max_tokens: int | None = ...,  # 16; None is as many as max_model_len leaves
-        min_tokens: int | None = None,
-        detokenize: bool = True,
-        skip_special_tokens: bool = True,
-        include_stop_str_in_output: bool = False,
-        **unsupported: object,
-    ) -> SamplingParams: ...
-    def __eq__(self, value: object, /) -> bool: ...
-    def __copy__(self) -> SamplingParams: ...
-    def __deepcopy__(self, _memo: object) -> SamplingParams: ...
-    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, object]]: ...
-    @property
-    def n(self) -> int: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def min_p(self) -> float: ...
-    @property
-    def seed(self) -> int | None: ...
-    @property
-    def stop(self) -> list[str]: ...
-    @property
-    def stop_token_ids(self) -> list[int]: ...
-    @property
-    def ignore_eos(self) -> bool: ...
-    @property
-    def max_tokens(self) -> int: ...
-    @property
-    def min_tokens(self) -> int: ...
-    @property
-    def detokenize(self) -> bool: ...
-    @property
-    def skip_special_tokens(self) -> bool: ...
-    @property
-    def include_stop_str_in_output(self) -> bool: ...
+def check_sampling_params(params: SamplingParams) -> None:
+    """Raise what is out of range."""
 
 @final
 class RequestStream:
@@ -136,7 +81,7 @@ class Engine:
     def abort(self, request_id: str) -> None: ...
     def stats(self) -> tuple[int, int, int, int]: ...
     def tokenizer(self) -> Tokenizer: ...
-    def default_sampling_params(self) -> SamplingParams: ...
+    def default_sampling_params(self) -> dict[str, Any]: ...
     @property
     def vocab_size(self) -> int: ...
     @property

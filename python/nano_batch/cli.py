@@ -2,11 +2,13 @@
 
 import argparse
 import logging
+import secrets
 import sys
 import time
 from typing import Any, NoReturn
 
 from nano_batch import Engine, NanoBatchError, SamplingParams, __version__
+from nano_batch.bench import command as bench
 
 _EXIT_FAILURE, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
 
@@ -37,7 +39,10 @@ _SAMPLING: dict[str, dict[str, Any]] = {
     "top_p": {"type": float, "default": 1.0, "help": "nucleus sampling (%(default)s)"},
     "top_k": {"type": int, "default": 0, "help": "most likely tokens kept; 0 is all"},
     "min_p": {"type": float, "default": 0.0, "help": "least share of the best token's probability"},
-    "seed": {"type": int, "help": "the same seed gives the same tokens"},
+    "seed": {
+        "type": int,
+        "help": "the same seed gives the same tokens (default: another each time)",
+    },
     "stop": {"action": "append", "help": "a string that ends the text; may be repeated"},
     "ignore_eos": {"action": "store_true", "help": "go on after the end of the text"},
 }
@@ -82,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         group = generate.add_argument_group(title)
         for name, how in flags.items():
             group.add_argument("--" + name.replace("_", "-"), **how)
+    bench.add(commands)
     return parser
 
 
@@ -89,6 +95,8 @@ def _generate(args: argparse.Namespace) -> int:
     if args.prompt is None and sys.stdin.isatty():
         print("nano-batch generate: give --prompt, or a text on stdin", file=sys.stderr)
         return _EXIT_USAGE
+    if args.seed is None:
+        args.seed = secrets.randbits(31)
     params = SamplingParams(**{name: getattr(args, name) for name in _SAMPLING})
     prompt = _read_stdin() if args.prompt is None else args.prompt
     with Engine(args.model, **{name: getattr(args, name) for name in _ENGINE}) as engine:
@@ -103,7 +111,7 @@ def _generate(args: argparse.Namespace) -> int:
         print(flush=True)
     rate = f"{num_tokens / elapsed:.1f} tok/s"
     first = f"first token after {1e3 * first_token_s:.0f} ms"
-    print(f"{num_tokens} tokens, {rate}, {first}", file=sys.stderr)
+    print(f"{num_tokens} tokens, {rate}, {first}, seed {args.seed}", file=sys.stderr)
     return 0
 
 

@@ -2,7 +2,8 @@
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -10,9 +11,11 @@ import numpy as np
 from tqdm import tqdm
 
 from nano_batch import _native
-from nano_batch._native import SamplingParams
+from nano_batch.checks import check_choice, check_flag, check_integer, check_number
+from nano_batch.cuda_libraries import map_cuda_libraries
 from nano_batch.exceptions import InvalidRequestError, ModelLoadError
 from nano_batch.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
+from nano_batch.sampling_params import SamplingParams
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "austen"
 
@@ -41,6 +44,8 @@ class Engine:
         num_threads: Threads of a CPU step; None is one per core.
         deterministic: Whether a request's tokens are exactly the same in any batch: on a GPU at
             the cost of speed, on the CPU always.
+        enable_prefix_caching, quantization, tensor_parallel_size, max_itl_ms: Not supported yet
+            beyond their defaults.
         seed: What the seeds of unseeded requests derive from.
         load_format: "auto", or "dummy" for random weights of the config's shapes.
         revision: The hub's branch, tag or commit, for a hub id.
@@ -75,9 +80,10 @@ class Engine:
         load_format: str = "auto",
     ) -> None:
         """Load the model and start serving."""
-        _check_choice(
-            "load_format", load_format, ("auto", "dummy"), "safetensors is what auto reads"
-        )
+        code = "invalid_config"
+        check_choice("load_format", load_format, ("auto", "dummy"), code)
+        check_choice("dtype", dtype, ("auto", "float32", "bfloat16"), code)
+        check_flag("deterministic", deterministic)
         neutral = {
             "enable_prefix_caching": (enable_prefix_caching, False),
             "quantization": (quantization, None),
@@ -89,40 +95,36 @@ class Engine:
                 message = f"{name} is not supported yet beyond {only!r}, got {value!r}"
                 raise InvalidRequestError(message, "unsupported_parameter")
         counts = {
-            "max_model_len": (max_model_len, 1),
-            "max_num_seqs": (max_num_seqs, 1),
-            "max_num_batched_tokens": (max_num_batched_tokens, 1),
-            "block_size": (block_size, 1),
-            "num_blocks": (num_blocks, 1),
-            "num_threads": (num_threads, 1),
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "block_size": block_size,
+            "num_blocks": num_blocks,
         }
-        for name, (count, least) in counts.items():
-            if count is None:
-                continue
-            if isinstance(count, bool) or not isinstance(count, int):
-                raise TypeError(f"{name} must be an integer, got {count!r}")
-            most = 1024 if name == "num_threads" else 2**32 - 1
-            if not least <= count <= most:
-                message = f"{name} must be in [{least}, {most}], got {count}"
-                raise InvalidRequestError(message, "invalid_config")
-        if not 0 < gpu_memory_utilization <= 1:
+        for name, count in counts.items():
+            if count is not None:
+                check_integer(name, count, 1, 2**32 - 1, code)
+        if num_threads is not None:
+            check_integer("num_threads", num_threads, 1, 1024, code)
+        check_integer("seed", seed, -(2**63), 2**63 - 1, code)
+        if not 0 < check_number("gpu_memory_utilization", gpu_memory_utilization) <= 1:
             message = (
                 "gpu_memory_utilization must be above 0 and at most 1, "
                 f"got {gpu_memory_utilization}"
             )
-            raise InvalidRequestError(message, "invalid_config")
-        if kv_cache_gib is not None and not 0 < kv_cache_gib < 2**20:
-            message = f"kv_cache_gib must be above 0 and below {2**20}, got {kv_cache_gib}"
-            raise InvalidRequestError(message, "invalid_config")
-        if kv_cache_gib is not None and num_blocks is not None:
-            message = f"kv_cache_gib {kv_cache_gib} and num_blocks {num_blocks} exclude each other"
-            raise InvalidRequestError(message, "invalid_config")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an integer, got {seed!r}")
-        if not -(2**63) <= seed < 2**63:
-            message = f"seed must be in [-2**63, 2**63), got {seed}"
-            raise InvalidRequestError(message, "invalid_config")
+            raise InvalidRequestError(message, code)
+        if kv_cache_gib is not None:
+            if not 0 < check_number("kv_cache_gib", kv_cache_gib) < 2**20:
+                message = f"kv_cache_gib must be above 0 and below {2**20}, got {kv_cache_gib}"
+                raise InvalidRequestError(message, code)
+            if num_blocks is not None:
+                message = (
+                    f"kv_cache_gib {kv_cache_gib} and num_blocks {num_blocks} exclude each other"
+                )
+                raise InvalidRequestError(message, code)
         self.model_dir = _find_model(model, revision)
+        if device != "cpu":
+            map_cuda_libraries()
         self._native = _native.Engine(
             self.model_dir,
             device=device,
@@ -159,13 +161,15 @@ class Engine:
 
         Raises:
             InvalidRequestError: A prompt or parameter does not hold; those before it are aborted.
+            TypeError: `sampling_params` is of another type.
 
         """
-        many: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params] * len(many)
-        else:
+        many = _prompts(prompts)
+        params: list[SamplingParams | None]
+        if isinstance(sampling_params, Sequence):
             params = list(sampling_params)
+        else:
+            params = [sampling_params] * len(many)
         if len(params) != len(many):
             message = f"{len(params)} sampling_params were given for {len(many)} prompts"
             raise InvalidRequestError(message, "invalid_sampling_params")
@@ -191,11 +195,15 @@ class Engine:
 
         Raises:
             InvalidRequestError: The prompt or a parameter does not hold.
+            TypeError: `sampling_params` is of another type.
 
         """
         text_or_ids = _plain_prompt(prompt)
-        params = sampling_params or self._native.default_sampling_params()
-        native = self._native.submit(text_or_ids, params)
+        if sampling_params is None:
+            sampling_params = SamplingParams(**self._native.default_sampling_params())
+        elif not isinstance(sampling_params, SamplingParams):
+            raise TypeError(f"sampling_params must be SamplingParams, got {sampling_params!r}")
+        native = self._native.submit(text_or_ids, sampling_params)
         return RequestStream(native, text_or_ids if isinstance(text_or_ids, str) else None)
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -212,7 +220,12 @@ class Engine:
         self._native.abort(request_id)
 
     def stats(self) -> EngineStats:
-        """Return the load after the last step."""
+        """Return the load after the last step.
+
+        Raises:
+            EngineClosedError: The engine was closed.
+
+        """
         running, waiting, free, preemptions = self._native.stats()
         return EngineStats(running, waiting, free, self._native.num_blocks, preemptions)
 
@@ -269,6 +282,7 @@ class RequestStream(Iterator[RequestOutput]):
         """Wrap a submitted request."""
         self._native = native
         self._prompt = prompt
+        self._last: RequestOutput | None = None
         self.request_id = native.request_id
         self.prompt_token_ids = native.prompt_token_ids
 
@@ -281,11 +295,14 @@ class RequestStream(Iterator[RequestOutput]):
 
     def collect(self) -> RequestOutput:
         """Wait for the end and return all that was not taken yet as one output."""
+        if self._last is not None and self._last.finished:
+            nothing = replace(self._last.outputs[0], text="", token_ids=[])
+            return replace(self._last, outputs=[nothing])
         return self._output(self._native.collect())
 
     def _output(self, delta: "_native._Delta") -> RequestOutput:
         token_ids, text, finish_reason, stop_reason, first_token_s, last_token_s = delta
-        return RequestOutput(
+        self._last = RequestOutput(
             request_id=self.request_id,
             prompt=self._prompt,
             prompt_token_ids=self.prompt_token_ids,
@@ -293,12 +310,7 @@ class RequestStream(Iterator[RequestOutput]):
             finished=finish_reason is not None,
             metrics=RequestMetrics(first_token_s, last_token_s),
         )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...], hint: str) -> None:
-    if value not in choices:
-        message = f"{name} must be one of {', '.join(choices)}, got {value!r} ({hint})"
-        raise InvalidRequestError(message, "invalid_config")
+        return self._last
 
 
 def _find_model(model: str | os.PathLike[str] | None, revision: str | None) -> Path:
@@ -334,10 +346,16 @@ def _looks_like_hub_id(model: str) -> bool:
     return model.count("/") <= 1 and not model.startswith((".", "~"))
 
 
-def _is_one_prompt(prompts: Any) -> bool:
-    if isinstance(prompts, str | Mapping) or (hasattr(prompts, "ndim") and prompts.ndim == 1):
-        return True
-    return len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
+def _prompts(prompts: Any) -> list[Any]:
+    """Return one or many prompts as a list."""
+    if isinstance(prompts, str | Mapping) or getattr(prompts, "ndim", None) == 1:
+        return [prompts]
+    # A set has no order for the answers to keep.
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Set):
+        message = f"prompts are a text, token ids, a dict or a list of these, got {prompts!r}"
+        raise InvalidRequestError(message, "invalid_prompt")
+    many = list(prompts)
+    return [prompts] if many and isinstance(many[0], int | np.integer) else many
 
 
 def _plain_prompt(prompt: Prompt) -> str | list[int]:

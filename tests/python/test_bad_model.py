@@ -281,18 +281,12 @@ def test_a_hub_id_without_network_is_refused_by_name():
     assert_names(load_fails("nobody/no-such-model"), "nobody/no-such-model")
 
 
-@pytest.mark.parametrize(
-    ("version", "words"), [("2.10.0", ["2.10.0", "2.11.0"]), ("2.13.1+cu130", ["2.13.1", "2.11.0"])]
-)
-def test_torch_of_another_version_is_refused_at_import(version, words, tmp_path):
-    (tmp_path / "torch.py").write_text(f"__version__ = {version!r}\n", encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    script = "try:\n    import nano_batch\nexcept ImportError as error:\n    print(error)\n"
-    output = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    assert len(output.strip().splitlines()) == 1
-    assert_names(output, "pip install torch==2.11.0", *words)
+def test_the_package_needs_no_torch():
+    script = "import sys, nano_batch; nano_batch.Engine().close(); print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
 
 
 def test_every_exception_derives_from_the_one_base():

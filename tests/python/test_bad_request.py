@@ -67,6 +67,17 @@ def test_one_bad_prompt_refuses_the_whole_list(reciting, wait_until):
     wait_until(lambda: reciting.stats().num_running <= 1, "what was submitted is aborted")
 
 
+@pytest.mark.parametrize("prompts", [None, 7, {"a", "b"}, b"abc", [1.5]], ids=repr)
+@pytest.mark.usefixtures("unharmed")
+def test_what_is_no_list_of_prompts_is_refused(prompts, reciting):
+    refused(InvalidRequestError, lambda: reciting.generate(prompts, SHORT, use_tqdm=False))
+
+
+def test_any_ordered_iterable_of_prompts_is_taken(reciting):
+    outputs = reciting.generate((text for text in ("?", "!")), SHORT, use_tqdm=False)
+    assert [output.prompt for output in outputs] == ["?", "!"]
+
+
 @pytest.mark.usefixtures("unharmed")
 def test_as_many_parameters_as_prompts_are_needed(reciting):
     message = refused(

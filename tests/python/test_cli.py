@@ -64,6 +64,14 @@ def test_generate_without_a_model_runs_the_embedded_one():
     assert first.stdout == second.stdout
 
 
+def test_without_a_seed_each_run_draws_one_and_tells_it():
+    arguments = ["generate", "--prompt", "It is a truth", "--max-tokens", "12"]
+    first, second = (run(COMMANDS["nano-batch"], *arguments) for _ in range(2))
+    assert first.stdout != second.stdout
+    seed = first.stderr.split("seed ")[1].strip()
+    assert run(COMMANDS["nano-batch"], *arguments, "--seed", seed).stdout == first.stdout
+
+
 def test_generate_takes_stop_strings(reciting_dir):
     stops = ["--stop", "never", "--stop", "こ🙂"]
     done = run(COMMANDS["nano-batch"], "generate", reciting_dir, "--prompt", "?", *stops, *GREEDY)

@@ -97,6 +97,16 @@ def test_abort_spares_the_other_requests(reciting):
     assert (texts[0], texts[2]) == (TEXT, TEXT)
 
 
+def test_a_stream_that_was_read_to_its_end_has_nothing_more(reciting):
+    stream = reciting.stream("?", SHORT)
+    assert "".join(output.outputs[0].text for output in stream) == TEXT
+    assert list(stream) == []
+    rest = stream.collect()
+    assert rest.finished
+    assert (rest.outputs[0].text, rest.outputs[0].token_ids) == ("", [])
+    assert rest.outputs[0].finish_reason == "stop"
+
+
 def test_a_slow_reader_holds_up_nobody(reciting):
     params = SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True)
     slow = reciting.stream("?", params)
@@ -176,6 +186,7 @@ def test_a_closed_engine_refuses_every_use(reciting_dir, open_engine):
         lambda: engine.stream("?", SHORT),
         lambda: engine.logits([1, 2, 3]),
         lambda: engine.abort("0"),
+        engine.stats,
     ):
         with pytest.raises(EngineClosedError, match="closed"):
             use()

@@ -1,4 +1,4 @@
-"""The README's commands and examples run as written."""
+"""The commands and examples of the README, of docs/ and of examples/ run as written."""
 
 import os
 import re
@@ -10,23 +10,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
+README = PAGES["README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Block:
+    page: str
     language: str
     content: str
     line: int
 
     def __str__(self):
-        return f"{self.language} at line {self.line}"
+        return f"{self.page}:{self.line}"
 
 
 BLOCKS = [
-    Block(match[1], match[2], README[: match.start()].count("\n") + 1)
-    for match in FENCE.finditer(README)
+    Block(page, match[1], match[2], text[: match.start()].count("\n") + 1)
+    for page, text in PAGES.items()
+    for match in FENCE.finditer(text)
 ]
 PROGRAMS = [block for block in BLOCKS if block.language == "python"]
 SHELL = ("sh", "bash", "shell", "console")
@@ -41,9 +47,12 @@ def commands_of(block):
     return [line for line in without_comments if line]
 
 
-COMMANDS = [
-    command for block in BLOCKS if block.language in SHELL for command in commands_of(block)
-]
+# In the order of the pages: a later one may need what an earlier one wrote.
+COMMANDS = list(
+    dict.fromkeys(
+        command for block in BLOCKS if block.language in SHELL for command in commands_of(block)
+    )
+)
 
 
 def environment():
@@ -89,12 +98,38 @@ def check_named_in_ci(command):
     assert command in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
 
 
+def check_make_bench(command):
+    """It takes minutes; its commands do run here, with --quick."""
+    recipe = run(command.replace("make", "make -n", 1))
+    for what in ("throughput", "latency", "plot"):
+        assert f"nano-batch bench {what}" in recipe
+
+
+def check_make_bench_kernels(command):
+    """It takes minutes; here every bench that it names must be there."""
+    recipe = run(command.replace("make", "make -n", 1))
+    manifests = "".join(path.read_text("utf-8") for path in ROOT.glob("crates/*/Cargo.toml"))
+    names = re.findall(r'^\[\[bench\]\]\nname = "(\w+)"', manifests, re.MULTILINE)
+    assert sorted(re.findall(r"--bench (\w+)", recipe)) == sorted(names)
+    assert re.sub(r'^.*BENCH="(.*)"$', r"\1", command) in recipe or "BENCH" not in command
+
+
 # What is not simply run.
 SPECIAL = {
     "make run": check_make_run,
     "make test": check_make_test,
     "make lint": check_named_in_ci,
+    "make bench": check_make_bench,
+    "make bench-kernels": check_make_bench_kernels,
+    'make bench-kernels BENCH="--save-baseline before"': check_make_bench_kernels,
+    'make bench-kernels BENCH="--baseline before"': check_make_bench_kernels,
     "pip install .": check_named_in_ci,
+}
+# What is not run at all, by a part of the command, and why.
+SKIPPED = {
+    "--device cuda": "needs a GPU, and minutes of it",
+    "bench promote": "changes README.md; test_bench.py runs it over a copy",
+    "/tmp/llama": "compiles llama.cpp, and measures for minutes",
 }
 
 
@@ -106,10 +141,9 @@ def test_the_readme_has_examples_of_every_kind():
     assert {block.language for block in BLOCKS} <= known, "what would this test do with them?"
 
 
-@pytest.mark.parametrize("block", PROGRAMS, ids=str)
-def test_a_python_example_runs_as_written(block):
+def check_program(*arguments):
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", block.content],
+        [sys.executable, "-W", "error", *arguments],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -119,25 +153,55 @@ def test_a_python_example_runs_as_written(block):
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.strip()
+    return done.stdout
+
+
+@pytest.mark.parametrize("block", PROGRAMS, ids=str)
+def test_a_python_example_runs_as_written(block):
+    output = check_program("-c", block.content)
+    # What an example claims to show is shown.
+    assert "False" not in re.findall(r"the same \w+: (\w+)", output)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda it: it.name)
+def test_an_example_runs(path):
+    check_program(path)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs_as_written(command):
+    for part, reason in SKIPPED.items():
+        if part in command:
+            pytest.skip(reason)
     check = SPECIAL.get(command)
     if check:
         check(command)
-    elif command.startswith("make bench"):
-        assert "benches/end_to_end.py" in run(command.replace("make", "make -n", 1))
     else:
         assert run(command).strip()
 
 
 def test_every_link_to_a_file_leads_somewhere():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    missing = [
+        (page, link)
+        for page, text in PAGES.items()
+        for link in re.findall(r"\]\(([^)#]+)\)", text)
+        if "://" not in link and not (ROOT / page).parent.joinpath(link).exists()
+    ]
+    assert missing == []
+
+
+def test_every_file_that_a_page_names_is_there():
+    """In backquotes, with a folder; a star stands for several, braces for each of them."""
+    missing = []
+    for page, text in PAGES.items():
+        for name in re.findall(r"`((?:crates|python|benches|tests|docs)/[\w./*-]+)`", text):
+            # Where results go is made by the first of them.
+            if "results/" not in name and not list(ROOT.glob(name)):
+                missing.append((page, name))
     assert missing == []
 
 
 def test_no_placeholder_is_left():
-    text = FENCE.sub("", README)
-    assert re.findall(r"^[A-Z_]+$|TODO|TBD", text, re.MULTILINE) == []
+    for page, text in PAGES.items():
+        text = FENCE.sub("", text)
+        assert re.findall(r"^[A-Z_]+$|TODO|TBD", text, re.MULTILINE) == [], page

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,10 +132,14 @@ def test_an_unknown_name_is_refused():
     "params",
     [
         {"temperature": "hot"},
+        {"temperature": True},
+        {"top_p": None},
+        {"max_tokens": True},
         {"max_tokens": 1.5},
         {"max_tokens": "3"},
         {"stop": 3},
         {"stop": [3]},
+        {"stop": ["a", 3]},
         {"seed": "x"},
         {"stop_token_ids": 3},
         {"ignore_eos": "yes"},
@@ -170,7 +176,15 @@ def test_it_is_frozen():
 
 def test_a_copy_is_equal():
     params = SamplingParams(temperature=0.5, stop=["a"], seed=3)
-    assert copy.copy(params) == params
+    assert (
+        copy.copy(params) == copy.deepcopy(params) == pickle.loads(pickle.dumps(params)) == params
+    )
+
+
+def test_numpys_numbers_are_numbers():
+    params = SamplingParams(temperature=np.float32(0.5), max_tokens=np.int64(3))
+    assert params == SamplingParams(temperature=0.5, max_tokens=3)
+    assert repr(params) == repr(SamplingParams(temperature=0.5, max_tokens=3))
 
 
 def test_a_decimal_fraction_is_given_back_as_it_was():

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 mod model_fixture;
+mod tch_backend;
 
 use std::sync::Arc;
 
@@ -13,11 +14,11 @@ use nano_core::scheduler::output::{
 use nano_core::{BlockId, Error, Executor, SamplingParams, ScheduleOutput, SequenceId, TokenId};
 use nano_kernels::reference::sampling::{Sampling, sample};
 use nano_model::backend::Backend;
-use nano_model::backend::tch::TchBackend;
 use nano_model::batch::Batch;
 use nano_model::decoder::forward;
 use nano_model::load::cpu::load_on;
 use nano_model::{DtypeChoice, LoadFormat, ModelOptions, load};
+use tch_backend::TchBackend;
 
 const VOCAB_SIZE: usize = 31;
 const BOUND: f32 = 2e-5;
@@ -231,7 +232,10 @@ fn the_whole_agrees_with_libtorch() {
     let rows = run(&mut *executor, &step, &TokenMasks::default());
     let found: Vec<f32> = rows.into_iter().flat_map(|row| row.logits.unwrap()).collect();
 
-    let (mut oracle, decoder, _) = load_on(dir.path(), &options(), TchBackend::new).unwrap();
+    let make = |spec, dtype, num_blocks, block_size| {
+        Ok(TchBackend::new(spec, dtype, num_blocks, block_size))
+    };
+    let (mut oracle, decoder, _) = load_on(dir.path(), &options(), make).unwrap();
     let prepared = oracle.prepare(&Batch::new(&step, BLOCK_SIZE, &[])).unwrap();
     let logits = forward(&mut oracle, &decoder, &prepared).unwrap();
     let mut expected = Vec::new();

@@ -323,8 +323,12 @@ impl Engine {
     }
 
     /// The load after the step that ended last.
-    pub fn stats(&self) -> SchedulerStats {
-        *self.stats.lock()
+    ///
+    /// # Errors
+    /// [`Error::EngineClosed`]; in a forked child [`Error::UsedAfterFork`].
+    pub fn stats(&self) -> Result<SchedulerStats> {
+        self.check_alive()?;
+        Ok(*self.stats.lock())
     }
 
     /// Ends every stream with [`Error::EngineClosed`] at once, waits for the step in flight and

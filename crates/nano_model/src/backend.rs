@@ -6,7 +6,6 @@
 
 pub mod cpu;
 pub mod cuda;
-pub mod tch;
 
 use std::fmt::Debug;
 

@@ -88,9 +88,6 @@ pub enum Error {
         /// What the system says.
         reason: String,
     },
-    /// An operator of libtorch failed.
-    #[error("libtorch: {0}")]
-    Torch(#[from] tch::TchError),
     /// The GPU or its libraries failed.
     #[error(transparent)]
     Cuda(#[from] CudaError),
@@ -124,7 +121,6 @@ impl Error {
             Self::TensorDtype { .. } => "tensor_dtype_unsupported",
             Self::BadOption { .. } => "invalid_config",
             Self::NoMemory { .. } => "out_of_memory",
-            Self::Torch(_) => "libtorch_failed",
             Self::Cuda(CudaError::NoDevice(_)) => "no_cuda_device",
             Self::Cuda(_) => "cuda_failed",
             Self::GpuMemory { .. } => "gpu_out_of_memory",

@@ -9,7 +9,7 @@ use nano_core::{RequestId, SchedulerConfig, TokenId};
 use nano_engine::{EngineConfig, Prompt};
 use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
 use pyo3::prelude::*;
-use pyo3::types::PyString;
+use pyo3::types::{PyDict, PyString};
 
 use crate::error::{invalid, plain_text, to_py};
 use crate::sampling_params::SamplingParams;
@@ -51,13 +51,9 @@ impl Engine {
         dummy_weights: bool,
     ) -> PyResult<Self> {
         let dtype = match dtype {
-            "auto" => DtypeChoice::Auto,
             "float32" => DtypeChoice::Float32,
             "bfloat16" => DtypeChoice::BFloat16,
-            other => {
-                let message = format!("dtype must be auto, float32 or bfloat16, got {other:?}");
-                return Err(invalid(py, &message, "invalid_config"));
-            }
+            _ => DtypeChoice::Auto,
         };
         let name = device;
         let device = match name {
@@ -101,7 +97,7 @@ impl Engine {
         &self,
         py: Python<'_>,
         prompt: PyPrompt<'_>,
-        params: &SamplingParams,
+        params: SamplingParams<'_>,
     ) -> PyResult<RequestStream> {
         let prompt = match prompt {
             PyPrompt::Text(text) => {
@@ -109,8 +105,8 @@ impl Engine {
             }
             PyPrompt::Tokens(tokens) => Prompt::Tokens(self.token_ids(py, &tokens)?),
         };
-        let text = params.detokenize.then_some(&params.text);
-        let stream = py.detach(|| self.0.submit(prompt, params.core.clone(), text));
+        let (params, text) = params.checked(py)?;
+        let stream = py.detach(|| self.0.submit(prompt, params, text.as_ref()));
         stream.map(RequestStream::new).map_err(|error| to_py(py, &error))
     }
 
@@ -131,9 +127,9 @@ impl Engine {
     }
 
     /// `(num_running, num_waiting, num_free_blocks, num_preemptions)`.
-    fn stats(&self) -> (u32, u32, u32, u64) {
-        let stats = self.0.stats();
-        (stats.num_running, stats.num_waiting, stats.num_free_blocks, stats.num_preemptions)
+    fn stats(&self, py: Python<'_>) -> PyResult<(u32, u32, u32, u64)> {
+        let stats = self.0.stats().map_err(|error| to_py(py, &error))?;
+        Ok((stats.num_running, stats.num_waiting, stats.num_free_blocks, stats.num_preemptions))
     }
 
     /// The tokenizer; raises if the model has none.
@@ -149,16 +145,21 @@ impl Engine {
     }
 
     /// What holds when no sampling parameters are given: those of `generation_config.json`.
-    fn default_sampling_params(&self) -> SamplingParams {
-        let mut core = nano_core::SamplingParams::default();
+    fn default_sampling_params<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let defaults = PyDict::new(py);
         if let Some(model) = self.0.model() {
-            let defaults = &model.generation;
-            core.temperature = defaults.temperature.unwrap_or(core.temperature);
-            core.top_p = defaults.top_p.unwrap_or(core.top_p);
-            core.top_k = defaults.top_k.or(core.top_k);
-            core.min_p = defaults.min_p.unwrap_or(core.min_p);
+            let found = &model.generation;
+            let numbers = [
+                ("temperature", found.temperature),
+                ("top_p", found.top_p),
+                ("min_p", found.min_p),
+            ];
+            for (name, value) in numbers {
+                value.map_or(Ok(()), |value| defaults.set_item(name, value))?;
+            }
+            found.top_k.map_or(Ok(()), |top_k| defaults.set_item("top_k", top_k))?;
         }
-        SamplingParams::new(core, nano_engine::TextOptions::default(), true)
+        Ok(defaults)
     }
 
     #[getter]

@@ -19,7 +19,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<block_allocator::BlockAllocator>()?;
     module.add_class::<engine::Engine>()?;
     module.add_class::<engine::Tokenizer>()?;
-    module.add_class::<sampling_params::SamplingParams>()?;
     module.add_class::<stream::RequestStream>()?;
+    module.add_function(wrap_pyfunction!(sampling_params::check_sampling_params, module)?)?;
     Ok(())
 }

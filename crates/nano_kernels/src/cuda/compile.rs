@@ -50,7 +50,9 @@ impl Compiler {
     pub fn new(cache_dir: Option<PathBuf>) -> Result<Self> {
         // SAFETY: the probe loads the library, as the first call below would.
         if !unsafe { sys::is_culib_present() } {
-            return Err(Error::NoCompiler("NVRTC (libnvrtc) cannot be loaded".to_owned()));
+            return Err(Error::NoCompiler(
+                "NVRTC (libnvrtc) cannot be loaded: pip install nvidia-cuda-nvrtc".to_owned(),
+            ));
         }
         let mut version = (0, 0);
         // SAFETY: the library is present, and both pointers are valid for the call.

@@ -107,7 +107,9 @@ impl Gemm {
     pub fn new(device: &Device, cache_dir: Option<&Path>, is_deterministic: bool) -> Result<Self> {
         // SAFETY: the probe loads the library, as the first call below would.
         if !unsafe { sys::is_culib_present() } {
-            return Err(Error::Library("the library (libcublasLt) cannot be loaded".to_owned()));
+            return Err(Error::Library(
+                "the library (libcublasLt) cannot be loaded: pip install nvidia-cublas".to_owned(),
+            ));
         }
         device.context().bind_to_thread()?;
         // SAFETY: the library is present.

@@ -1,19 +1,17 @@
 //! The back end on libtorch: the plain reading of every operator, and the oracle of the others.
-//!
-//! No other file calls tensor operators, and this one calls their fallible forms only: the plain
-//! ones panic.
+//! An operator that fails panics, and with it the test.
 
 use tch::{Device, Kind, Tensor};
 
-use crate::backend::{Backend, Dtype, Values};
-use crate::batch::{Batch, BatchSequence};
-use crate::config::{CheckpointDtype, DecoderSpec};
-use crate::error::{Error, Result};
-use crate::weights::TensorBytes;
+use nano_model::backend::{Backend, Dtype, Values};
+use nano_model::batch::{Batch, BatchSequence};
+use nano_model::config::{CheckpointDtype, DecoderSpec};
+use nano_model::error::Result;
+use nano_model::weights::TensorBytes;
 
 /// See the [module](self).
 #[derive(Debug)]
-pub struct TchBackend {
+pub(crate) struct TchBackend {
     spec: DecoderSpec,
     kind: Kind,
     block_size: u32,
@@ -33,7 +31,7 @@ impl std::fmt::Debug for NoGrad {
 
 /// A step, ready to run.
 #[derive(Debug)]
-pub struct TchStep {
+pub(crate) struct TchStep {
     token_ids: Tensor,
     logit_rows: Tensor,
     slots: Tensor,
@@ -46,60 +44,58 @@ pub struct TchStep {
 impl TchBackend {
     /// A back end with a zeroed cache: slots that were never written must stay finite, for a
     /// weight of 0 times infinity is no number.
-    pub fn new(spec: DecoderSpec, dtype: Dtype, num_blocks: u32, block_size: u32) -> Result<Self> {
+    pub(crate) fn new(spec: DecoderSpec, dtype: Dtype, num_blocks: u32, block_size: u32) -> Self {
         let kind = kind(dtype.into());
         let num_slots = i64::from(num_blocks) * i64::from(block_size);
         let shape = [num_slots, spec.num_kv_heads as i64, spec.head_dim as i64];
-        let zeros = || Tensor::f_zeros(shape, (kind, Device::Cpu));
-        let cache = spec.layers.iter().map(|_| Ok((zeros()?, zeros()?)));
-        let cache = cache.collect::<Result<_>>()?;
+        let zeros = || Tensor::zeros(shape, (kind, Device::Cpu));
+        let cache = spec.layers.iter().map(|_| (zeros(), zeros())).collect();
         let no_grad = NoGrad(tch::no_grad_guard());
-        Ok(Self { spec, kind, block_size, cache, _no_grad: no_grad })
+        Self { spec, kind, block_size, cache, _no_grad: no_grad }
     }
 
     /// RMSNorm, computed in float32.
-    fn norm(&self, hidden: &Tensor, weight: &Tensor) -> Result<Tensor> {
-        let wide = hidden.f_to_kind(Kind::Float)?;
-        let square = wide.f_mul(&wide)?.f_mean_dim(&[-1_i64][..], true, Kind::Float)?;
-        let scale = square.f_add_scalar(f64::from(self.spec.rms_norm_eps))?.f_rsqrt()?;
-        Ok(wide.f_mul(&scale)?.f_mul(weight)?.f_to_kind(self.kind)?)
+    fn norm(&self, hidden: &Tensor, weight: &Tensor) -> Tensor {
+        let wide = hidden.to_kind(Kind::Float);
+        let square = (&wide * &wide).mean_dim(&[-1_i64][..], true, Kind::Float);
+        let scale = (square + f64::from(self.spec.rms_norm_eps)).rsqrt();
+        (wide * scale * weight).to_kind(self.kind)
     }
 
     /// Heads `[num_tokens, heads, head_dim]`, of which the two halves turn against each other.
-    fn rotate(&self, heads: &Tensor, step: &TchStep) -> Result<Tensor> {
+    fn rotate(&self, heads: &Tensor, step: &TchStep) -> Tensor {
         let half = self.spec.head_dim as i64 / 2;
-        let wide = heads.f_to_kind(Kind::Float)?;
-        let (x, y) = (wide.f_narrow(-1, 0, half)?, wide.f_narrow(-1, half, half)?);
-        let first = x.f_mul(&step.cos)?.f_sub(&y.f_mul(&step.sin)?)?;
-        let second = y.f_mul(&step.cos)?.f_add(&x.f_mul(&step.sin)?)?;
-        Ok(Tensor::f_cat(&[first, second], -1)?.f_to_kind(self.kind)?)
+        let wide = heads.to_kind(Kind::Float);
+        let (x, y) = (wide.narrow(-1, 0, half), wide.narrow(-1, half, half));
+        let first = &x * &step.cos - &y * &step.sin;
+        let second = y * &step.cos + x * &step.sin;
+        Tensor::cat(&[first, second], -1).to_kind(self.kind)
     }
 
     /// Attention of one sequence's rows, `[num_rows, num_heads, head_dim]`.
-    fn attend(&self, layer: usize, query: &Tensor, sequence: &BatchSequence) -> Result<Tensor> {
+    fn attend(&self, layer: usize, query: &Tensor, sequence: &BatchSequence) -> Tensor {
         let block_size = self.block_size as usize;
         let slot = |position: usize| {
             let block = sequence.block_table[position / block_size];
             i64::from(block) * block_size as i64 + (position % block_size) as i64
         };
         let slots: Vec<i64> = (0..sequence.context_len()).map(slot).collect();
-        let slots = Tensor::f_from_slice(&slots)?;
+        let slots = Tensor::from_slice(&slots);
         let group = (self.spec.num_heads / self.spec.num_kv_heads) as i64;
-        let heads = |cache: &Tensor| -> Result<Tensor> {
-            let rows = cache.f_index_select(0, &slots)?.f_permute([1, 0, 2])?;
-            Ok(rows.f_repeat_interleave_self_int(group, 0, None)?)
+        let heads = |cache: &Tensor| {
+            let rows = cache.index_select(0, &slots).permute([1, 0, 2]);
+            rows.repeat_interleave_self_int(group, 0, None)
         };
-        let (keys, values) = (heads(&self.cache[layer].0)?, heads(&self.cache[layer].1)?);
+        let (keys, values) = (heads(&self.cache[layer].0), heads(&self.cache[layer].1));
         let scale = (self.spec.head_dim as f64).sqrt().recip();
-        let scores = query.f_permute([1, 0, 2])?.f_bmm(&keys.f_transpose(1, 2)?)?;
-        let scores = scores.f_mul_scalar(scale)?.f_to_kind(Kind::Float)?;
-        let scores = scores.f_add(&self.mask(layer, sequence)?)?;
-        let weights = scores.f_softmax(-1, Kind::Float)?.f_to_kind(self.kind)?;
-        Ok(weights.f_bmm(&values)?.f_permute([1, 0, 2])?)
+        let scores = query.permute([1, 0, 2]).bmm(&keys.transpose(1, 2));
+        let scores = (scores * scale).to_kind(Kind::Float) + self.mask(layer, sequence);
+        let weights = scores.softmax(-1, Kind::Float).to_kind(self.kind);
+        weights.bmm(&values).permute([1, 0, 2])
     }
 
     /// 0 for a position that a row sees, else minus infinity: `[num_rows, context_len]`.
-    fn mask(&self, layer: usize, sequence: &BatchSequence) -> Result<Tensor> {
+    fn mask(&self, layer: usize, sequence: &BatchSequence) -> Tensor {
         let window = self.spec.layers[layer].window.map_or(usize::MAX, |window| window as usize);
         let num_keys = sequence.context_len();
         let mut mask = Vec::with_capacity(sequence.num_rows * num_keys);
@@ -108,7 +104,7 @@ impl TchBackend {
                 |key| if key <= row && row - key < window { 0.0 } else { f32::NEG_INFINITY };
             mask.extend((0..num_keys).map(value));
         }
-        Ok(Tensor::f_from_slice(&mask)?.f_view([sequence.num_rows as i64, num_keys as i64])?)
+        Tensor::from_slice(&mask).view([sequence.num_rows as i64, num_keys as i64])
     }
 }
 
@@ -122,69 +118,69 @@ impl Backend for TchBackend {
         match values {
             Values::Tensors(parts) => {
                 let parts = parts.iter().map(|part| self.tensor(*part, columns));
-                Ok(Tensor::f_cat(&parts.collect::<Result<Vec<_>>>()?, 0)?.f_view(shape)?)
+                Ok(Tensor::cat(&parts.collect::<Vec<_>>(), 0).view(shape))
             }
             Values::Dummy(dummy) => {
                 let bytes = &dummy.bytes(rows * columns, Dtype::Float32);
-                self.tensor(TensorBytes { dtype: CheckpointDtype::Float32, bytes }, columns)
+                Ok(self.tensor(TensorBytes { dtype: CheckpointDtype::Float32, bytes }, columns))
             }
         }
     }
 
     fn norm_weight(&mut self, size: usize, values: Option<TensorBytes<'_>>) -> Result<Tensor> {
         match values {
-            Some(tensor) => Ok(self.tensor(tensor, size)?.f_view([size as i64])?),
-            None => Ok(Tensor::f_ones([size as i64], (self.kind, Device::Cpu))?),
+            Some(tensor) => Ok(self.tensor(tensor, size).view([size as i64])),
+            None => Ok(Tensor::ones([size as i64], (self.kind, Device::Cpu))),
         }
     }
 
     fn prepare(&mut self, batch: &Batch) -> Result<TchStep> {
         let rope = &self.spec.rope;
-        let frequencies = Tensor::f_from_slice(&rope.inv_freq)?.f_view([1, 1, -1])?;
-        let positions = indices(&batch.positions)?.f_to_kind(Kind::Float)?.f_view([-1, 1, 1])?;
-        let angles = positions.f_mul(&frequencies)?;
+        let frequencies = Tensor::from_slice(&rope.inv_freq).view([1, 1, -1]);
+        let positions = indices(&batch.positions).to_kind(Kind::Float).view([-1, 1, 1]);
+        let angles = positions * frequencies;
         let factor = f64::from(rope.attention_factor);
         Ok(TchStep {
-            token_ids: indices(&batch.token_ids)?,
-            logit_rows: indices(&batch.logit_rows)?,
-            slots: indices(&batch.slot_mapping)?,
-            cos: angles.f_cos()?.f_mul_scalar(factor)?,
-            sin: angles.f_sin()?.f_mul_scalar(factor)?,
+            token_ids: indices(&batch.token_ids),
+            logit_rows: indices(&batch.logit_rows),
+            slots: indices(&batch.slot_mapping),
+            cos: angles.cos() * factor,
+            sin: angles.sin() * factor,
             sequences: batch.sequences.clone(),
         })
     }
 
     fn embed(&mut self, table: &Tensor, step: &TchStep) -> Result<Tensor> {
-        Ok(table.f_index_select(0, &step.token_ids)?)
+        Ok(table.index_select(0, &step.token_ids))
     }
 
     fn norm_product(&mut self, hidden: &Tensor, norm: &Tensor, weight: &Tensor) -> Result<Tensor> {
-        Ok(self.norm(hidden, norm)?.f_linear(weight, None::<&Tensor>)?)
+        Ok(self.norm(hidden, norm).linear(weight, None::<&Tensor>))
     }
 
     fn rope_write_kv(&mut self, layer: usize, qkv: Tensor, step: &TchStep) -> Result<Tensor> {
         let (num_heads, kv_heads) = (self.spec.num_heads as i64, self.spec.num_kv_heads as i64);
-        let heads = qkv.f_view([-1, num_heads + 2 * kv_heads, self.spec.head_dim as i64])?;
-        let key = self.rotate(&heads.f_narrow(1, num_heads, kv_heads)?, step)?;
-        let value = heads.f_narrow(1, num_heads + kv_heads, kv_heads)?;
+        let heads = qkv.view([-1, num_heads + 2 * kv_heads, self.spec.head_dim as i64]);
+        let key = self.rotate(&heads.narrow(1, num_heads, kv_heads), step);
+        let value = heads.narrow(1, num_heads + kv_heads, kv_heads);
         let (keys, values) = &mut self.cache[layer];
-        *keys = keys.f_index_copy_(0, &step.slots, &key)?;
-        *values = values.f_index_copy_(0, &step.slots, &value)?;
-        self.rotate(&heads.f_narrow(1, 0, num_heads)?, step)
+        *keys = keys.index_copy_(0, &step.slots, &key);
+        *values = values.index_copy_(0, &step.slots, &value);
+        Ok(self.rotate(&heads.narrow(1, 0, num_heads), step))
     }
 
     fn paged_attention(&mut self, layer: usize, query: Tensor, step: &TchStep) -> Result<Tensor> {
-        let query = query.f_view([-1, self.spec.num_heads as i64, self.spec.head_dim as i64])?;
+        let query = query.view([-1, self.spec.num_heads as i64, self.spec.head_dim as i64]);
         let attend = |sequence: &BatchSequence| {
             let (first, num_rows) = (sequence.first_row as i64, sequence.num_rows as i64);
-            self.attend(layer, &query.f_narrow(0, first, num_rows)?, sequence)
+            self.attend(layer, &query.narrow(0, first, num_rows), sequence)
         };
-        let parts = step.sequences.iter().map(attend).collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::f_cat(&parts, 0)?.f_reshape([query.size()[0], -1])?)
+        let parts = step.sequences.iter().map(attend).collect::<Vec<_>>();
+        Ok(Tensor::cat(&parts, 0).reshape([query.size()[0], -1]))
     }
 
     fn product_add(&mut self, input: &Tensor, weight: &Tensor, residual: Tensor) -> Result<Tensor> {
-        Ok(residual.f_add(&input.f_linear(weight, None::<&Tensor>)?)?)
+        Ok(residual + input.linear(weight, None::<&Tensor>))
     }
 
     fn norm_gated_product(
@@ -195,8 +191,8 @@ impl Backend for TchBackend {
     ) -> Result<Tensor> {
         let both = self.norm_product(hidden, norm, gate_up)?;
         let size = self.spec.intermediate_size as i64;
-        let gate = both.f_narrow(1, 0, size)?.f_silu()?;
-        Ok(gate.f_mul(&both.f_narrow(1, size, size)?)?)
+        let gate = both.narrow(1, 0, size).silu();
+        Ok(gate * both.narrow(1, size, size))
     }
 
     fn logit_rows(
@@ -205,8 +201,8 @@ impl Backend for TchBackend {
         residual: Tensor,
         step: &TchStep,
     ) -> Result<(Tensor, Tensor)> {
-        let rows = |hidden: Tensor| hidden.f_index_select(0, &step.logit_rows);
-        Ok((rows(context)?, rows(residual)?))
+        let rows = |hidden: Tensor| hidden.index_select(0, &step.logit_rows);
+        Ok((rows(context), rows(residual)))
     }
 
     fn logits(
@@ -216,27 +212,25 @@ impl Backend for TchBackend {
         weight: &Tensor,
         _step: &TchStep,
     ) -> Result<Tensor> {
-        Ok(self.norm_product(hidden, norm, weight)?.f_to_kind(Kind::Float)?)
+        Ok(self.norm_product(hidden, norm, weight)?.to_kind(Kind::Float))
     }
 
     fn to_host(&mut self, logits: Tensor, host: &mut Vec<f32>) -> Result<()> {
         host.resize(logits.numel(), 0.0);
-        Ok(logits.f_contiguous()?.f_copy_data(host, logits.numel())?)
+        logits.contiguous().copy_data(host, logits.numel());
+        Ok(())
     }
 }
 
 impl TchBackend {
     /// A copy of a checkpoint's tensor, `[rows, columns]`.
-    fn tensor(&self, part: TensorBytes<'_>, columns: usize) -> Result<Tensor> {
+    fn tensor(&self, part: TensorBytes<'_>, columns: usize) -> Tensor {
         let num_rows = part.bytes.len() / part.dtype.num_bytes() / columns.max(1);
         let shape = [num_rows, columns];
-        if part.bytes.len() != num_rows * columns * part.dtype.num_bytes() {
-            let message = format!("{} bytes are not of shape {shape:?}", part.bytes.len());
-            return Err(Error::Torch(tch::TchError::Shape(message)));
-        }
+        assert_eq!(part.bytes.len(), num_rows * columns * part.dtype.num_bytes(), "{shape:?}");
         let stored =
-            Tensor::f_from_data_size(part.bytes, &shape.map(|size| size as i64), kind(part.dtype))?;
-        Ok(stored.f_to_kind(self.kind)?)
+            Tensor::from_data_size(part.bytes, &shape.map(|size| size as i64), kind(part.dtype));
+        stored.to_kind(self.kind)
     }
 }
 
@@ -249,7 +243,7 @@ fn kind(dtype: CheckpointDtype) -> Kind {
 }
 
 /// libtorch's indices have 64 bits.
-fn indices(values: &[u32]) -> Result<Tensor> {
+fn indices(values: &[u32]) -> Tensor {
     let values: Vec<i64> = values.iter().map(|&value| i64::from(value)).collect();
-    Ok(Tensor::f_from_slice(&values)?)
+    Tensor::from_slice(&values)
 }

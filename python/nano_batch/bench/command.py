@@ -1,0 +1,193 @@
+"""The arguments of `nano-batch bench` and what they start."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from nano_batch.bench import latency, result, tables, throughput, workload
+from nano_batch.bench.side import Task
+from nano_batch.exceptions import InvalidRequestError, NanoBatchError
+
+
+def add(commands: Any) -> None:
+    """Add `bench` and its own commands to those of the program."""
+    text = "measure nano_batch beside transformers, and draw the pictures"
+    bench = commands.add_parser("bench", help=text, description=text)
+    bench.set_defaults(verbose=False)
+    kinds = bench.add_subparsers(required=True, metavar="WHAT")
+    _add_measure(kinds, "throughput", _throughput, "tokens a second, by requests at once")
+    _add_measure(kinds, "latency", _latency, "time to the first token and per token, under load")
+    plot = _add(kinds, "plot", _plot, "draw pictures beside results (needs matplotlib)")
+    promote = _add(
+        kinds, "promote", _promote, "make results the README's, with pictures and tables"
+    )
+    for command in (plot, promote):
+        command.add_argument(
+            "results",
+            nargs="*",
+            type=Path,
+            metavar="JSON",
+            help=f"(default: those of the last runs, in {result.LOCAL})",
+        )
+
+
+def _add(kinds: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
+    command = kinds.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_measure(
+    kinds: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> None:
+    command = _add(kinds, name, run, text)
+    option = command.add_argument
+    option("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
+    option(
+        "--quick", action="store_true", help="the embedded model, in seconds: no figures to keep"
+    )
+    option(
+        "--runs", type=_positive, default=3, help="of each side, its median counts (%(default)s)"
+    )
+    option(
+        "--serial",
+        type=_positive,
+        metavar="N",
+        help="requests that transformers serves one after the other in each run",
+    )
+    option(
+        "--threads", type=_positive, default=os.cpu_count(), help="of a CPU (default: all cores)"
+    )
+    option("--seed", type=int, default=0, help="of the prompts (%(default)s)")
+    option("--commit", help="what is noted where there is no git (default: git's)")
+    option("--out", type=Path, metavar="JSON", help=f"(default: in {result.LOCAL})")
+    if name == "throughput":
+        option(
+            "--concurrency",
+            type=_positive,
+            nargs="+",
+            metavar="N",
+            help="requests of nano_batch at once",
+        )
+        option(
+            "--llama-python",
+            metavar="PYTHON",
+            help="measure llama.cpp too, with this interpreter, which has llama_cpp and gguf",
+        )
+
+
+def _require(package: str, why: str) -> None:
+    if find_spec(package) is None:
+        raise NanoBatchError(f"{package} is missing; it {why}")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _throughput(args: argparse.Namespace) -> int:
+    return _measure(args, "throughput")
+
+
+def _latency(args: argparse.Namespace) -> int:
+    return _measure(args, "latency")
+
+
+def _measure(args: argparse.Namespace, kind: str) -> int:
+    _require("torch", "measures the machine: pip install 'nano_batch[bench]'")
+    _require("transformers", "is what is measured beside: pip install 'nano_batch[bench]'")
+    device = _device(args.device)
+    if args.quick and device == "cuda":
+        raise InvalidRequestError("--quick is for the CPU: add --device cpu", "invalid_config")
+    chosen = (
+        workload.quick() if args.quick else {"cpu": workload.CPU, "cuda": workload.CUDA}[device]
+    )
+    if kind == "throughput" and args.llama_python and chosen.name != "cpu":
+        message = f"--llama-python is for the CPU's workload, not for {chosen.name}"
+        raise InvalidRequestError(message, "invalid_config")
+    if args.serial:
+        chosen = replace(chosen, serial=(args.serial, args.serial))
+    if kind == "throughput" and args.concurrency:
+        chosen = replace(chosen, concurrency=tuple(sorted(set(args.concurrency))))
+    local = result.checkout() / result.LOCAL
+    options = {**vars(args), "busy_cores_at_start": result.busy_cores()}
+    if device == "cpu" and options["busy_cores_at_start"] > 0.1:
+        busy = options["busy_cores_at_start"]
+        throughput.note(f"the machine is busy ({busy:.1f} cores): figures will be low")
+    model = workload.make_model(chosen, local)
+    task = Task(
+        model=str(model),
+        device=device,
+        num_threads=args.threads,
+        longest=chosen.longest,
+        answer_len=chosen.prompt_len + chosen.output_len,
+        num_blocks=chosen.num_blocks,
+        concurrency=chosen.concurrency,
+    )
+    module: Any = throughput if kind == "throughput" else latency
+    if kind == "throughput" and args.llama_python:
+        script = result.checkout() / "benches/llama_cpp_side.py"
+        measured = throughput.measure(chosen, task, options, [args.llama_python, str(script)])
+    else:
+        measured = module.measure(chosen, task, options)
+    out = args.out or local / f"{chosen.name}-{kind}.json"
+    result.write(measured, out)
+    print(f"{tables.describe(measured)}\n\n{tables.table(measured)}")
+    print(out, file=sys.stderr)
+    return 0
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequestError("--device cuda: torch finds no GPU", "invalid_config")
+    return asked
+
+
+def _plot(args: argparse.Namespace) -> int:
+    _require("matplotlib", "draws the pictures: pip install 'nano_batch[bench]'")
+    from nano_batch.bench import pictures, promote
+
+    chosen = _chosen(args)
+    if not chosen:
+        raise NanoBatchError(
+            f"{result.LOCAL} has no results: nano-batch bench throughput makes one"
+        )
+    for path in chosen:
+        measured = result.read(path)
+        peer = promote.peer(measured, result.checkout())
+        for name, svg in pictures.draw(measured, path.name, peer).items():
+            picture = path.with_name(f"{name}.svg")
+            picture.write_text(svg, encoding="utf-8")
+            print(picture)
+    return 0
+
+
+def _promote(args: argparse.Namespace) -> int:
+    _require("matplotlib", "draws the pictures: pip install 'nano_batch[bench]'")
+    from nano_batch.bench import promote
+
+    for path in promote.promote(_chosen(args), result.checkout()):
+        print(path)
+    return 0
+
+
+def _chosen(args: argparse.Namespace) -> list[Path]:
+    if args.results:
+        return list(args.results)
+    local = result.checkout() / result.LOCAL
+    kinds = [
+        f"{device}-{kind}.json" for device in ("cpu", "cuda") for kind in ("throughput", "latency")
+    ]
+    return [local / name for name in kinds if (local / name).exists()]

@@ -1,0 +1,128 @@
+"""Results become the README's: copied, drawn, and written into its tables."""
+
+import shutil
+from pathlib import Path
+
+from nano_batch.bench import pictures
+from nano_batch.bench import result as results
+from nano_batch.bench.result import COMMITTED, Result
+from nano_batch.bench.tables import beside_vllm, describe, table, wrapped
+from nano_batch.exceptions import NanoBatchError
+
+PICTURES = Path("docs/pictures")
+# Where results are shown, and by which markers.
+PAGES = {"README.md": ("cpu", "cuda", "vllm"), "docs/benchmarks.md": ("steps",)}
+_DEVICES = ("cpu", "cuda")
+_KINDS = ("throughput", "latency")
+
+
+def promote(paths: list[Path], root: Path) -> list[Path]:
+    """Take these results into a checkout; return what was written.
+
+    Raises:
+        NanoBatchError: A result is none that a README can show.
+
+    """
+    if not (root / results.SCHEMA).exists():
+        raise NanoBatchError(f"{root} is no checkout of nano_batch: {results.SCHEMA} is not there")
+    written = []
+    for path in paths:
+        result = results.read(path)
+        name = f"{result.get('preset')}-{result.get('benchmark')}.json"
+        if result.get("preset") not in _DEVICES or result.get("benchmark") not in _KINDS:
+            raise NanoBatchError(f"{path} is no figure to keep: it is of {name!r}")
+        target = root / COMMITTED / name
+        if path.resolve() != target.resolve():
+            shutil.copyfile(path, target)
+        written.append(target)
+    for name, svg in drawn(root).items():
+        picture = root / PICTURES / f"{name}.svg"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_text(svg, encoding="utf-8")
+        written.append(picture)
+    for page, names in PAGES.items():
+        path = root / page
+        text = rewritten(path.read_text(encoding="utf-8"), names, root)
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def committed(root: Path) -> dict[str, Result]:
+    """The results that a checkout holds, by name without its end."""
+    names = [f"{device}-{kind}" for device in _DEVICES for kind in _KINDS]
+    paths = {name: root / COMMITTED / f"{name}.json" for name in names}
+    return {name: results.read(path) for name, path in paths.items() if path.exists()}
+
+
+def drawn(root: Path) -> dict[str, str]:
+    """The pictures of a checkout's results, by name."""
+    svgs: dict[str, str] = {}
+    for name, result in committed(root).items():
+        svgs |= pictures.draw(result, f"{name}.json", peer(result, root))
+    return svgs
+
+
+def peer(result: Result, root: Path) -> Result | None:
+    """What vLLM reached on the same card, as it is noted in a checkout."""
+    path = root / COMMITTED / "vllm.json"
+    if not path.exists():
+        return None
+    vllm = results.read(path)
+    card = vllm["cards"].get(result["machine"].get("card"))
+    return {**card, **{key: vllm[key] for key in ("name", "version", "date")}} if card else None
+
+
+def rewritten(page: str, names: tuple[str, ...], root: Path) -> str:
+    """A page with what stands between these markers made from the checkout's results."""
+    texts = sections(root)
+    for name in names:
+        if name not in texts:
+            continue
+        begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+        if begin not in page or end not in page:
+            raise NanoBatchError(f"a page has lost its {begin} … {end}")
+        before, rest = page.split(begin, 1)
+        page = f"{before}{begin}\n\n{texts[name]}\n\n{end}{rest.split(end, 1)[1]}"
+    return page
+
+
+def sections(root: Path) -> dict[str, str]:
+    """What the pages say, by marker."""
+    found = committed(root)
+    texts = {}
+    for device in _DEVICES:
+        parts = []
+        if f"{device}-throughput" in found:
+            result = found[f"{device}-throughput"]
+            data = " and ".join(f"[{kind}]({COMMITTED}/{device}-{kind}.json)" for kind in _KINDS)
+            parts += [wrapped(f"{describe(result)} Raw data: {data}.")]
+            parts += [table(result, peer(result, root))]
+            parts += [_picture(device, kind) for kind in ("throughput", "scaling")]
+        if f"{device}-latency" in found:
+            result = found[f"{device}-latency"]
+            parts += [table(result), _picture(device, "latency")]
+        if parts:
+            texts[device] = "\n\n".join(parts)
+    steps = [
+        _picture(device, "steps").replace("docs/", "")
+        for device in _DEVICES
+        if f"{device}-throughput" in found
+    ]
+    if steps:
+        texts["steps"] = "\n\n".join(steps)
+    old = root / COMMITTED / "cuda-h100-end-to-end.json"
+    if old.exists():
+        texts["vllm"] = beside_vllm(results.read(old), results.read(old.with_name("vllm.json")))
+    return texts
+
+
+def _picture(device: str, kind: str) -> str:
+    words = {
+        "throughput": "Throughput beside transformers",
+        "scaling": "Throughput by the number of requests at once",
+        "latency": "Latency under load beside transformers",
+        "steps": "Where the time of a decode step goes",
+    }
+    where = "a GPU" if device == "cuda" else "a CPU"
+    return f"![{words[kind]}, on {where}]({PICTURES}/{device}-{kind}.svg)"

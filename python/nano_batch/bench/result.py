@@ -1,0 +1,159 @@
+"""The JSON of a benchmark: what every one of them says, where it lies, how it is read."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nano_batch import __version__
+from nano_batch.bench.roofline import Limits, Shapes
+from nano_batch.bench.side import Answer
+from nano_batch.bench.summary import median
+from nano_batch.bench.workload import Workload
+from nano_batch.exceptions import NanoBatchError
+
+Result = dict[str, Any]
+
+COMMITTED = Path("benches/results")
+LOCAL = COMMITTED / "local"
+SCHEMA = Path("benches/schema.json")
+
+
+def checkout() -> Path:
+    """The checkout that the present directory is in, or the present directory itself."""
+    here = Path.cwd()
+    return next((path for path in (here, *here.parents) if (path / SCHEMA).exists()), here)
+
+
+def header(
+    benchmark: str,
+    workload: Workload,
+    options: dict[str, Any],
+    facts: dict[str, Answer],
+    limits: list[Answer],
+) -> Result:
+    """What every result begins with."""
+    machine = {
+        "processor": _processor(),
+        "num_cores": os.cpu_count(),
+        "busy_cores_at_start": options["busy_cores_at_start"],
+        **facts["limits"],
+        **{name: median(run[name] for run in limits) for name in limits[0]},
+        "runs": limits,
+    }
+    return {
+        "benchmark": benchmark,
+        "preset": workload.name,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": options["commit"] or _commit(),
+        "command": sys.argv[1:],
+        "seed": options["seed"],
+        "runs": options["runs"],
+        "machine": machine,
+        "versions": {
+            "python": platform.python_version(),
+            "nano_batch": __version__,
+            **{name: version(name) for name in ("torch", "transformers")},
+        },
+        "model": {
+            "name": workload.model,
+            "config": workload.config,
+            "dtype": "bfloat16",
+            "weight_bytes_per_step": Shapes(workload.config).weight_bytes,
+            "same_weights": workload.name != "cuda",
+        },
+        "workload": {
+            "prompt_len": workload.prompt_len,
+            "output_len": workload.output_len,
+            "temperature": 0,
+            "ignore_eos": True,
+        },
+        "settings": {
+            name: {**side["settings"], "warm_up": "each number of requests once, 4 tokens out"}
+            for name, side in facts.items()
+            if "settings" in side
+        },
+    }
+
+
+def limits_of(result: Result) -> Limits:
+    """The rates that bound a result's times.
+
+    Memory's is the better of reading and copying. Arithmetic's is the better of torch's product of
+    large matrices and nano_batch's own prompts, which on some processors is quicker.
+    """
+    machine = result["machine"]
+    return Limits(
+        1e9 * max(machine["read_gb_per_s"], machine["copy_gb_per_s"]),
+        1e9 * max(machine["matmul_gflop_per_s"], machine.get("prefill_gflop_per_s", 0)),
+    )
+
+
+def write(result: Result, path: Path) -> None:
+    """Write it for people to read, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> Result:
+    """Read a result, of whatever benchmark.
+
+    Raises:
+        NanoBatchError: There is none.
+
+    """
+    try:
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NanoBatchError(f"{path} is no result of a benchmark: {error}") from None
+    return result
+
+
+def device_name(result: Result) -> str:
+    """The card, or the processor and its cores."""
+    machine = result["machine"]
+    cores = f"{machine['num_cores']} cores of an {machine['processor']}"
+    return str(machine.get("card", cores))
+
+
+def busy_cores() -> float:
+    """Cores that other programs keep busy, over a second."""
+
+    def times() -> tuple[int, int]:
+        with open("/proc/stat", encoding="utf-8") as file:
+            numbers = [int(word) for word in file.readline().split()[1:]]
+        # The 4th and 5th are idle and waiting for disks.
+        return sum(numbers[:8]), numbers[3] + numbers[4]
+
+    total, idle = times()
+    time.sleep(1)
+    total_after, idle_after = times()
+    share = 1 - (idle_after - idle) / max(total_after - total, 1)
+    return max(0.0, share) * (os.cpu_count() or 1)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=checkout(), capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" with changes" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,117 @@
+"""Results in words and tables, for the terminal and for the README."""
+
+import re
+import textwrap
+from collections.abc import Iterable
+from datetime import datetime
+
+from nano_batch.bench.result import Result, device_name, limits_of
+from nano_batch.bench.summary import median
+
+
+def describe(result: Result) -> str:
+    """Say what was measured, on what, and with which settings."""
+    workload, limits = result["workload"], limits_of(result)
+    day = datetime.fromisoformat(result["time"]).date().isoformat()
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    settings = ", ".join(
+        f"{key} {value}" for key, value in result["settings"]["transformers"].items()
+    )
+    return (
+        f"{result['model']['name']}, bfloat16, {workload['prompt_len']} tokens in and "
+        f"{workload['output_len']} out, greedy, median of {result['runs']} runs. "
+        f"{device_name(result)} on {day}: memory {limits.bytes_per_s / 1e9:,.0f} GB/s and matrix "
+        f"products {limits.operations_per_s / 1e12:,.2f} TFLOP/s, both measured; "
+        f"{result['machine']['busy_cores_at_start']:.1f} cores busy before; commit "
+        f"{result['commit'][:12]}; {versions}. Settings of transformers: {settings}."
+    )
+
+
+def table(result: Result, peer: Result | None = None) -> str:
+    """The table of a result, whatever was measured."""
+    return _latency(result) if result["benchmark"] == "latency" else _throughput(result, peer)
+
+
+def _throughput(result: Result, peer: Result | None) -> str:
+    theirs, static = result["transformers"], result["workload"]["static_batch"]
+    serial = theirs["serial_toks"]
+    sides = [("nano_batch", result["nano_batch"])]
+    if "llama.cpp" in result:
+        sides.append(("llama.cpp", result["llama.cpp"]))
+    if peer:
+        sides.append((f"{peer['name']} {peer['version']}, {peer['date']}", peer))
+    sides.append(("hardware's limit", result["limit"]))
+    lines = []
+    for count in result["workload"]["concurrency"]:
+        key = f"scale{count}_toks"
+        transformers = {1: f"{serial:,.1f}", static: f"{theirs[f'static{static}_toks']:,.1f}"}
+        row = [str(count), transformers.get(count, "")]
+        row += [_rate(side[key]) if key in side else "" for _, side in sides]
+        row.insert(3, f"{result['nano_batch'][key] / serial:,.1f} x")
+        lines.append(row)
+    head = ["at once, tok/s", "transformers", *(name for name, _ in sides)]
+    head.insert(3, "beside one at a time")
+    text = (
+        f"transformers runs one request at a time, and {static} as one static batch; limits are "
+        "those of memory and arithmetic."
+    )
+    return f"{_markdown(head, lines)}\n\n{wrapped(text)}"
+
+
+def _rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:,.1f}" if tokens_per_s < 1000 else f"{tokens_per_s:,.0f}"
+
+
+def _latency(result: Result) -> str:
+    sides = ("transformers", "nano_batch")
+    metrics = (("ttft_ms", "first token"), ("latency_per_token_ms", "per token"))
+    lines = []
+    for count in result["transformers"]["load"]:
+        row = [count]
+        for key, _ in metrics:
+            values = [result[side]["load"][count][key] for side in sides]
+            row += [f"{readable(it['p50'])} · {readable(it['p99'])}" for it in values]
+            row.append(f"{100 * (1 - values[1]['p50'] / values[0]['p50']):.1f} %")
+        lines.append(row)
+    head = ["at once, p50 · p99"]
+    for _, name in metrics:
+        head += [f"{name}: transformers", "nano_batch", "less"]
+    most, load = list(result["transformers"]["load"].items())[-1]
+    text = (
+        f"Requests arrive at once; transformers serves one after the other (at {most}: "
+        f"{load['how']}). Per token is (end - arrival) / tokens; less compares p50."
+    )
+    return f"{_markdown(head, lines)}\n\n{wrapped(text)}"
+
+
+def readable(milliseconds: float) -> str:
+    """Three digits and a unit."""
+    value, unit = (milliseconds, "ms") if milliseconds < 1000 else (milliseconds / 1e3, "s")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def beside_vllm(ours: Result, vllm: Result) -> str:
+    """The figures of benches/cuda_end_to_end.py beside those noted of vLLM on the same card."""
+    theirs = vllm["cards"][ours["card"]]
+    counts = (1, 16, 64, 256)
+    mix = median(value for key, value in ours.items() if re.fullmatch(r"nano_run\d+_toks", key))
+    sides = ({**ours, "nano_run_toks": mix}, theirs)
+    rows = [
+        ("time between tokens, one stream", "itl_bs1_ms", "{:.2f} ms"),
+        ("first token", "ttft512_ms", "{:.1f} ms"),
+        *((f"{count} at once, tok/s", f"scale{count}_toks", "{:,.0f}") for count in counts),
+        ("256 requests of 100 to 1024 tokens in and out, tok/s", "nano_run_toks", "{:,.0f}"),
+        ("prefill of 16 prompts of 2048, tok/s", "prefill_16x2048_toks", "{:,.0f}"),
+    ]
+    lines = [[name, *(form.format(side[key]) for side in sides)] for name, key, form in rows]
+    return _markdown(["", "nano_batch", f"{vllm['name']} {vllm['version']}"], lines)
+
+
+def wrapped(text: str) -> str:
+    """Lines as long as those of the pages."""
+    return textwrap.fill(text, 105, break_long_words=False, break_on_hyphens=False)
+
+
+def _markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    ruler = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ruler, *rows))

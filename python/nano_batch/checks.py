@@ -1,0 +1,38 @@
+"""Checks of single values: what is wrong is named with its limit and its value."""
+
+from numbers import Integral, Real
+from typing import Any
+
+from nano_batch.exceptions import InvalidRequestError
+
+
+def check_integer(name: str, value: Any, least: int, most: int, code: str) -> int:
+    """Return a whole number in [least, most], NumPy's included."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    number = int(value)
+    if not least <= number <= most:
+        raise InvalidRequestError(f"{name} must be in [{least}, {most}], got {number}", code)
+    return number
+
+
+def check_number(name: str, value: Any) -> float:
+    """Return a number as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...], code: str) -> str:
+    """Return one of some words."""
+    if value not in choices:
+        message = f"{name} must be one of {', '.join(choices)}, got {value!r}"
+        raise InvalidRequestError(message, code)
+    return str(value)

@@ -1,0 +1,194 @@
+"""`nano-batch bench`: its results follow the schema, and README and pictures follow the results."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from jsonschema import Draft202012Validator
+from nano_batch.bench import latency, pictures, promote, roofline, summary, tables, workload
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = Draft202012Validator(json.loads((ROOT / "benches/schema.json").read_text("utf-8")))
+COMMITTED = promote.committed(ROOT)
+
+
+def bench(directory, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "nano_batch", "bench", *map(str, arguments)],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """One quick run of each benchmark: file and content by name."""
+    directory = tmp_path_factory.mktemp("bench")
+    results = {}
+    for kind in ("throughput", "latency"):
+        path = directory / f"{kind}.json"
+        quick = ("--quick", "--runs", 1, "--device", "cpu", "--threads", 1)
+        done = bench(directory, kind, *quick, "--out", path)
+        assert done.returncode == 0, done.stderr
+        assert "nano_batch |" in done.stdout
+        assert "attn_implementation sdpa, use_cache True" in done.stdout
+        results[kind] = (path, json.loads(path.read_text("utf-8")))
+    return results
+
+
+@pytest.mark.parametrize("kind", ["throughput", "latency"])
+def test_a_result_follows_the_schema(kind, measured):
+    _, result = measured[kind]
+    SCHEMA.validate(result)
+    assert result["benchmark"] == kind
+
+
+def test_a_result_that_lacks_something_does_not_follow_the_schema(measured):
+    for kind, key in [("throughput", "limit"), ("latency", "settings"), ("latency", "machine")]:
+        result = dict(measured[kind][1])
+        del result[key]
+        assert not SCHEMA.is_valid(result)
+    result = dict(measured["throughput"][1])
+    result["nano_batch"] = result["nano_batch"] | {"scale1_toks": "fast"}
+    assert not SCHEMA.is_valid(result)
+
+
+def test_rates_are_those_of_the_raw_times(measured):
+    _, result = measured["throughput"]
+    for count in result["workload"]["concurrency"]:
+        (elapsed,) = result["nano_batch"][f"scale{count}_s"]
+        tokens = count * result["workload"]["output_len"]
+        assert result["nano_batch"][f"scale{count}_toks"] == pytest.approx(tokens / elapsed)
+
+
+def test_both_sides_compute_the_same_model(measured):
+    agreement = measured["throughput"][1]["agreement"]["nano_batch"]
+    assert agreement["furthest_logit_by_spread"] < 0.2
+
+
+def test_pictures_are_drawn_beside_results_and_are_the_same_each_time(measured, tmp_path):
+    copies = []
+    for path, _ in measured.values():
+        copies.append(tmp_path / path.name)
+        copies[-1].write_bytes(path.read_bytes())
+    for _ in range(2):
+        done = bench(tmp_path, "plot", *copies)
+        assert done.returncode == 0, done.stderr
+        drawn = {path.stem: path.read_bytes() for path in tmp_path.glob("*.svg")}
+        assert set(drawn) == {
+            f"quick-{name}" for name in ("throughput", "scaling", "steps", "latency")
+        }
+        first = locals().get("first", drawn)
+        assert drawn == first
+    for path, result in measured.values():
+        for name, svg in pictures.draw(result, path.name).items():
+            assert svg.encode() == drawn[name]
+
+
+def test_a_picture_follows_light_and_dark_and_has_text_as_text(measured):
+    path, result = measured["throughput"]
+    for svg in pictures.draw(result, path.name).values():
+        ElementTree.fromstring(svg)
+        assert "prefers-color-scheme: dark" in svg
+        assert "tokens a second</text>" in svg or "milliseconds</text>" in svg
+        assert result["time"][:10] in svg
+        # Every color has a name, so that none stays light on a dark page.
+        styles, drawing = svg.split("</style>", 1)
+        assert "#0969da" in styles
+        assert not [color for color in ("#0969da", "#1f2328", "#000000") if color in drawing]
+
+
+def test_a_quick_result_is_not_promoted(measured, tmp_path):
+    done = bench(ROOT, "promote", measured["throughput"][0])
+    assert done.returncode == 1
+    assert "no figure to keep" in done.stderr
+    done = bench(tmp_path, "promote", measured["throughput"][0])
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "no checkout" in done.stderr
+
+
+def test_promotion_copies_draws_and_writes_the_readme(measured, tmp_path):
+    for name in ("benches/schema.json", "benches/results/vllm.json", *promote.PAGES):
+        target = tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    paths = []
+    for path, result in measured.values():
+        paths.append(tmp_path / path.name)
+        paths[-1].write_text(json.dumps(result | {"preset": "cpu"}), encoding="utf-8")
+    done = bench(tmp_path, "promote", *paths)
+    assert done.returncode == 0, done.stderr
+    readme = (tmp_path / "README.md").read_text("utf-8")
+    rate = measured["throughput"][1]["nano_batch"]["scale4_toks"]
+    assert re.search(rf"^\| 4 \|.*\| {tables._rate(rate)} \|", readme, re.MULTILINE)
+    assert (tmp_path / "benches/results/cpu-latency.json").exists()
+    for name in ("throughput", "scaling", "latency"):
+        assert f"docs/pictures/cpu-{name}.svg" in readme
+        assert (tmp_path / f"docs/pictures/cpu-{name}.svg").exists()
+    assert "pictures/cpu-steps.svg" in (tmp_path / "docs/benchmarks.md").read_text("utf-8")
+    # Nothing is left to do.
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert bench(tmp_path, "promote", tmp_path / "benches/results/cpu-latency.json").returncode == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_a_committed_result_follows_the_schema(name):
+    SCHEMA.validate(COMMITTED[name])
+
+
+@pytest.mark.parametrize("page", promote.PAGES)
+def test_a_page_says_what_the_committed_results_say(page):
+    text = (ROOT / page).read_text("utf-8")
+    assert promote.rewritten(text, promote.PAGES[page], ROOT) == text
+
+
+def test_the_pictures_are_those_of_the_committed_results():
+    for name, svg in promote.drawn(ROOT).items():
+        picture = ROOT / promote.PICTURES / f"{name}.svg"
+        assert picture.read_text("utf-8") == svg, f"{picture}: nano-batch bench promote draws it"
+
+
+def test_a_request_in_a_queue_waits_for_those_before_it():
+    alone = [{"first_s": [1.0], "last_s": [10.0]}, {"first_s": [2.0], "last_s": [20.0]}]
+    queue = latency.in_queue(alone, 5)
+    assert queue["first_s"] == [1.0, 12.0, 31.0, 42.0, 61.0]
+    assert queue["last_s"] == [10.0, 30.0, 40.0, 60.0, 70.0]
+
+
+def test_percentiles_and_spread():
+    assert summary.percentiles(range(101)) == {"p50": 50, "p99": 99}
+    assert summary.spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 1.0)
+
+
+def test_bytes_and_operations_are_those_counted_by_hand():
+    shapes = roofline.Shapes(workload.MISTRAL_7B)
+    # 32 layers of qkv, o, gate_up and down, and the head; see docs/kernels.md.
+    layer = 6144 * 4096 + 4096 * 4096 + 28672 * 4096 + 4096 * 14336
+    assert shapes.weight_bytes == 2 * (32 * layer + 32000 * 4096)
+    assert shapes.kv_bytes_per_token == 32 * 4096
+    step = roofline.decode_step(shapes, roofline.Limits(1e12, 1e15), num_seqs=64, context=512)
+    assert step.kv_cache_s == pytest.approx(64 * 512 * 32 * 4096 / 1e12)
+    assert step.bound_s == pytest.approx(step.weights_s + step.kv_cache_s)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["plot", "/no/such.json"], "/no/such.json"),
+        (["throughput", "--quick", "--device", "cuda"], "GPU"),
+    ],
+)
+def test_a_failure_is_one_sentence(arguments, word, tmp_path):
+    done = bench(tmp_path, *arguments)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert word in done.stderr
