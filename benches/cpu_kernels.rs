@@ -8,11 +8,11 @@ use std::thread;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
-use nano_kernels::cpu::attention::{AttentionInput, KvShape, Tile, paged_attention};
+use nano_kernels::cpu::attention::{AttentionInput, KvShape, Scratch, Tile, paged_attention};
 use nano_kernels::cpu::matrix::PackedMatrix;
 use nano_kernels::cpu::memory::Memory;
-use nano_kernels::cpu::norm::rms_norm;
-use nano_kernels::cpu::product::{PackedRows, product};
+use nano_kernels::cpu::norm::Norm;
+use nano_kernels::cpu::product::{PackedRows, Store, product};
 use nano_kernels::cpu::sampling::sample;
 use nano_kernels::cpu::{Element, Isa, Pool};
 use nano_kernels::reference::sampling::Sampling;
@@ -22,7 +22,8 @@ const ROWS: usize = 14_336;
 const COLUMNS: usize = 3584;
 
 fn pool() -> Pool {
-    Pool::new(thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN))
+    let num_threads = thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN);
+    Pool::new(num_threads, Isa::asked().unwrap())
 }
 
 fn value(index: usize) -> f32 {
@@ -30,7 +31,7 @@ fn value(index: usize) -> f32 {
 }
 
 fn packed<E: Element>(pool: &mut Pool, rows: usize, columns: usize) -> PackedMatrix<E> {
-    let mut matrix = PackedMatrix::zeroed(rows, columns).unwrap();
+    let mut matrix = PackedMatrix::zeroed(rows, columns, false).unwrap();
     matrix.write(pool, |row, elements: &mut [E]| {
         for (column, element) in elements.iter_mut().enumerate() {
             *element = E::narrow(value(row * columns + column));
@@ -61,14 +62,11 @@ fn product_reads_memory(criterion: &mut Criterion) {
     });
     for num_rows in [1, 2, 4, 8, 12, 16, 24, 32, 128] {
         let mut rows = PackedRows::<bf16>::default();
-        rows.pack(&mut pool, Isa::detect(), num_rows, COLUMNS, |row, values| {
-            for (column, output) in values.iter_mut().enumerate() {
-                *output = value(row + column);
-            }
-        });
+        let values: Vec<f32> = (0..num_rows * COLUMNS).map(value).collect();
+        rows.pack(&mut pool, &values, COLUMNS, None);
         let mut output = vec![0.0; num_rows * ROWS];
         group.bench_function(BenchmarkId::new("product", num_rows), |bencher| {
-            bencher.iter(|| product(&mut pool, Isa::detect(), &rows, &matrix, &mut output));
+            bencher.iter(|| product(&mut pool, &rows, &matrix, Store::Write, &mut output));
         });
     }
 }
@@ -106,21 +104,24 @@ fn decode_attention(criterion: &mut Criterion) {
             shape,
             window: None,
         };
-        let mut output = vec![0.0; query.len()];
+        let (mut scratch, mut output) = (Scratch::default(), vec![0.0; query.len()]);
         group.throughput(Throughput::Bytes((cache.as_slice().len() * 4) as u64));
         group.bench_function(BenchmarkId::from_parameter(context), |bencher| {
-            bencher.iter(|| paged_attention(&mut pool, Isa::detect(), &input, &mut output));
+            bencher.iter(|| paged_attention(&mut pool, &input, &mut scratch, &mut output));
         });
     }
 }
 
-/// What surrounds the products of a row: norm, and the choice of a token.
+/// What surrounds the products: norms, and the choice of a token.
 fn rows(criterion: &mut Criterion) {
-    let row: Vec<f32> = (0..4096).map(value).collect();
-    let mut output = vec![0.0; row.len()];
-    criterion.bench_function("rms_norm of 4096", |bencher| {
-        bencher.iter(|| rms_norm(Isa::detect(), black_box(&row), &row, 1e-5, &mut output));
+    let mut pool = pool();
+    let values: Vec<f32> = (0..16 * 4096).map(value).collect();
+    let norm = Norm { weight: &values[..4096], eps: 1e-5 };
+    let mut rows = PackedRows::<bf16>::default();
+    criterion.bench_function("norm and pack 16 rows of 4096", |bencher| {
+        bencher.iter(|| rows.pack(&mut pool, black_box(&values), 4096, Some(norm)));
     });
+    let mut kept = Vec::new();
     let logits: Vec<f32> = (0..32_000).map(value).collect();
     for temperature in [0.0, 1.0] {
         let sampling = Sampling {
@@ -133,7 +134,7 @@ fn rows(criterion: &mut Criterion) {
             index: 0,
         };
         criterion.bench_function(&format!("sample, temperature {temperature}"), |bencher| {
-            bencher.iter(|| sample(Isa::detect(), black_box(&logits), &sampling));
+            bencher.iter(|| sample(pool.isa(), black_box(&logits), &sampling, &mut kept));
         });
     }
 }

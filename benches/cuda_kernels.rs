@@ -6,7 +6,7 @@
 
 #![allow(clippy::print_stdout, reason = "a bench prints its table")]
 
-use std::time::Instant;
+mod cuda_timing;
 
 use half::bf16;
 use nano_kernels::cuda::activation::SiluMul;
@@ -14,14 +14,17 @@ use nano_kernels::cuda::attention::{
     AttentionInput, DecodePlan, Heads, PrefillSequence, prefill_tiles,
 };
 use nano_kernels::cuda::compile::Compiler;
-use nano_kernels::cuda::gather::Gather;
+use nano_kernels::cuda::gather::{Gather, TokenIds};
 use nano_kernels::cuda::gemm::{Output, Product};
 use nano_kernels::cuda::norm::RmsNorm;
 use nano_kernels::cuda::rope::RopeWriteKv;
 use nano_kernels::cuda::row_product::{Epilogue, RowProduct};
 use nano_kernels::cuda::sampling::{RowSampling, Sample};
-use nano_kernels::cuda::{Device, DeviceBuffer, Graph, Kernels, Result};
+use nano_kernels::cuda::weights::NUM_DRAWS;
+use nano_kernels::cuda::{Device, DeviceBuffer, Kernels, Result};
 use nano_kernels::reference::sampling::Sampling;
+
+use cuda_timing::{LAUNCHES, Timing, Work};
 
 const HEADS: Heads = Heads { num_heads: 32, num_kv_heads: 8, head_dim: 128 };
 const HIDDEN: usize = 4096;
@@ -29,14 +32,10 @@ const INTERMEDIATE: usize = 14_336;
 const VOCAB: usize = 32_000;
 /// Bytes that the rotating sets of a case span at least.
 const ROTATION_BYTES: usize = 512 << 20;
-const LAUNCHES: usize = 40;
-const REPLAYS: usize = 21;
-/// Of an H100 or H200, for attention's arithmetic floor: a measured large matrix product.
-const FLOPS: f64 = 760e12;
 
 struct Bench {
     kernels: Kernels,
-    bytes_per_second: f64,
+    timing: Timing,
 }
 
 fn main() -> Result<()> {
@@ -49,14 +48,14 @@ fn main() -> Result<()> {
             return Ok(());
         }
     };
-    let mut bench = Bench { kernels, bytes_per_second: f64::INFINITY };
-    bench.bytes_per_second = bench.copy_bandwidth()?;
+    let mut bench = Bench { kernels, timing: Timing::new() };
+    bench.timing.bytes_per_second = bench.copy_bandwidth()?;
     let device = bench.kernels.device();
     println!(
         "{}, {} multiprocessors; copy {:.2} TB/s; 32 query heads, 8 K/V heads of 128, hidden 4096",
         device.name()?,
         device.num_multiprocessors(),
-        bench.bytes_per_second / 1e12
+        bench.timing.bytes_per_second / 1e12
     );
     println!("| kernel | MB | GFLOP | floor µs | measured µs | share |");
     println!("|---|---|---|---|---|---|");
@@ -79,6 +78,12 @@ fn main() -> Result<()> {
     .filter(|_| wants("products"))
     {
         bench.product(name, out_features, in_features)?;
+    }
+    if wants("sampling") {
+        bench.ban(1024)?;
+    }
+    if wants("elements") {
+        bench.weights(VOCAB * HIDDEN)?;
     }
     for num_rows in [1, 64, 256].into_iter().filter(|_| wants("sampling")) {
         for (name, temperature, top_p) in
@@ -137,21 +142,6 @@ impl Bench {
         Ok(buffer)
     }
 
-    /// Seconds of one launch, the median over replays of a graph of them.
-    fn seconds(&self, mut launch: impl FnMut(usize) -> Result<()>) -> Result<f64> {
-        let graph = Graph::capture(self.device(), || (0..LAUNCHES).try_for_each(&mut launch))?;
-        let mut times = Vec::new();
-        for _ in 0..REPLAYS {
-            self.device().synchronize()?;
-            let start = Instant::now();
-            graph.launch()?;
-            self.device().synchronize()?;
-            times.push(start.elapsed().as_secs_f64() / LAUNCHES as f64);
-        }
-        times.sort_by(f64::total_cmp);
-        Ok(times[REPLAYS / 2])
-    }
-
     fn report(
         &self,
         name: &str,
@@ -159,17 +149,7 @@ impl Bench {
         flops: f64,
         launch: impl FnMut(usize) -> Result<()>,
     ) -> Result<()> {
-        let seconds = self.seconds(launch)?;
-        let floor = (bytes as f64 / self.bytes_per_second).max(flops / FLOPS);
-        println!(
-            "| {name} | {:.3} | {:.2} | {:.2} | {:.2} | {:.0} % |",
-            bytes as f64 / 1e6,
-            flops / 1e9,
-            floor * 1e6,
-            seconds * 1e6,
-            100.0 * floor / seconds
-        );
-        Ok(())
+        self.timing.report(self.device(), name, Work { bytes, flops }, launch)
     }
 
     /// Bytes read and written a second by this project's own row gather over 1 GiB.
@@ -186,9 +166,10 @@ impl Bench {
             num_source_rows: num_rows,
             row_size,
         };
-        // SAFETY: every buffer was allocated above with the size of its shape.
-        let seconds =
-            self.seconds(|_| unsafe { self.kernels.gather_rows(&gather, index.address()) })?;
+        let seconds = self.timing.seconds(self.device(), |_| {
+            // SAFETY: every buffer was allocated above with the size of its shape.
+            unsafe { self.kernels.gather_rows(&gather, index.address()) }
+        })?;
         Ok(2.0 * bytes as f64 / seconds)
     }
 
@@ -259,11 +240,14 @@ impl Bench {
         })
     }
 
+    /// Rows by index, and embeddings of tokens that the step before chose, as in decoding.
     fn gather(&self, num_rows: usize) -> Result<()> {
         let source = self.values(HIDDEN, VOCAB)?;
         let out = self.device().allocate(num_rows * HIDDEN * 2)?;
         let indices = (0..(LAUNCHES * num_rows) as u32).map(|i| i * 7919 % VOCAB as u32);
         let index = self.device().allocate_from(&indices.collect::<Vec<_>>())?;
+        let row = self.device().allocate_from(&(0..num_rows as u32).collect::<Vec<_>>())?;
+        let yes = self.device().allocate_from(&vec![1_u32; num_rows])?;
         let gather = Gather {
             out: out.address(),
             source: source.address(),
@@ -271,10 +255,45 @@ impl Bench {
             num_source_rows: VOCAB,
             row_size: HIDDEN,
         };
-        self.report(&format!("gather_rows, {num_rows} rows"), 2 * num_rows * HIDDEN * 2, 0.0, |i| {
-            let index = index.address() + (i * num_rows * 4) as u64;
+        let bytes = 2 * num_rows * HIDDEN * 2;
+        let index = |launch: usize| index.address() + (launch * num_rows * 4) as u64;
+        self.report(&format!("gather_rows, {num_rows} rows"), bytes, 0.0, |i| {
             // SAFETY: every buffer was allocated above with the size of its shape.
-            unsafe { self.kernels.gather_rows(&gather, index) }
+            unsafe { self.kernels.gather_rows(&gather, index(i)) }
+        })?;
+        self.report(&format!("embed_tokens, {num_rows} rows"), bytes, 0.0, |i| {
+            let (token, from_sampled) = (row.address(), yes.address());
+            let ids = TokenIds { token, from_sampled, sampled: index(i) };
+            // SAFETY: every buffer was allocated above with the size of its shape.
+            unsafe { self.kernels.embed_tokens(&gather, &ids) }
+        })
+    }
+
+    fn ban(&self, num_banned: usize) -> Result<()> {
+        let logits = self.device().allocate(64 * VOCAB * 4)?;
+        let pairs = (0..num_banned as u32).flat_map(|i| [i % 64, i * 7919 % VOCAB as u32]);
+        let banned = self.device().allocate_from(&pairs.collect::<Vec<_>>())?;
+        self.report(&format!("ban_tokens, {num_banned}"), num_banned * 12, 0.0, |_| {
+            let (logits, banned) = (logits.address(), banned.address());
+            // SAFETY: both buffers were allocated above with the size of their shapes.
+            unsafe { self.kernels.ban_tokens(logits, banned, num_banned, VOCAB) }
+        })
+    }
+
+    /// What is done to a weight when it is loaded.
+    fn weights(&self, num_elements: usize) -> Result<()> {
+        let draws = self.values(NUM_DRAWS, 1)?;
+        let out = self.device().allocate(num_elements * 2)?;
+        let source = self.device().allocate(num_elements * 4)?;
+        source.fill(0)?;
+        let (draws, out, source) = (draws.address(), out.address(), source.address());
+        self.report("fill_random, a vocabulary", num_elements * 2, 0.0, |i| {
+            // SAFETY: both buffers were allocated above with the size of their shapes.
+            unsafe { self.kernels.fill_random(out, draws, num_elements, i as u64) }
+        })?;
+        self.report("round_to_bf16, a vocabulary", num_elements * 6, 0.0, |_| {
+            // SAFETY: both buffers were allocated above with the size of their shapes.
+            unsafe { self.kernels.round_to_bf16(out, source, num_elements, false) }
         })
     }
 

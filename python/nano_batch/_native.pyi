@@ -67,7 +67,7 @@ class Engine:
         max_model_len: int | None,
         gpu_memory_utilization: float,
         max_num_seqs: int,
-        max_num_batched_tokens: int,
+        max_num_batched_tokens: int | None,
         block_size: int,
         num_blocks: int | None,
         kv_cache_bytes: int | None,

@@ -37,11 +37,15 @@ class Engine:
         gpu_memory_utilization: Share of a GPU's memory that may be in use, with the KV cache
             taking what the rest leaves.
         max_num_seqs: Sequences that run at the same time.
-        max_num_batched_tokens: Tokens of one step; a longer prompt runs in chunks.
+        max_num_batched_tokens: Tokens of one step; a longer prompt runs in chunks. None is 8192 on
+            a GPU and 2048 on the CPU, where a larger step is no faster and takes more memory.
         block_size: Tokens of a KV cache block.
-        num_blocks: Blocks of the KV cache; None derives it from `kv_cache_gib` or free memory.
+        num_blocks: Blocks of the KV cache. None derives it from `kv_cache_gib` or free memory: on
+            the CPU half of what the weights leave, also of a container's limit; nowhere more
+            than `max_num_seqs` sequences of `max_model_len` can use. On the CPU a block takes
+            memory when it is first written.
         kv_cache_gib: Size of the KV cache in GiB, if `num_blocks` is None.
-        num_threads: Threads of a CPU step; None is one per core.
+        num_threads: Threads of a CPU step, at most 1024; None is one per core.
         deterministic: Whether a request's tokens are exactly the same in any batch: on a GPU at
             the cost of speed, on the CPU always.
         enable_prefix_caching, quantization, tensor_parallel_size, max_itl_ms: Not supported yet
@@ -65,7 +69,7 @@ class Engine:
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.9,
         max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 8192,
+        max_num_batched_tokens: int | None = None,
         block_size: int = 16,
         num_blocks: int | None = None,
         kv_cache_gib: float | None = None,
@@ -100,12 +104,11 @@ class Engine:
             "max_num_batched_tokens": max_num_batched_tokens,
             "block_size": block_size,
             "num_blocks": num_blocks,
+            "num_threads": num_threads,
         }
         for name, count in counts.items():
             if count is not None:
                 check_integer(name, count, 1, 2**32 - 1, code)
-        if num_threads is not None:
-            check_integer("num_threads", num_threads, 1, 1024, code)
         check_integer("seed", seed, -(2**63), 2**63 - 1, code)
         if not 0 < check_number("gpu_memory_utilization", gpu_memory_utilization) <= 1:
             message = (

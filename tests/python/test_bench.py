@@ -79,18 +79,16 @@ def test_pictures_are_drawn_beside_results_and_are_the_same_each_time(measured, 
     for path, _ in measured.values():
         copies.append(tmp_path / path.name)
         copies[-1].write_bytes(path.read_bytes())
+    done = bench(tmp_path, "plot", *copies)
+    assert done.returncode == 0, done.stderr
+    drawn = {path.stem: path.read_text("utf-8") for path in tmp_path.glob("*.svg")}
+    kinds = ("throughput", "scaling", "steps", "latency")
+    assert set(drawn) == {f"quick-{kind}" for kind in kinds}
+    # In another process, and a second time in this one.
     for _ in range(2):
-        done = bench(tmp_path, "plot", *copies)
-        assert done.returncode == 0, done.stderr
-        drawn = {path.stem: path.read_bytes() for path in tmp_path.glob("*.svg")}
-        assert set(drawn) == {
-            f"quick-{name}" for name in ("throughput", "scaling", "steps", "latency")
-        }
-        first = locals().get("first", drawn)
-        assert drawn == first
-    for path, result in measured.values():
-        for name, svg in pictures.draw(result, path.name).items():
-            assert svg.encode() == drawn[name]
+        for path, result in measured.values():
+            for name, svg in pictures.draw(result, path.name).items():
+                assert svg == drawn[name]
 
 
 def test_a_picture_follows_light_and_dark_and_has_text_as_text(measured):
@@ -184,7 +182,9 @@ def test_bytes_and_operations_are_those_counted_by_hand():
     ("arguments", "word"),
     [
         (["plot", "/no/such.json"], "/no/such.json"),
-        (["throughput", "--quick", "--device", "cuda"], "GPU"),
+        (["plot"], "benches/results/local"),
+        (["throughput", "--quick", "--device", "cuda"], "cuda"),
+        (["throughput", "--quick", "--device", "cpu", "--llama-python", "python"], "llama"),
     ],
 )
 def test_a_failure_is_one_sentence(arguments, word, tmp_path):
@@ -192,3 +192,12 @@ def test_a_failure_is_one_sentence(arguments, word, tmp_path):
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["speed"], ["latency", "--runs", "0"], ["latency", "--commit", "main"]]
+)
+def test_wrong_usage_exits_with_2(arguments, tmp_path):
+    done = bench(tmp_path, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "usage:" in done.stderr

@@ -20,9 +20,10 @@ fn capacity(max_steps_in_flight: u32) -> Capacity {
 }
 
 fn spawn(executor: FakeExecutor) -> Engine {
-    let scheduler = SchedulerConfig { max_num_seqs: 8, max_num_batched_tokens: 32 };
-    let config = SpawnConfig { scheduler, seed: 0, tokenizer: None };
-    let served = Served { vocab_size: VOCAB_SIZE, max_model_len: 200, eos_token_ids: vec![] };
+    let config = SpawnConfig { seed: 0, tokenizer: None };
+    let limits = SchedulerConfig { max_num_seqs: 8, max_num_batched_tokens: 32 };
+    let served =
+        Served { vocab_size: VOCAB_SIZE, max_model_len: 200, eos_token_ids: vec![], limits };
     Engine::spawn(config, || Ok((executor, served))).unwrap()
 }
 
@@ -192,8 +193,7 @@ fn a_bad_request_is_refused_and_harms_no_other() {
 
 #[test]
 fn an_executor_that_cannot_be_built_says_why_also_by_a_panic() {
-    let scheduler = SchedulerConfig { max_num_seqs: 8, max_num_batched_tokens: 32 };
-    let config = SpawnConfig { scheduler, seed: 0, tokenizer: None };
+    let config = SpawnConfig { seed: 0, tokenizer: None };
     let failing = || -> nano_engine::Result<(FakeExecutor, Served)> {
         Err(nano_core::Error::ExecutorFailed { message: "no device".into() }.into())
     };

@@ -5,6 +5,7 @@ mod tch_backend;
 
 use std::num::NonZero;
 
+use nano_kernels::cpu::{Isa, Pool};
 use nano_kernels::reference::attention::{PagedCache, paged_attention};
 use nano_kernels::reference::norm::rms_norm;
 use nano_kernels::reference::{activation, product, rope};
@@ -66,7 +67,8 @@ impl Probe for TchBackend {
 
 impl Probe for CpuBackend<f32> {
     fn make(spec: &DecoderSpec, num_blocks: u32) -> Self {
-        Self::new(spec.clone(), num_blocks, BLOCK_SIZE, NonZero::new(2).unwrap()).unwrap()
+        let pool = Pool::new(NonZero::new(2).unwrap(), Isa::asked().unwrap());
+        Self::new(spec.clone(), num_blocks, BLOCK_SIZE, pool).unwrap()
     }
 
     fn hidden(&self, values: &[f32], _columns: usize) -> Rows {
@@ -109,6 +111,9 @@ fn batch(parts: &[(usize, usize)]) -> Batch {
             batch.slot_mapping.push(block * BLOCK_SIZE + position % BLOCK_SIZE);
         }
         batch.logit_rows.push(batch.positions.len() as u32 - 1);
+        let first_block = batch.block_ids.len();
+        batch.block_ids.extend(block_table);
+        let block_table = first_block..batch.block_ids.len();
         batch.sequences.push(BatchSequence { first_row, num_rows, first_position, block_table });
     }
     assert!(next_block <= NUM_BLOCKS);
@@ -167,7 +172,8 @@ impl Reference {
         for sequence in &batch.sequences {
             let rows = sequence.first_row..sequence.first_row + sequence.num_rows;
             for (query, &position) in queries[rows.clone()].iter().zip(&batch.positions[rows]) {
-                let (position, table) = (position as usize, &sequence.block_table);
+                let position = position as usize;
+                let table = &batch.block_ids[sequence.block_table.clone()];
                 output.extend(paged_attention(query, self.cache(), table, position, window));
             }
         }
@@ -195,7 +201,7 @@ fn check_rope_cache_and_attention_agree_over_prefills_chunks_and_decodes<B: Prob
                 second.iter().map(|&(computed, rows)| (0, computed + rows)).collect();
             let whole = batch(&ends);
             for (seed, parts) in [(1, first), (2, second)] {
-                let mut step = Batch::default();
+                let mut step = Batch { block_ids: whole.block_ids.clone(), ..Batch::default() };
                 for (&(computed, rows), sequence) in parts.iter().zip(&whole.sequences) {
                     let rows_of_whole = sequence.first_row + computed..;
                     let first_row = step.positions.len();
@@ -243,7 +249,8 @@ fn check_a_prefill_longer_than_a_tile_agrees<B: Probe>() {
     step.positions.extend(0..num_rows);
     step.token_ids.resize(num_rows as usize, 0);
     step.slot_mapping.extend(0..num_rows);
-    let block_table = (0..num_rows / BLOCK_SIZE).collect();
+    step.block_ids.extend(0..num_rows / BLOCK_SIZE);
+    let block_table = 0..step.block_ids.len();
     let num_rows = num_rows as usize;
     step.sequences.push(BatchSequence { first_row: 0, num_rows, first_position: 0, block_table });
     let qkv = noise(num_rows * spec.qkv_size(), 3);

@@ -15,7 +15,7 @@ use model_fixture::{options, write_json};
 use nano_core::scheduler::output::{StepOutput, TokenMasks};
 use nano_core::{
     Capacity, EngineCore, Executor, Request, RequestId, RequestKind, RequestLimits, SamplingParams,
-    ScheduleOutput, SchedulerConfig, TokenId,
+    ScheduleOutput, TokenId,
 };
 use nano_kernels::cuda::{Device, Error};
 use nano_kernels::reference::sampling::{Sampling, sample};
@@ -64,8 +64,8 @@ fn gpu_options() -> ModelOptions {
     }
 }
 
-fn limits(max_num_seqs: u32, max_num_batched_tokens: u32) -> SchedulerConfig {
-    SchedulerConfig { max_num_seqs, max_num_batched_tokens }
+fn limited(max_num_seqs: u32, budget: u32) -> ModelOptions {
+    ModelOptions { max_num_seqs, max_num_batched_tokens: Some(budget), ..gpu_options() }
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -101,7 +101,7 @@ fn run<E: Executor>(
         eos_token_ids: eos.iter().map(|&token| TokenId(token)).collect(),
         seed: 0,
     };
-    let mut core = EngineCore::new(options.limits, executor).unwrap();
+    let mut core = EngineCore::new(info.limits, executor).unwrap();
     for (id, (prompt, kind)) in requests.iter().enumerate() {
         let prompt = prompt.iter().map(|&token| TokenId(token)).collect();
         core.add(Request::new(RequestId(id as u64), prompt, kind.clone(), &limits).unwrap());
@@ -161,8 +161,7 @@ fn logits_are_near_those_of_the_cpu_in_float32() {
         for (deterministic, budget) in
             [(false, 512), (false, 16), (false, 33), (false, 1), (true, 50)]
         {
-            let options =
-                ModelOptions { limits: limits(4, budget), deterministic, ..gpu_options() };
+            let options = ModelOptions { deterministic, ..limited(4, budget) };
             let found = &serve(&dir, &options, &[], &request)[0].logits;
             assert_eq!(found.len(), exact.len());
             let error = rms(&mut found.iter().zip(exact).map(|(a, b)| a - b)) / spread;
@@ -179,10 +178,9 @@ fn a_deterministic_sequence_says_the_same_in_any_batch_chunk_and_after_preemptio
     }
     let dir = model(64);
     let options = |max_num_seqs, budget, num_blocks| ModelOptions {
-        limits: limits(max_num_seqs, budget),
         num_blocks: Some(num_blocks),
         deterministic: true,
-        ..gpu_options()
+        ..limited(max_num_seqs, budget)
     };
     let alone = serve(&dir, &options(1, 512, 200), &[], &mix());
     assert!(alone.iter().all(|answer| answer.tokens.len() == 32));
@@ -331,8 +329,7 @@ fn a_cache_that_cannot_fit_is_refused_with_what_is_free_and_what_helps() {
     let nothing = ModelOptions { gpu_memory_utilization: 1e-4, num_blocks: None, ..gpu_options() };
     let message = load(dir.path(), &nothing).unwrap_err().to_string();
     assert!(message.contains("gpu_memory_utilization"), "{message}");
-    let huge = ModelOptions { limits: limits(4, 1 << 30), ..gpu_options() };
-    let error = load(dir.path(), &huge).unwrap_err();
+    let error = load(dir.path(), &limited(4, 1 << 30)).unwrap_err();
     assert_eq!(error.code(), "gpu_out_of_memory");
     assert!(error.to_string().contains("max_num_batched_tokens"), "{error}");
 }

@@ -31,8 +31,6 @@ pub struct EngineConfig {
     pub model_dir: PathBuf,
     /// How the model is loaded.
     pub model: ModelOptions,
-    /// The limits of a step.
-    pub scheduler: SchedulerConfig,
     /// What the seeds of unseeded requests derive from.
     pub seed: u64,
 }
@@ -40,8 +38,6 @@ pub struct EngineConfig {
 /// What a running engine needs to know beside its executor.
 #[derive(Clone, Debug)]
 pub struct SpawnConfig {
-    /// The limits of a step.
-    pub scheduler: SchedulerConfig,
     /// What the seeds of unseeded requests derive from.
     pub seed: u64,
     /// Without one, requests are token ids and so are answers.
@@ -57,6 +53,8 @@ pub struct Served {
     pub max_model_len: u32,
     /// The model's end-of-sequence tokens.
     pub eos_token_ids: Vec<TokenId>,
+    /// The limits of a step.
+    pub limits: SchedulerConfig,
 }
 
 /// Facts about a running engine.
@@ -113,12 +111,12 @@ impl Engine {
     /// # Errors
     /// The first thing about the directory or the options that does not hold.
     pub fn load(config: EngineConfig) -> Result<Self> {
-        config.scheduler.validate()?;
         // Cheap mistakes show before the weights are read.
+        config.model.limits(false).validate()?;
         nano_model::ModelConfig::from_dir(&config.model_dir)?;
         let tokenizer = Tokenizer::from_dir(&config.model_dir)?;
-        let EngineConfig { model_dir, model, scheduler, seed } = config;
-        let spawn = SpawnConfig { scheduler, seed, tokenizer };
+        let EngineConfig { model_dir, model, seed } = config;
+        let spawn = SpawnConfig { seed, tokenizer };
         let dir = model_dir.clone();
         let (mut engine, info) = Self::start(spawn, move || {
             let (executor, info) = nano_model::load(&dir, &model)?;
@@ -126,6 +124,7 @@ impl Engine {
                 vocab_size: info.vocab_size,
                 max_model_len: info.max_model_len,
                 eos_token_ids: info.eos_token_ids.clone(),
+                limits: info.limits,
             };
             Ok((executor, served, info))
         })?;
@@ -162,10 +161,10 @@ impl Engine {
             outputs: outputs.clone(),
             stats: Arc::clone(&stats),
         };
-        let scheduler = config.scheduler;
         let engine_main = move || {
             let result = build().and_then(|(executor, served, info)| {
-                Ok((executor.capacity(), EngineCore::new(scheduler, executor)?, served, info))
+                let capacity = executor.capacity();
+                Ok((capacity, EngineCore::new(served.limits, executor)?, served, info))
             });
             match result {
                 Ok((capacity, core, served, info)) => {

@@ -9,9 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nano_core::scheduler::output::{LogitRows, ScheduledSequence, TokenMasks, TokenSource};
-use nano_core::{
-    BlockId, Executor, SamplingParams, ScheduleOutput, SchedulerConfig, SequenceId, TokenId,
-};
+use nano_core::{BlockId, Executor, SamplingParams, ScheduleOutput, SequenceId, TokenId};
 use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
 
 const BLOCK_SIZE: u32 = 16;
@@ -94,7 +92,8 @@ fn run(dir: &Path) -> Result<(), Box<dyn Error>> {
         device: DeviceChoice::Auto,
         gpu_memory_utilization: 0.9,
         deterministic: false,
-        limits: SchedulerConfig { max_num_seqs: 64, max_num_batched_tokens: 512 },
+        max_num_seqs: 64,
+        max_num_batched_tokens: Some(512),
         dtype: DtypeChoice::Auto,
         load_format: LoadFormat::Dummy,
         block_size: BLOCK_SIZE,

@@ -1,5 +1,7 @@
 //! One step as flat arrays, the form that operators read.
 
+use std::ops::Range;
+
 use nano_core::TokenId;
 use nano_core::scheduler::output::{LogitRows, ScheduleOutput, ScheduledSequence, TokenSource};
 
@@ -12,14 +14,23 @@ pub struct BatchSequence {
     pub num_rows: usize,
     /// The position of its first row; everything before it is in the cache.
     pub first_position: usize,
-    /// The blocks of its positions.
-    pub block_table: Vec<u32>,
+    /// Where the blocks of its positions are among [`Batch::block_ids`].
+    pub block_table: Range<usize>,
 }
 
 impl BatchSequence {
     /// Positions that its last row sees.
     pub fn context_len(&self) -> usize {
         self.first_position + self.num_rows
+    }
+}
+
+/// The rows of logits that a sequence has in its step.
+pub fn num_logit_rows(scheduled: &ScheduledSequence) -> u32 {
+    match scheduled.logit_rows {
+        LogitRows::None => 0,
+        LogitRows::Last(last) => last.min(scheduled.num_scheduled_tokens),
+        LogitRows::All => scheduled.num_scheduled_tokens,
     }
 }
 
@@ -36,6 +47,8 @@ pub struct Batch {
     pub slot_mapping: Vec<u32>,
     /// The sequences, in the order of their rows.
     pub sequences: Vec<BatchSequence>,
+    /// The blocks of all sequences.
+    pub block_ids: Vec<u32>,
     /// The rows that need logits, ascending.
     pub logit_rows: Vec<u32>,
 }
@@ -54,10 +67,25 @@ impl Batch {
         previous: &[TokenId],
     ) -> Self {
         let mut batch = Self::default();
-        for index in order {
-            batch.push(step, &step.sequences[index], block_size, previous);
-        }
+        batch.refill(step, order, block_size, previous);
         batch
+    }
+
+    /// As [`ordered`](Self::ordered), in the memory of the batch before.
+    pub fn refill(
+        &mut self,
+        step: &ScheduleOutput,
+        order: impl IntoIterator<Item = usize>,
+        block_size: u32,
+        previous: &[TokenId],
+    ) {
+        let Self { token_ids, previous_rows, positions, slot_mapping, .. } = self;
+        let of_rows = [token_ids, previous_rows, positions, slot_mapping];
+        of_rows.into_iter().chain([&mut self.block_ids, &mut self.logit_rows]).for_each(Vec::clear);
+        self.sequences.clear();
+        for index in order {
+            self.push(step, &step.sequences[index], block_size, previous);
+        }
     }
 
     fn push(
@@ -86,18 +114,15 @@ impl Batch {
             self.slot_mapping.push(block * block_size + position % block_size);
         }
         let num_rows = scheduled.num_scheduled_tokens;
-        let num_logit_rows = match scheduled.logit_rows {
-            LogitRows::None => 0,
-            LogitRows::Last(last) => last.min(num_rows),
-            LogitRows::All => num_rows,
-        };
         let end_row = first_row as u32 + num_rows;
-        self.logit_rows.extend(end_row - num_logit_rows..end_row);
+        self.logit_rows.extend(end_row - num_logit_rows(scheduled)..end_row);
+        let first_block = self.block_ids.len();
+        self.block_ids.extend(blocks.iter().map(|block| block.0));
         self.sequences.push(BatchSequence {
             first_row,
             num_rows: num_rows as usize,
             first_position: scheduled.num_computed_tokens as usize,
-            block_table: blocks.iter().map(|block| block.0).collect(),
+            block_table: first_block..self.block_ids.len(),
         });
     }
 }

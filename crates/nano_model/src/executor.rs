@@ -2,20 +2,20 @@
 
 pub mod cuda;
 
+use std::ops::Range;
+
 use nano_core::executor::{Capacity, Executor};
 use nano_core::scheduler::output::{
     LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput, TokenMasks,
 };
 use nano_core::{Error as CoreError, TokenId};
+use nano_kernels::cpu::Element;
 use nano_kernels::cpu::sampling::sample;
-use nano_kernels::cpu::{Element, Isa};
 use nano_kernels::reference::sampling::Sampling;
-use parking_lot::Mutex;
-use smallvec::smallvec;
 
 use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
-use crate::batch::Batch;
+use crate::batch::{Batch, num_logit_rows};
 use crate::decoder::{Decoder, forward};
 use crate::error::{Error, Result};
 
@@ -26,13 +26,25 @@ pub struct CpuExecutor<E: Element> {
     model: Decoder<CpuBackend<E>>,
     capacity: Capacity,
     vocab_size: usize,
-    /// The step that was launched and not collected.
-    step: ScheduleOutput,
+    batch: Batch,
+    /// Those of the step launched last.
+    sequences: Vec<ScheduledSequence>,
     /// `[num_logit_rows, vocab_size]` of that step.
     logits: Vec<f32>,
-    rows: Vec<SampledRow>,
+    /// One for each of the sequences, and perhaps more.
+    draws: Vec<Draw>,
     /// The token that each sequence of the last step sampled.
     previous: Vec<TokenId>,
+}
+
+/// The choice of one sequence's token.
+#[derive(Debug, Default)]
+struct Draw {
+    /// Where its rows of logits are.
+    logits: Range<usize>,
+    token: Option<u32>,
+    /// Memory for the logits that thresholds keep.
+    kept: Vec<f32>,
 }
 
 impl<E: Element> CpuExecutor<E> {
@@ -48,83 +60,77 @@ impl<E: Element> CpuExecutor<E> {
             model,
             capacity,
             vocab_size,
-            step: ScheduleOutput::default(),
+            batch: Batch::default(),
+            sequences: Vec::new(),
             logits: Vec::new(),
-            rows: Vec::new(),
+            draws: Vec::new(),
             previous: Vec::new(),
         }
     }
 
     fn run(&mut self, step: &ScheduleOutput) -> Result<()> {
-        let batch = Batch::new(step, self.capacity.block_size, &self.previous);
-        let prepared = self.backend.prepare(&batch)?;
+        let order = 0..step.sequences.len();
+        self.batch.refill(step, order, self.capacity.block_size, &self.previous);
+        let prepared = self.backend.prepare(&self.batch)?;
         let logits = forward(&mut self.backend, &self.model, &prepared)?;
         self.backend.to_host(logits, &mut self.logits)?;
-        self.step = step.clone();
+        self.sequences.clone_from(&step.sequences);
         Ok(())
     }
 
     fn sample_rows(&mut self, masks: &TokenMasks) {
-        let mut logits = &mut self.logits[..];
+        let Self { sequences, logits, draws, vocab_size, .. } = self;
+        let vocab_size = *vocab_size;
+        draws.resize_with(sequences.len().max(draws.len()), Draw::default);
         let mut banned = masks.banned.iter().peekable();
-        // Each sequence's logits, and the token that comes of them.
-        let mut rows: Vec<Mutex<(&mut [f32], Option<u32>)>> = Vec::new();
-        for (row, scheduled) in self.step.sequences.iter().enumerate() {
-            let num_rows = num_logit_rows(scheduled);
-            let (mine, rest) = std::mem::take(&mut logits).split_at_mut(num_rows * self.vocab_size);
-            logits = rest;
+        let mut start = 0;
+        for (row, (scheduled, draw)) in sequences.iter().zip(&mut *draws).enumerate() {
+            draw.logits = start..start + num_logit_rows(scheduled) as usize * vocab_size;
+            draw.token = None;
+            start = draw.logits.end;
             while let Some(mask) = banned.next_if(|mask| mask.row as usize <= row) {
-                let is_mine = mask.row as usize == row && num_rows > 0;
+                let is_mine = mask.row as usize == row && !draw.logits.is_empty();
                 for token in mask.token_ids.iter().filter(|_| is_mine) {
-                    let last = (num_rows - 1) * self.vocab_size;
-                    if let Some(logit) = mine[last..].get_mut(token.0 as usize) {
+                    let last = &mut logits[draw.logits.end - vocab_size..draw.logits.end];
+                    if let Some(logit) = last.get_mut(token.0 as usize) {
                         *logit = f32::NEG_INFINITY;
                     }
                 }
             }
-            rows.push(Mutex::new((mine, None)));
         }
-        let sequences = &self.step.sequences;
-        self.backend.pool().run(rows.len(), &|row| {
+        let pool = self.backend.pool();
+        let isa = pool.isa();
+        pool.each(&mut draws[..sequences.len()], |row, draw| {
             let scheduled = &sequences[row];
             if let LogitRows::Last(_) = scheduled.logit_rows {
-                let (logits, token) = &mut *rows[row].lock();
-                let last = logits.len() - self.vocab_size;
-                *token = sample(Isa::detect(), &logits[last..], &sampling_of(scheduled));
+                let last = &logits[draw.logits.end - vocab_size..draw.logits.end];
+                draw.token = sample(isa, last, &sampling_of(scheduled), &mut draw.kept);
             }
         });
         self.previous.clear();
-        for (scheduled, row) in sequences.iter().zip(rows) {
-            let (logits, token) = row.into_inner();
+        let tokens = draws[..sequences.len()].iter().map(|draw| TokenId(draw.token.unwrap_or(0)));
+        self.previous.extend(tokens);
+    }
+
+    /// What came of each sequence that asked for logits.
+    fn answers(&self) -> impl Iterator<Item = SampledRow> {
+        let asked = self.sequences.iter().zip(&self.draws);
+        let asked = asked.filter(|(scheduled, _)| scheduled.logit_rows != LogitRows::None);
+        asked.map(|(scheduled, draw)| {
             let mut answer = SampledRow {
                 sequence: scheduled.sequence,
-                tokens: smallvec![],
+                tokens: draw.token.into_iter().map(TokenId).collect(),
                 logits: None,
                 error: None,
             };
-            match (scheduled.logit_rows, token) {
-                (LogitRows::None, _) => {}
-                (LogitRows::All, _) => answer.logits = Some(logits.to_vec()),
-                (LogitRows::Last(_), Some(token)) => answer.tokens.push(TokenId(token)),
-                (LogitRows::Last(_), None) => {
-                    let position = scheduled.context_len();
-                    answer.error = Some(CoreError::LogitsNotFinite { position });
-                }
+            if scheduled.logit_rows == LogitRows::All {
+                answer.logits = Some(self.logits[draw.logits.clone()].to_vec());
+            } else if draw.token.is_none() {
+                let position = scheduled.context_len();
+                answer.error = Some(CoreError::LogitsNotFinite { position });
             }
-            self.previous.push(TokenId(token.unwrap_or(0)));
-            if scheduled.logit_rows != LogitRows::None {
-                self.rows.push(answer);
-            }
-        }
-    }
-}
-
-/// The rows of logits that a sequence has in its step.
-fn num_logit_rows(scheduled: &ScheduledSequence) -> usize {
-    match scheduled.logit_rows {
-        LogitRows::None => 0,
-        LogitRows::Last(last) => last.min(scheduled.num_scheduled_tokens) as usize,
-        LogitRows::All => scheduled.num_scheduled_tokens as usize,
+            answer
+        })
     }
 }
 
@@ -157,7 +163,9 @@ impl<E: Element> Executor for CpuExecutor<E> {
     }
 
     fn collect(&mut self) -> nano_core::Result<StepOutput> {
-        Ok(StepOutput { rows: std::mem::take(&mut self.rows) })
+        let mut rows = Vec::with_capacity(self.sequences.len());
+        rows.extend(self.answers());
+        Ok(StepOutput { rows })
     }
 }
 

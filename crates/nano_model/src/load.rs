@@ -2,6 +2,7 @@
 
 pub mod cpu;
 mod cuda;
+mod memory;
 
 use std::path::Path;
 
@@ -16,6 +17,9 @@ use crate::decoder::{Decoder, Layer};
 use crate::dummy::DummyWeights;
 use crate::error::{Error, Result};
 use crate::weights::WeightMap;
+
+/// More threads than a machine has cores.
+const MAX_THREADS: usize = 1024;
 
 /// The data type of weights, activations and cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,8 +61,10 @@ pub struct ModelOptions {
     pub gpu_memory_utilization: f64,
     /// Whether a sequence's bits depend on nothing but itself, on a GPU and at some cost.
     pub deterministic: bool,
-    /// The largest step, whose memory a GPU takes at the start.
-    pub limits: SchedulerConfig,
+    /// Sequences that run at the same time.
+    pub max_num_seqs: u32,
+    /// Tokens of one step; `None` is 2,048 on the CPU and 8,192 on a GPU.
+    pub max_num_batched_tokens: Option<u32>,
     /// The data type.
     pub dtype: DtypeChoice,
     /// Where weights come from.
@@ -69,13 +75,26 @@ pub struct ModelOptions {
     pub num_blocks: Option<u32>,
     /// Size of the KV cache.
     pub kv_cache_bytes: Option<u64>,
-    /// Threads of an operator.
+    /// Threads of an operator on the CPU, at most 1,024.
     pub num_threads: Option<usize>,
     /// The seed of dummy weights.
     pub seed: u64,
     /// Tokens of prompt and output together; `None` is the config's limit, lowered to what the
     /// cache can hold.
     pub max_model_len: Option<u32>,
+}
+
+impl ModelOptions {
+    /// The largest step, whose memory a GPU takes at the start. A prompt keeps a CPU as busy with
+    /// 2,048 tokens as with more, and the activations of more would be a good part of the memory
+    /// that a small model needs.
+    pub fn limits(&self, is_gpu: bool) -> SchedulerConfig {
+        let unasked = if is_gpu { 8192 } else { 2048 };
+        SchedulerConfig {
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(unasked),
+        }
+    }
 }
 
 /// Facts about a loaded model.
@@ -97,6 +116,8 @@ pub struct ModelInfo {
     pub weight_bytes: u64,
     /// Blocks of the KV cache.
     pub num_blocks: u32,
+    /// The largest step.
+    pub limits: SchedulerConfig,
 }
 
 /// Loads the model in `dir`.
@@ -104,6 +125,10 @@ pub struct ModelInfo {
 /// # Errors
 /// The first thing about the directory or the options that does not hold.
 pub fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Executor>, ModelInfo)> {
+    if let Some(num_threads) = options.num_threads.filter(|it| !(1..=MAX_THREADS).contains(it)) {
+        let (range, value) = (format!("in [1, {MAX_THREADS}]"), num_threads.to_string());
+        return Err(Error::BadOption { name: "num_threads", range, value });
+    }
     let device = match options.device {
         DeviceChoice::Cpu => None,
         DeviceChoice::Cuda(ordinal) => Some(Device::new(ordinal)?),
@@ -218,7 +243,13 @@ impl CacheRoom {
     }
 
     /// The facts about a model with this cache.
-    fn info(&self, config: ModelConfig, dtype: Dtype, device: String) -> ModelInfo {
+    fn info(
+        &self,
+        config: ModelConfig,
+        dtype: Dtype,
+        device: String,
+        limits: SchedulerConfig,
+    ) -> ModelInfo {
         let weight_bytes = config.spec.num_parameters() as u64 * dtype.num_bytes() as u64;
         tracing::info!(
             "loaded {} on {device} in {}: weights {:.2} GiB, KV cache {:.2} GiB in {} blocks, \
@@ -239,6 +270,7 @@ impl CacheRoom {
             dtype: dtype.name(),
             weight_bytes,
             num_blocks: self.num_blocks,
+            limits,
         }
     }
 }

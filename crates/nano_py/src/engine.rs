@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::thread;
 
 use crossbeam_channel::{RecvTimeoutError, bounded};
-use nano_core::{RequestId, SchedulerConfig, TokenId};
+use nano_core::{RequestId, TokenId};
 use nano_engine::{EngineConfig, Prompt};
 use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
 use pyo3::prelude::*;
@@ -41,7 +41,7 @@ impl Engine {
         max_model_len: Option<u32>,
         gpu_memory_utilization: f64,
         max_num_seqs: u32,
-        max_num_batched_tokens: u32,
+        max_num_batched_tokens: Option<u32>,
         block_size: u32,
         num_blocks: Option<u32>,
         kv_cache_bytes: Option<u64>,
@@ -69,14 +69,14 @@ impl Engine {
             return Err(invalid(py, &message, "invalid_config"));
         };
         let seed = seed as u64;
-        let limits = SchedulerConfig { max_num_seqs, max_num_batched_tokens };
         let config = EngineConfig {
             model_dir,
             model: ModelOptions {
                 device,
                 gpu_memory_utilization,
                 deterministic,
-                limits,
+                max_num_seqs,
+                max_num_batched_tokens,
                 dtype,
                 load_format: if dummy_weights { LoadFormat::Dummy } else { LoadFormat::Auto },
                 block_size,
@@ -86,7 +86,6 @@ impl Engine {
                 seed,
                 max_model_len,
             },
-            scheduler: limits,
             seed,
         };
         load(py, config).map(Self)

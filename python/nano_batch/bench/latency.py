@@ -26,7 +26,9 @@ def measure(workload: Workload, task: Task, options: dict[str, Any]) -> Result:
     def nano_batch(side: Side, run: int) -> Answer:
         answer: Answer = {"alone": alone(side, run, _NUM_ALONE)}
         for count in workload.load[1:]:
-            prompts = workload.prompts(count, workload.prompt_len, f"{options['seed']} {run}")
+            prompts = workload.prompts(
+                count, workload.prompt_len, f"{options['seed']} {run} {count}"
+            )
             if run == 0:
                 side.burst(prompts, 4)
             answer[str(count)] = side.burst(prompts, workload.output_len)

@@ -33,7 +33,9 @@ def measure(
             _warm_up(side, workload, counts)
         answer = {}
         for count in counts:
-            prompts = workload.prompts(count, workload.prompt_len, f"{options['seed']} {run}")
+            prompts = workload.prompts(
+                count, workload.prompt_len, f"{options['seed']} {run} {count}"
+            )
             answer[str(count)] = side.burst(prompts, workload.output_len)
             rate = count * workload.output_len / answer[str(count)]["elapsed_s"]
             note(f"run {run + 1} of {options['runs']}: {side.name}, {count}: {rate:.1f} tok/s")

@@ -3,7 +3,6 @@
 
 use std::path::Path;
 
-use nano_core::SchedulerConfig;
 use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::{Value, json};
@@ -104,7 +103,8 @@ pub(crate) fn options() -> ModelOptions {
         device: DeviceChoice::Cpu,
         gpu_memory_utilization: 0.9,
         deterministic: false,
-        limits: SchedulerConfig { max_num_seqs: 64, max_num_batched_tokens: 512 },
+        max_num_seqs: 64,
+        max_num_batched_tokens: Some(512),
         dtype: DtypeChoice::Auto,
         load_format: LoadFormat::Auto,
         block_size: BLOCK_SIZE,

@@ -39,6 +39,7 @@ pub(crate) struct TchStep {
     cos: Tensor,
     sin: Tensor,
     sequences: Vec<BatchSequence>,
+    block_ids: Vec<u32>,
 }
 
 impl TchBackend {
@@ -73,10 +74,17 @@ impl TchBackend {
     }
 
     /// Attention of one sequence's rows, `[num_rows, num_heads, head_dim]`.
-    fn attend(&self, layer: usize, query: &Tensor, sequence: &BatchSequence) -> Tensor {
+    fn attend(
+        &self,
+        layer: usize,
+        query: &Tensor,
+        sequence: &BatchSequence,
+        step: &TchStep,
+    ) -> Tensor {
         let block_size = self.block_size as usize;
+        let table = &step.block_ids[sequence.block_table.clone()];
         let slot = |position: usize| {
-            let block = sequence.block_table[position / block_size];
+            let block = table[position / block_size];
             i64::from(block) * block_size as i64 + (position % block_size) as i64
         };
         let slots: Vec<i64> = (0..sequence.context_len()).map(slot).collect();
@@ -147,6 +155,7 @@ impl Backend for TchBackend {
             cos: angles.cos() * factor,
             sin: angles.sin() * factor,
             sequences: batch.sequences.clone(),
+            block_ids: batch.block_ids.clone(),
         })
     }
 
@@ -173,7 +182,7 @@ impl Backend for TchBackend {
         let query = query.view([-1, self.spec.num_heads as i64, self.spec.head_dim as i64]);
         let attend = |sequence: &BatchSequence| {
             let (first, num_rows) = (sequence.first_row as i64, sequence.num_rows as i64);
-            self.attend(layer, &query.narrow(0, first, num_rows), sequence)
+            self.attend(layer, &query.narrow(0, first, num_rows), sequence, step)
         };
         let parts = step.sequences.iter().map(attend).collect::<Vec<_>>();
         Ok(Tensor::cat(&parts, 0).reshape([query.size()[0], -1]))

@@ -14,7 +14,6 @@ mod head;
 use std::ops::Range;
 
 use super::element::Element;
-use super::isa::Isa;
 use super::pool::Pool;
 use super::shared::SharedMut;
 use head::Head;
@@ -90,7 +89,7 @@ pub fn tiles(rows: &Tile, group: usize) -> impl Iterator<Item = Tile> {
 /// What attends to what.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionInput<'a, E: Element> {
-    /// Each row of the step is in one of them.
+    /// Each row of the step is in one of them; in the order of their rows.
     pub tiles: &'a [Tile],
     /// Those of all sequences of the step.
     pub block_tables: &'a [u32],
@@ -106,26 +105,37 @@ pub struct AttentionInput<'a, E: Element> {
     pub window: Option<usize>,
 }
 
+/// The memory of each of an operator's tasks, kept for the next time.
+#[derive(Debug, Default)]
+pub struct Scratch<E: Element>(Vec<Head<E>>);
+
 /// [`paged_attention`](crate::reference::attention::paged_attention) of all rows, written into
 /// `output: [num_rows, num_heads, head_dim]`.
+///
+/// # Panics
+/// If the tiles are not in the order of their rows, or name what is not there.
 pub fn paged_attention<E: Element>(
     pool: &mut Pool,
-    isa: Isa,
     input: &AttentionInput<'_, E>,
+    scratch: &mut Scratch<E>,
     output: &mut [f32],
 ) {
+    let is_before = |tile: &Tile, next: &Tile| tile.first_row + tile.num_rows <= next.first_row;
+    assert!(input.tiles.is_sorted_by(is_before), "no row is in two tiles");
     let num_items = input.tiles.len() * input.shape.num_kv_heads;
     let scores = |tile: &Tile| tile.num_rows * (tile.first_position + tile.num_rows);
     let num_scores = input.tiles.iter().map(scores).sum::<usize>() * input.num_heads;
     let num_tasks =
         if num_scores < MIN_PARALLEL_SCORES { 1 } else { num_items.min(8 * pool.num_threads()) };
-    let output = SharedMut::new(output);
-    pool.run(num_tasks, &|task| {
-        let mut head = Head::new(input);
+    let heads = &mut scratch.0;
+    heads.resize_with(num_tasks.max(heads.len()), Head::default);
+    let (isa, output) = (pool.isa(), SharedMut::new(output));
+    pool.each(&mut heads[..num_tasks], |task, head| {
+        head.make_room(input);
         for item in (task..num_items).step_by(num_tasks) {
             let (tile, kv_head) =
                 (&input.tiles[item / input.shape.num_kv_heads], item % input.shape.num_kv_heads);
-            isa.run(head::Attend { isa, head: &mut head, input, tile, kv_head, output: &output });
+            isa.run(head::Attend { isa, head, input, tile, kv_head, output: &output });
         }
     });
 }

@@ -132,11 +132,12 @@ impl Element for bf16 {
         ahead: Option<Ahead<'_, u32>>,
         sums: &mut [[[f32; LANES]; MAX_TILE_ROWS]; 2],
     ) -> bool {
-        if isa == Isa::Avx512 {
-            // SAFETY: the processor has what the set says.
+        let has_it = isa.has_bf16_products();
+        if has_it {
+            // SAFETY: the processor has the instruction, see `Isa`.
             unsafe { tile_avx512(rows, panels, ahead, sums) };
         }
-        isa == Isa::Avx512
+        has_it
     }
 }
 #[cfg(test)]

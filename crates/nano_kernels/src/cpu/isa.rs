@@ -3,14 +3,17 @@
 //! One plain source is compiled once for each set: code that is inlined into a function with more
 //! instructions may use them.
 
-use std::sync::OnceLock;
-
 /// The variable that asks for less than the processor has: `avx512`, `avx2` or `portable`.
 pub const ISA_VARIABLE: &str = "NANO_BATCH_CPU_ISA";
 
-/// A set of vector instructions, from few to many.
+/// A set of vector instructions that this processor has: nobody else can make one, so code that is
+/// compiled for the set may run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Isa(Set);
+
+/// From few to many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Isa {
+enum Set {
     /// What every processor of the target has.
     Portable,
     /// AVX2 with fused multiply-add.
@@ -27,33 +30,34 @@ pub(crate) trait Kernel {
 }
 
 impl Isa {
-    /// The largest set that the processor has and the environment allows.
-    pub fn detect() -> Self {
-        static DETECTED: OnceLock<Isa> = OnceLock::new();
-        *DETECTED.get_or_init(|| {
-            let found = Self::of_processor();
-            match std::env::var(ISA_VARIABLE).as_deref() {
-                Ok("portable") => Self::Portable,
-                Ok("avx2") => found.min(Self::Avx2),
-                _ => found,
-            }
-        })
-    }
-
-    /// What the environment asks for, if it is no set's name.
-    pub fn unknown_name() -> Option<String> {
-        let name = std::env::var(ISA_VARIABLE).ok()?;
-        (!["avx512", "avx2", "portable"].contains(&name.as_str())).then_some(name)
+    /// The largest set that the processor has and [`ISA_VARIABLE`] allows.
+    ///
+    /// # Errors
+    /// What the variable says, if that is no set's name.
+    pub fn asked() -> Result<Self, String> {
+        let most = match std::env::var(ISA_VARIABLE).as_deref() {
+            Ok("portable") => Set::Portable,
+            Ok("avx2") => Set::Avx2,
+            Ok("avx512") | Err(_) => Set::Avx512,
+            Ok(name) => return Err(name.to_owned()),
+        };
+        Ok(Self(most.min(Self::of_processor())))
     }
 
     /// All sets that the processor has.
     pub fn available() -> Vec<Self> {
         let found = Self::of_processor();
-        [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|it| *it <= found).collect()
+        let sets = [Set::Portable, Set::Avx2, Set::Avx512].into_iter();
+        sets.filter(|it| *it <= found).map(Self).collect()
+    }
+
+    /// Whether an instruction multiplies pairs of bfloat16.
+    pub(super) fn has_bf16_products(self) -> bool {
+        self.0 == Set::Avx512
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn of_processor() -> Self {
+    fn of_processor() -> Set {
         let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
         let avx512 = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -61,30 +65,30 @@ impl Isa {
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512bf16");
         match (avx2, avx512) {
-            (true, true) => Self::Avx512,
-            (true, false) => Self::Avx2,
-            (false, _) => Self::Portable,
+            (true, true) => Set::Avx512,
+            (true, false) => Set::Avx2,
+            (false, _) => Set::Portable,
         }
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    fn of_processor() -> Self {
-        Self::Portable
+    fn of_processor() -> Set {
+        Set::Portable
     }
 
     /// Runs what was compiled for this set.
     #[inline]
     pub(crate) fn run(self, kernel: impl Kernel) {
-        match self {
-            Self::Portable => kernel.run::<false>(),
-            // SAFETY: a set is made by `of_processor` alone, or is less than what that found.
+        match self.0 {
+            Set::Portable => kernel.run::<false>(),
+            // SAFETY: the processor has the set, see `Isa`.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => unsafe { run_avx2(kernel) },
+            Set::Avx2 => unsafe { run_avx2(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => unsafe { run_avx512(kernel) },
+            Set::Avx512 => unsafe { run_avx512(kernel) },
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => kernel.run::<false>(),
+            Set::Avx2 | Set::Avx512 => kernel.run::<false>(),
         }
     }
 }

@@ -5,11 +5,12 @@
 //! and a vector holds the same inputs of neighbouring outputs. What is missing in the last panel
 //! and the last word is zero.
 
+use std::ops::Range;
+
 use super::LANES;
 use super::element::Element;
 use super::memory::Memory;
 use super::pool::Pool;
-use super::shared::SharedMut;
 
 /// `[num_panels, num_words, LANES]` words of a matrix `[rows, columns]`.
 #[derive(Debug)]
@@ -21,38 +22,28 @@ pub struct PackedMatrix<E: Element> {
 }
 
 impl<E: Element> PackedMatrix<E> {
-    /// Zeros.
-    ///
-    /// # Errors
-    /// The system's, if it has no memory of that size.
-    pub fn zeroed(rows: usize, columns: usize) -> std::io::Result<Self> {
-        let len = rows.div_ceil(LANES) * LANES * columns.div_ceil(E::PER_WORD);
-        Ok(Self { words: Memory::zeroed(len)?, rows, columns, is_gated: false })
-    }
-
-    /// Zeros for a matrix of two halves, gate and up, whose panels take turns: a gate's sums are
+    /// Zeros. A gated matrix has two halves, gate and up, whose panels take turns: a gate's sums are
     /// ready with those of its up.
     ///
     /// # Errors
-    /// As [`zeroed`](Self::zeroed).
-    pub fn gated(rows: usize, columns: usize) -> std::io::Result<Self> {
-        let len = 2 * (rows / 2).div_ceil(LANES) * LANES * columns.div_ceil(E::PER_WORD);
-        Ok(Self { words: Memory::zeroed(len)?, rows, columns, is_gated: true })
+    /// The system's, if it has no memory of that size.
+    pub fn zeroed(rows: usize, columns: usize, is_gated: bool) -> std::io::Result<Self> {
+        let num_parts = 1 + usize::from(is_gated);
+        let num_panels = num_parts * (rows / num_parts).div_ceil(LANES);
+        let len = num_panels * LANES * columns.div_ceil(E::PER_WORD);
+        Ok(Self { words: Memory::zeroed(len)?, rows, columns, is_gated })
     }
 
-    /// Whether it was made by [`gated`](Self::gated).
+    /// Whether it is made of gate and up.
     pub fn is_gated(&self) -> bool {
         self.is_gated
     }
 
-    /// Where an output is: its panel and its lane.
-    fn place(&self, row: usize) -> (usize, usize) {
-        let half = self.rows / 2;
-        match (self.is_gated, row < half) {
-            (false, _) => (row / LANES, row % LANES),
-            (true, true) => (2 * (row / LANES), row % LANES),
-            (true, false) => (2 * ((row - half) / LANES) + 1, (row - half) % LANES),
-        }
+    /// The rows of a panel, which are neighbours.
+    fn rows_of(&self, panel: usize) -> Range<usize> {
+        let (num_parts, part) = if self.is_gated { (2, panel % 2) } else { (1, 0) };
+        let (part_rows, first) = (self.rows / num_parts, panel / num_parts * LANES);
+        part * part_rows + first..part * part_rows + part_rows.min(first + LANES)
     }
 
     /// Outputs.
@@ -84,23 +75,13 @@ impl<E: Element> PackedMatrix<E> {
 
     /// Writes all rows; `read` gives one of them, `(row, elements)`.
     pub fn write(&mut self, pool: &mut Pool, read: impl Fn(usize, &mut [E]) + Sync) {
-        let (num_panels, num_words) = (self.num_panels(), self.num_words());
-        let (rows, columns) = (self.rows, self.columns);
-        // The rows of a panel are neighbours.
-        let mut first_rows = vec![0; num_panels];
-        for row in (0..rows).rev() {
-            first_rows[self.place(row).0] = row;
-        }
-        let ends: Vec<usize> = (0..rows).fold(vec![0; num_panels], |mut ends, row| {
-            ends[self.place(row).0] = row + 1;
-            ends
-        });
-        let words = SharedMut::new(self.words.as_mut_slice());
-        pool.run(num_panels, &|panel| {
+        let (num_words, columns) = (self.num_words(), self.columns);
+        let rows: Vec<Range<usize>> =
+            (0..self.num_panels()).map(|panel| self.rows_of(panel)).collect();
+        let panels = self.words.as_mut_slice().chunks_exact_mut((num_words * LANES).max(1));
+        pool.each(&mut panels.collect::<Vec<_>>(), |panel, words| {
             let mut elements = vec![E::narrow(0.0); num_words * E::PER_WORD];
-            // SAFETY: a panel is one task's.
-            let words = unsafe { words.slice(panel * num_words * LANES, num_words * LANES) };
-            for (lane, row) in (first_rows[panel]..ends[panel]).enumerate() {
+            for (lane, row) in rows[panel].clone().enumerate() {
                 read(row, &mut elements[..columns]);
                 let lanes = words.iter_mut().skip(lane).step_by(LANES);
                 for (word, elements) in lanes.zip(elements.chunks_exact(E::PER_WORD)) {
@@ -111,9 +92,12 @@ impl<E: Element> PackedMatrix<E> {
     }
 
     /// Copies one row: an embedding is read like this.
+    ///
+    /// # Panics
+    /// If the matrix is gated.
     pub fn row(&self, row: usize, output: &mut [f32]) {
-        let (panel, lane) = self.place(row);
-        let lanes = self.panel(panel).iter().skip(lane).step_by(LANES);
+        assert!(!self.is_gated, "rows in their order");
+        let lanes = self.panel(row / LANES).iter().skip(row % LANES).step_by(LANES);
         for (word, elements) in lanes.zip(output.chunks_mut(E::PER_WORD)) {
             for (index, element) in elements.iter_mut().enumerate() {
                 *element = E::of_word(*word, index).widen();

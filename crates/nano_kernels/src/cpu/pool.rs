@@ -11,6 +11,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle, Thread};
 
+use super::isa::Isa;
+use super::shared::SharedMut;
+
 /// Looks at the state before a worker sleeps: tens of microseconds.
 const NUM_LOOKS: u32 = 1 << 12;
 /// In the state: workers that are at it (bits 0 to 30), whether one may join, and the job's number.
@@ -38,9 +41,10 @@ unsafe impl Sync for Shared {}
 // SAFETY: as above.
 unsafe impl Send for Shared {}
 
-/// Threads that wait for work; the caller is one of them.
+/// Threads that wait for work, the caller among them, and the instructions that they use.
 #[derive(Debug)]
 pub struct Pool {
+    isa: Isa,
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     threads: Vec<Thread>,
@@ -48,7 +52,7 @@ pub struct Pool {
 
 impl Pool {
     /// A pool of `num_threads`, the caller included. Fewer, if the system gives no more.
-    pub fn new(num_threads: NonZero<usize>) -> Self {
+    pub fn new(num_threads: NonZero<usize>, isa: Isa) -> Self {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             next_task: AtomicUsize::new(0),
@@ -65,12 +69,31 @@ impl Pool {
         };
         let workers: Vec<JoinHandle<()>> = (1..num_threads.get()).filter_map(spawn).collect();
         let threads = workers.iter().map(|worker| worker.thread().clone()).collect();
-        Self { shared, workers, threads }
+        Self { isa, shared, workers, threads }
+    }
+
+    /// The instructions that operators on this pool use.
+    pub fn isa(&self) -> Isa {
+        self.isa
     }
 
     /// Threads, the caller included.
     pub fn num_threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// Runs `job` once for each item, with its index, as [`run`](Self::run) does.
+    ///
+    /// # Panics
+    /// If the job does.
+    pub fn each<T: Send>(&mut self, items: &mut [T], job: impl Fn(usize, &mut T) + Sync) {
+        let num_items = items.len();
+        let items = SharedMut::new(items);
+        self.run(num_items, &|index| {
+            // SAFETY: an item is one task's.
+            let item = unsafe { items.slice(index, 1) };
+            job(index, &mut item[0]);
+        });
     }
 
     /// Runs `job` once for each number below `num_tasks`, on all threads, and returns when all are
@@ -186,7 +209,7 @@ mod tests {
     #[test]
     fn every_task_runs_once() {
         for num_threads in [1, 2, 5] {
-            let mut pool = Pool::new(NonZero::new(num_threads).unwrap());
+            let mut pool = Pool::new(NonZero::new(num_threads).unwrap(), Isa::asked().unwrap());
             assert_eq!(pool.num_threads(), num_threads);
             for round in 0..2000 {
                 let counts: Vec<AtomicUsize> =
@@ -195,6 +218,9 @@ mod tests {
                     counts[task].fetch_add(1, Ordering::Relaxed);
                 });
                 assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+                let mut items = vec![0; counts.len()];
+                pool.each(&mut items, |index, item| *item += index + 1);
+                assert!(items.into_iter().eq(1..=counts.len()));
                 if round % 500 == 0 {
                     // Long enough for the workers to fall asleep.
                     thread::sleep(Duration::from_millis(20));
@@ -205,7 +231,7 @@ mod tests {
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
-        let mut pool = Pool::new(NonZero::new(3).unwrap());
+        let mut pool = Pool::new(NonZero::new(3).unwrap(), Isa::asked().unwrap());
         for _ in 0..50 {
             let outcome = catch_unwind(AssertUnwindSafe(|| {
                 pool.run(9, &|task| assert!(task != 4, "as planned"));

@@ -12,8 +12,9 @@ use std::ops::Range;
 use super::LANES;
 use super::element::Element;
 use super::exp::silu;
-use super::isa::{Isa, Kernel};
+use super::isa::Kernel;
 use super::matrix::PackedMatrix;
+use super::norm::Norm;
 use super::pool::Pool;
 use super::shared::SharedMut;
 use tile::{Ahead, Sums, TileRows, run_tile};
@@ -29,6 +30,8 @@ const BLOCK_WORDS: usize = 256;
 const BLOCK_ROWS: Range<usize> = 6..MAX_TILES * MAX_TILE_ROWS + 1;
 /// Bytes of parameters that one task reads, at least: claiming it costs nothing beside that.
 const MIN_TASK_BYTES: usize = 1 << 16;
+/// Words that are packed at once, in memory of a fixed size.
+const PACK_WORDS: usize = 256;
 /// Tasks for each thread, so that one that is held up is waited for briefly.
 const TASKS_PER_THREAD: usize = 8;
 
@@ -40,7 +43,16 @@ pub struct PackedRows<E: Element> {
     num_words: usize,
 }
 
-/// The tiles of `num_rows`: as few as can be, as even as can be.
+/// What becomes of the sums of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// They are the output.
+    Write,
+    /// They are added to it.
+    Add,
+}
+
+/// The tiles of `num_rows`, `(first_row, num_rows)`: as few as can be, as even as can be.
 pub(super) fn tiles(num_rows: usize) -> impl Iterator<Item = (usize, usize)> {
     let num_tiles = num_rows.div_ceil(MAX_TILE_ROWS);
     let bound = move |tile: usize| tile * num_rows / num_tiles.max(1);
@@ -48,32 +60,19 @@ pub(super) fn tiles(num_rows: usize) -> impl Iterator<Item = (usize, usize)> {
 }
 
 impl<E: Element> PackedRows<E> {
-    /// Takes over `num_rows` rows of `columns`; `read` writes one of them, `(row, elements)`.
-    pub fn pack(
-        &mut self,
-        pool: &mut Pool,
-        isa: Isa,
-        num_rows: usize,
-        columns: usize,
-        read: impl Fn(usize, &mut [f32]) + Sync,
-    ) {
-        self.num_rows = num_rows;
+    /// Takes over `rows: [num_rows, columns]`, normed first if there is a norm.
+    pub fn pack(&mut self, pool: &mut Pool, rows: &[f32], columns: usize, norm: Option<Norm<'_>>) {
+        self.num_rows = rows.len() / columns;
         self.num_words = columns.div_ceil(E::PER_WORD);
-        let num_words = self.num_words;
-        self.words.resize(num_rows * num_words, E::Word::default());
-        let tiles: Vec<(usize, usize)> = tiles(num_rows).collect();
+        self.words.resize(self.num_rows * self.num_words, E::Word::default());
+        let (isa, num_rows, num_words) = (pool.isa(), self.num_rows, self.num_words);
         let words = SharedMut::new(&mut self.words);
-        pool.run(tiles.len(), &|task| {
-            let (first, tile_rows) = tiles[task];
-            // SAFETY: a tile is one task's.
-            let tile = unsafe { words.slice(first * num_words, tile_rows * num_words) };
-            let mut row = vec![0.0; num_words * E::PER_WORD];
-            let mut words = vec![E::Word::default(); num_words];
-            for index in 0..tile_rows {
-                read(first + index, &mut row[..columns]);
-                isa.run(Narrow::<E> { row: &row, words: &mut words });
-                let places = tile.iter_mut().skip(index).step_by(tile_rows);
-                places.zip(&words).for_each(|(place, word)| *place = *word);
+        pool.run(num_rows.div_ceil(MAX_TILE_ROWS), &|task| {
+            for (first, tile_rows) in tiles(num_rows).skip(task).take(1) {
+                // SAFETY: a tile is one task's.
+                let tile = unsafe { words.slice(first * num_words, tile_rows * num_words) };
+                let rows = &rows[first * columns..][..tile_rows * columns];
+                isa.run(Pack::<E> { rows, columns, norm, tile });
             }
         });
     }
@@ -83,65 +82,44 @@ impl<E: Element> PackedRows<E> {
     }
 }
 
-struct Narrow<'a, E: Element> {
-    row: &'a [f32],
-    words: &'a mut [E::Word],
+/// Packs the rows of one tile.
+struct Pack<'a, E: Element> {
+    rows: &'a [f32],
+    columns: usize,
+    norm: Option<Norm<'a>>,
+    tile: &'a mut [E::Word],
 }
 
-impl<E: Element> Kernel for Narrow<'_, E> {
+impl<E: Element> Kernel for Pack<'_, E> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        for (word, values) in self.words.iter_mut().zip(self.row.chunks_exact(E::PER_WORD)) {
-            *word = E::word_of(values);
+        let tile_rows = self.rows.len() / self.columns;
+        let mut values = [0.0; 2 * PACK_WORDS];
+        let mut words = [E::Word::default(); PACK_WORDS];
+        for (index, row) in self.rows.chunks_exact(self.columns).enumerate() {
+            let scale = self.norm.map_or(1.0, |norm| norm.scale::<FMA>(row));
+            let blocks = self.tile.chunks_mut(PACK_WORDS * tile_rows);
+            for (block, (tile, row)) in blocks.zip(row.chunks(PACK_WORDS * E::PER_WORD)).enumerate()
+            {
+                match self.norm {
+                    None => values[..row.len()].copy_from_slice(row),
+                    Some(norm) => {
+                        let weight = &norm.weight[block * PACK_WORDS * E::PER_WORD..];
+                        for ((value, x), weight) in values.iter_mut().zip(row).zip(weight) {
+                            *value = x * scale * weight;
+                        }
+                    }
+                }
+                // The second half of the last word of an odd row.
+                values[row.len()..].iter_mut().take(1).for_each(|value| *value = 0.0);
+                for (word, values) in words.iter_mut().zip(values.chunks_exact(E::PER_WORD)) {
+                    *word = E::word_of(values);
+                }
+                let places = tile.iter_mut().skip(index).step_by(tile_rows);
+                places.zip(&words).for_each(|(place, word)| *place = *word);
+            }
         }
     }
-}
-
-/// `output = rows · weightᵀ`, `[num_rows, weight.rows()]`.
-pub fn product<E: Element>(
-    pool: &mut Pool,
-    isa: Isa,
-    rows: &PackedRows<E>,
-    weight: &PackedMatrix<E>,
-    output: &mut [f32],
-) {
-    let finish = |sums: &mut Sums, outputs: &mut Outputs<'_>| {
-        outputs.each(sums, |output, sum| *output = sum);
-    };
-    each_pair(pool, isa, rows, weight, output, finish);
-}
-
-/// `output += rows · weightᵀ`, `[num_rows, weight.rows()]`.
-pub fn product_add<E: Element>(
-    pool: &mut Pool,
-    isa: Isa,
-    rows: &PackedRows<E>,
-    weight: &PackedMatrix<E>,
-    output: &mut [f32],
-) {
-    let finish = |sums: &mut Sums, outputs: &mut Outputs<'_>| {
-        outputs.each(sums, |output, sum| *output += sum);
-    };
-    each_pair(pool, isa, rows, weight, output, finish);
-}
-
-/// `output = silu(gate) * up`, `[num_rows, weight.rows() / 2]`, of a matrix that was made by
-/// [`PackedMatrix::gated`].
-///
-/// # Panics
-/// If it was made otherwise.
-pub fn gated_product<E: Element>(
-    pool: &mut Pool,
-    isa: Isa,
-    rows: &PackedRows<E>,
-    weight: &PackedMatrix<E>,
-    output: &mut [f32],
-) {
-    assert!(weight.is_gated(), "a matrix made of gate and up");
-    each_pair(pool, isa, rows, weight, output, |sums, outputs| {
-        isa.run(Gate { sums, tile_rows: outputs.num_rows });
-        outputs.each(sums, |output, sum| *output = sum);
-    });
 }
 
 /// Writes `silu(gate) * up` over the sums of the first panel.
@@ -162,53 +140,22 @@ impl Kernel for Gate<'_> {
     }
 }
 
-/// Where the sums of a tile go.
-struct Outputs<'a> {
-    output: &'a SharedMut<'a, f32>,
-    width: usize,
-    first_row: usize,
-    num_rows: usize,
-    /// The first of the outputs, and how many the panels have.
-    column: usize,
-    num_columns: usize,
-}
-
-impl Outputs<'_> {
-    #[inline]
-    fn each(&mut self, sums: &Sums, write: impl Fn(&mut f32, f32)) {
-        for (panel, sums) in sums.panels.iter().enumerate() {
-            let done = panel * LANES;
-            let len = LANES.min(self.num_columns.saturating_sub(done));
-            if len == 0 {
-                break;
-            }
-            for (row, sums) in sums.iter().take(self.num_rows).enumerate() {
-                let start = (self.first_row + row) * self.width + self.column + done;
-                // SAFETY: the columns of a pair of panels are one task's.
-                let output = unsafe { self.output.slice(start, len) };
-                if let Ok(output) = <&mut [f32; LANES]>::try_from(&mut *output) {
-                    output.iter_mut().zip(sums).for_each(|(output, sum)| write(output, *sum));
-                } else {
-                    output.iter_mut().zip(sums).for_each(|(output, sum)| write(output, *sum));
-                }
-            }
-        }
-    }
-}
-
-/// Sums of all rows with each pair of neighbouring panels, handed to `finish` tile by tile.
+/// `output = rows · weightᵀ`, or added to it: `[num_rows, weight.rows()]`. With a gated matrix the
+/// sums are `silu(gate) * up`: `[num_rows, weight.rows() / 2]`.
 ///
-/// A block of a pair's words stays in the first cache while a few tiles go over it, and meanwhile
+/// A block of a pair of panels stays in the first cache while a few tiles go over it, and meanwhile
 /// they ask for the next one: between them the processor sees no stream to read ahead in.
-fn each_pair<E: Element>(
+///
+/// # Panics
+/// If the sizes do not match.
+pub fn product<E: Element>(
     pool: &mut Pool,
-    isa: Isa,
     rows: &PackedRows<E>,
     weight: &PackedMatrix<E>,
+    store: Store,
     output: &mut [f32],
-    finish: impl Fn(&mut Sums, &mut Outputs<'_>) + Sync,
 ) {
-    let (num_panels, num_words) = (weight.num_panels(), weight.num_words());
+    let (isa, num_panels, num_words) = (pool.isa(), weight.num_panels(), weight.num_words());
     let (width, pair_columns) =
         if weight.is_gated() { (weight.rows() / 2, LANES) } else { (weight.rows(), 2 * LANES) };
     assert_eq!((output.len(), num_words), (rows.num_rows * width, rows.num_words));
@@ -229,6 +176,7 @@ fn each_pair<E: Element>(
     pool.run(num_pairs.div_ceil(per_task), &|task| {
         let mut sums: [Sums; MAX_TILES] = std::array::from_fn(|_| Sums::default());
         for pair in task * per_task..num_pairs.min((task + 1) * per_task) {
+            let columns = pair * pair_columns..width.min((pair + 1) * pair_columns);
             for first_tile in (0..num_tiles).step_by(MAX_TILES) {
                 let tiles = || tiles(rows.num_rows).skip(first_tile).take(MAX_TILES);
                 for start in (0..num_words).step_by(block_words) {
@@ -247,18 +195,36 @@ fn each_pair<E: Element>(
                         run_tile::<E>(isa, rows, panels, ahead, start > 0, sums);
                     }
                 }
-                for ((first_row, num_rows), sums) in tiles().zip(&mut sums) {
-                    let column = pair * pair_columns;
-                    let num_columns = pair_columns.min(width - column);
-                    let output = &output;
-                    finish(
-                        sums,
-                        &mut Outputs { output, width, first_row, num_rows, column, num_columns },
-                    );
+                for ((first_row, tile_rows), sums) in tiles().zip(&mut sums) {
+                    if weight.is_gated() {
+                        isa.run(Gate { sums, tile_rows });
+                    }
+                    for row in 0..tile_rows {
+                        for (panel, first) in columns.clone().step_by(LANES).enumerate() {
+                            let len = LANES.min(columns.end - first);
+                            // SAFETY: the columns of a pair of panels are one task's.
+                            let output =
+                                unsafe { output.slice((first_row + row) * width + first, len) };
+                            store_sums(store, &sums.panels[panel][row], output);
+                        }
+                    }
                 }
             }
         }
     });
+}
+
+#[inline]
+fn store_sums(store: Store, sums: &[f32; LANES], output: &mut [f32]) {
+    let each = |output: &mut [f32]| match store {
+        Store::Write => output.copy_from_slice(&sums[..output.len()]),
+        Store::Add => output.iter_mut().zip(sums).for_each(|(output, sum)| *output += sum),
+    };
+    // One vector, but for the last panel.
+    match <&mut [f32; LANES]>::try_from(&mut *output) {
+        Ok(output) => each(output),
+        Err(_) => each(output),
+    }
 }
 
 #[cfg(test)]

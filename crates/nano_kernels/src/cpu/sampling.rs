@@ -4,12 +4,13 @@ use super::LANES;
 use super::isa::{Isa, Kernel};
 use crate::reference::sampling::{Choice, Sampling, argmax, uniform};
 
-/// [`sample`](crate::reference::sampling::sample): the same token, its noise made in vectors.
-pub fn sample(isa: Isa, logits: &[f32], sampling: &Sampling) -> Option<u32> {
+/// [`sample`](crate::reference::sampling::sample): the same token, its noise made in vectors. `kept`
+/// is memory for the logits that thresholds keep.
+pub fn sample(isa: Isa, logits: &[f32], sampling: &Sampling, kept: &mut Vec<f32>) -> Option<u32> {
     if sampling.temperature == 0.0 {
         return argmax(logits.iter().copied());
     }
-    let mut choice = Choice::new(logits, sampling)?;
+    let mut choice = Choice::new(logits, sampling, kept)?;
     isa.run(Offer { logits, sampling, choice: &mut choice });
     choice.chosen
 }
@@ -43,6 +44,7 @@ mod tests {
 
     #[test]
     fn the_token_is_that_of_the_reference() {
+        let mut kept = Vec::new();
         for isa in Isa::available() {
             for seed in 0..300 {
                 let len = 1 + seed as usize * 7 % 500;
@@ -59,7 +61,7 @@ mod tests {
                     index: 0,
                 };
                 let expected = reference::sampling::sample(&logits, &sampling);
-                assert_eq!(sample(isa, &logits, &sampling), expected);
+                assert_eq!(sample(isa, &logits, &sampling, &mut kept), expected);
             }
         }
     }

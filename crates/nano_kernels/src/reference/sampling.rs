@@ -39,7 +39,7 @@ pub fn sample(logits: &[f32], sampling: &Sampling) -> Option<u32> {
     if sampling.temperature == 0.0 {
         return argmax(logits.iter().copied());
     }
-    let mut choice = Choice::new(logits, sampling)?;
+    let mut choice = Choice::new(logits, sampling, &mut Vec::new())?;
     for (token, &logit) in logits.iter().enumerate() {
         choice.offer(token as u32, logit, uniform(sampling, token as u32));
     }
@@ -58,13 +58,13 @@ pub(crate) struct Choice {
 }
 
 impl Choice {
-    /// `None` if no logit can be chosen.
-    pub(crate) fn new(logits: &[f32], sampling: &Sampling) -> Option<Self> {
+    /// `None` if no logit can be chosen; `kept` is memory for [`threshold`].
+    pub(crate) fn new(logits: &[f32], sampling: &Sampling, kept: &mut Vec<f32>) -> Option<Self> {
         // Relative to the largest: no temperature, however small, makes the best token overflow.
         let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         largest.is_finite().then(|| Self {
             temperature: sampling.temperature,
-            least: threshold(logits, sampling),
+            least: threshold(logits, sampling, kept),
             largest,
             best: f32::NEG_INFINITY,
             least_uniform: 0.0,
@@ -127,14 +127,15 @@ fn uniform_of_gumbel(gumbel: f32) -> f32 {
     (-(-gumbel).exp()).exp()
 }
 
-/// The smallest logit that `top_k`, `top_p` and `min_p` keep.
-pub fn threshold(logits: &[f32], sampling: &Sampling) -> f32 {
+/// The smallest logit that `top_k`, `top_p` and `min_p` keep; `kept` is written over.
+pub fn threshold(logits: &[f32], sampling: &Sampling, kept: &mut Vec<f32>) -> f32 {
     let mut least = f32::MIN;
     let top_k = sampling.top_k.filter(|&k| (k as usize) < logits.len());
     if top_k.is_none() && sampling.top_p >= 1.0 && sampling.min_p <= 0.0 {
         return least;
     }
-    let mut kept: Vec<f32> = logits.iter().copied().filter(|logit| *logit >= least).collect();
+    kept.clear();
+    kept.extend(logits.iter().copied().filter(|logit| *logit >= least));
     if let Some(k) = top_k.map(|k| k as usize).filter(|&k| k < kept.len()) {
         let (_, &mut kth, _) = kept.select_nth_unstable_by(k - 1, descending);
         least = kth;
@@ -152,13 +153,13 @@ pub fn threshold(logits: &[f32], sampling: &Sampling) -> f32 {
 
 /// The smallest logit of the smallest set whose probability reaches `top_p`: a binary search by
 /// selection, linear in the number of logits.
-fn least_of_nucleus(mut kept: Vec<f32>, largest: f32, sampling: &Sampling) -> f32 {
+fn least_of_nucleus(kept: &mut [f32], largest: f32, sampling: &Sampling) -> f32 {
     let inverse = f64::from(sampling.temperature).recip();
     let mass = |logits: &[f32]| -> f64 {
         logits.iter().map(|&logit| (f64::from(logit - largest) * inverse).exp()).sum()
     };
-    let mut wanted = mass(&kept) * f64::from(sampling.top_p);
-    let mut candidates = &mut kept[..];
+    let mut wanted = mass(kept) * f64::from(sampling.top_p);
+    let mut candidates = kept;
     while candidates.len() > 1 {
         let middle = candidates.len() / 2;
         candidates.select_nth_unstable_by(middle, descending);
@@ -330,7 +331,7 @@ mod tests {
         ) {
             let logits: Vec<f32> = quarters.iter().map(|&quarter| quarter as f32 / 4.0).collect();
             let sampling = Sampling { temperature, top_k, top_p, min_p, ..PLAIN };
-            let least = threshold(&logits, &sampling);
+            let least = threshold(&logits, &sampling, &mut Vec::new());
             let mut kept: Vec<f32> = logits.iter().copied().filter(|&l| l >= least).collect();
             kept.sort_by(descending);
             prop_assert_eq!(kept, kept_by_sorting(&logits, &sampling));

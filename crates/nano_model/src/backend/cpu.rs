@@ -3,17 +3,18 @@
 //! Activations are float32; weights, as products read them, and the cache are of one type.
 
 use std::cell::RefCell;
-use std::num::NonZero;
 use std::rc::Rc;
 
 use half::{bf16, f16};
-use nano_kernels::cpu::attention::{AttentionInput, KvShape, Tile, paged_attention, tiles};
+use nano_kernels::cpu::attention::{
+    AttentionInput, KvShape, Scratch, Tile, paged_attention, tiles,
+};
 use nano_kernels::cpu::matrix::PackedMatrix;
 use nano_kernels::cpu::memory::Memory;
-use nano_kernels::cpu::norm::rms_norm;
-use nano_kernels::cpu::product::{PackedRows, gated_product, product, product_add};
+use nano_kernels::cpu::norm::Norm;
+use nano_kernels::cpu::product::{PackedRows, Store, product};
 use nano_kernels::cpu::rope::{RopeRows, rope_write_kv};
-use nano_kernels::cpu::{Element, Isa, Pool};
+use nano_kernels::cpu::{Element, Pool};
 
 use crate::backend::{Backend, Dtype, Values};
 use crate::batch::Batch;
@@ -25,7 +26,6 @@ use crate::weights::TensorBytes;
 #[derive(Debug)]
 pub struct CpuBackend<E: Element> {
     spec: DecoderSpec,
-    isa: Isa,
     pool: Pool,
     shape: KvShape,
     /// `[layer, block, ...]`, see [`KvShape`].
@@ -34,15 +34,28 @@ pub struct CpuBackend<E: Element> {
     layer_len: usize,
     /// The rows of the product at hand.
     rows: PackedRows<E>,
+    scratch: Scratch<E>,
+    /// The step prepared last, written over when nobody else holds it.
+    step: Rc<CpuStep>,
     spare: Rc<RefCell<Vec<Vec<f32>>>>,
 }
 
 /// A parameter.
 #[derive(Debug)]
-pub struct CpuWeight<E: Element> {
-    matrix: PackedMatrix<E>,
-    /// A norm has these and no matrix.
-    norm: Vec<f32>,
+pub enum CpuWeight<E: Element> {
+    /// A matrix, as products read it.
+    Matrix(PackedMatrix<E>),
+    /// `[hidden_size]`.
+    Norm(Vec<f32>),
+}
+
+impl<E: Element> CpuWeight<E> {
+    fn matrix(&self) -> &PackedMatrix<E> {
+        match self {
+            Self::Matrix(matrix) => matrix,
+            Self::Norm(_) => unreachable!("a norm where the decoder has a matrix"),
+        }
+    }
 }
 
 /// Rows of activations, given back for the next operator when it is dropped.
@@ -59,7 +72,7 @@ impl Drop for Rows {
 }
 
 /// A step, ready to run.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct CpuStep {
     token_ids: Vec<u32>,
     logit_rows: Vec<u32>,
@@ -72,13 +85,8 @@ pub struct CpuStep {
 }
 
 impl<E: Element> CpuBackend<E> {
-    /// A back end with a zeroed cache, on `num_threads` threads.
-    pub fn new(
-        spec: DecoderSpec,
-        num_blocks: u32,
-        block_size: u32,
-        num_threads: NonZero<usize>,
-    ) -> Result<Self> {
+    /// A back end with a zeroed cache, on the threads of `pool`.
+    pub fn new(spec: DecoderSpec, num_blocks: u32, block_size: u32, pool: Pool) -> Result<Self> {
         let shape = KvShape {
             num_kv_heads: spec.num_kv_heads,
             block_size: block_size as usize,
@@ -95,12 +103,13 @@ impl<E: Element> CpuBackend<E> {
         })?;
         Ok(Self {
             spec,
-            isa: Isa::detect(),
-            pool: Pool::new(num_threads),
+            pool,
             shape,
             cache,
             layer_len,
             rows: PackedRows::default(),
+            scratch: Scratch::default(),
+            step: Rc::default(),
             spare: Rc::default(),
         })
     }
@@ -119,30 +128,30 @@ impl<E: Element> CpuBackend<E> {
 
     /// Rows that nobody uses, of any content.
     fn rows(&self, num_rows: usize, width: usize) -> Rows {
-        let mut values = self.spare.borrow_mut().pop().unwrap_or_default();
-        values.resize(num_rows * width, 0.0);
+        let len = num_rows * width;
+        let mut spare = self.spare.borrow_mut();
+        // The smallest that is large enough, or else the largest.
+        let fit = |values: &Vec<f32>| {
+            let capacity = values.capacity();
+            if capacity < len { usize::MAX - capacity } else { capacity }
+        };
+        let best = (0..spare.len()).min_by_key(|&index| fit(&spare[index]));
+        let mut values = best.map(|index| spare.swap_remove(index)).unwrap_or_default();
+        values.resize(len, 0.0);
         Rows { values, spare: Rc::clone(&self.spare) }
     }
 
-    /// Norms rows, as the next product takes them, and returns their number.
-    fn norm(&mut self, hidden: &Rows, norm: &[f32]) -> usize {
-        let (isa, size, eps) = (self.isa, norm.len(), self.spec.rms_norm_eps);
-        let values = &hidden.values;
-        let num_rows = values.len() / size;
-        self.rows.pack(&mut self.pool, isa, num_rows, size, |row, output| {
-            rms_norm(isa, &values[row * size..][..size], norm, eps, output);
-        });
-        num_rows
-    }
-
-    /// Fills a matrix.
-    fn filled(
+    /// A matrix of the given values.
+    fn matrix(
         &mut self,
-        matrix: std::io::Result<PackedMatrix<E>>,
+        rows: usize,
+        columns: usize,
+        is_gated: bool,
         values: Values<'_>,
     ) -> Result<CpuWeight<E>> {
-        let mut matrix = matrix.map_err(|error| no_memory("a parameter", &error))?;
-        let (rows, columns) = (matrix.rows(), matrix.columns());
+        let matrix = PackedMatrix::zeroed(rows, columns, is_gated);
+        let mut matrix = matrix
+            .map_err(|error| Error::NoMemory { what: "a parameter", reason: error.to_string() })?;
         match values {
             Values::Tensors(parts) => matrix.write(&mut self.pool, |row, elements| {
                 let mut row = row;
@@ -161,21 +170,17 @@ impl<E: Element> CpuBackend<E> {
                 matrix.write(&mut self.pool, |row, elements| read_row(part, row, elements));
             }
         }
-        Ok(CpuWeight { matrix, norm: Vec::new() })
+        Ok(CpuWeight::Matrix(matrix))
     }
-}
-
-fn no_memory(what: &'static str, error: &std::io::Error) -> Error {
-    Error::NoMemory { what, reason: error.to_string() }
 }
 
 impl<E: Element> Backend for CpuBackend<E> {
     type Hidden = Rows;
     type Weight = CpuWeight<E>;
-    type Step = CpuStep;
+    type Step = Rc<CpuStep>;
 
     fn weight(&mut self, rows: usize, columns: usize, values: Values<'_>) -> Result<CpuWeight<E>> {
-        self.filled(PackedMatrix::zeroed(rows, columns), values)
+        self.matrix(rows, columns, false, values)
     }
 
     fn gate_up_weight(
@@ -184,7 +189,7 @@ impl<E: Element> Backend for CpuBackend<E> {
         columns: usize,
         values: Values<'_>,
     ) -> Result<CpuWeight<E>> {
-        self.filled(PackedMatrix::gated(rows, columns), values)
+        self.matrix(rows, columns, true, values)
     }
 
     fn norm_weight(
@@ -198,19 +203,19 @@ impl<E: Element> Backend for CpuBackend<E> {
             read_row(tensor, 0, &mut elements);
             norm.iter_mut().zip(elements).for_each(|(norm, element)| *norm = element.widen());
         }
-        let matrix = PackedMatrix::zeroed(0, 0).map_err(|error| no_memory("a norm", &error))?;
-        Ok(CpuWeight { matrix, norm })
+        Ok(CpuWeight::Norm(norm))
     }
 
-    fn prepare(&mut self, batch: &Batch) -> Result<CpuStep> {
+    fn prepare(&mut self, batch: &Batch) -> Result<Rc<CpuStep>> {
         let rope = &self.spec.rope;
         let group = self.spec.num_heads / self.spec.num_kv_heads;
-        let mut step = CpuStep {
-            token_ids: batch.token_ids.clone(),
-            logit_rows: batch.logit_rows.clone(),
-            slots: batch.slot_mapping.clone(),
-            ..CpuStep::default()
-        };
+        let step = Rc::make_mut(&mut self.step);
+        step.token_ids.clone_from(&batch.token_ids);
+        step.logit_rows.clone_from(&batch.logit_rows);
+        step.slots.clone_from(&batch.slot_mapping);
+        step.block_tables.clone_from(&batch.block_ids);
+        step.cos.clear();
+        step.sin.clear();
         for &position in &batch.positions {
             for frequency in &rope.inv_freq {
                 let angle = position as f32 * frequency;
@@ -218,25 +223,24 @@ impl<E: Element> Backend for CpuBackend<E> {
                 step.sin.push(angle.sin() * rope.attention_factor);
             }
         }
+        step.tiles.clear();
         for sequence in &batch.sequences {
-            let first = step.block_tables.len();
-            step.block_tables.extend_from_slice(&sequence.block_table);
             let rows = Tile {
                 first_row: sequence.first_row,
                 num_rows: sequence.num_rows,
                 first_position: sequence.first_position,
-                block_table: first..step.block_tables.len(),
+                block_table: sequence.block_table.clone(),
             };
             step.tiles.extend(tiles(&rows, group));
         }
-        Ok(step)
+        Ok(Rc::clone(&self.step))
     }
 
-    fn embed(&mut self, table: &CpuWeight<E>, step: &CpuStep) -> Result<Rows> {
-        let size = table.matrix.columns();
+    fn embed(&mut self, table: &CpuWeight<E>, step: &Rc<CpuStep>) -> Result<Rows> {
+        let (table, size) = (table.matrix(), table.matrix().columns());
         let mut hidden = self.rows(step.token_ids.len(), size);
         for (token, row) in step.token_ids.iter().zip(hidden.values.chunks_exact_mut(size)) {
-            table.matrix.row(*token as usize, row);
+            table.row(*token as usize, row);
         }
         Ok(hidden)
     }
@@ -247,28 +251,27 @@ impl<E: Element> Backend for CpuBackend<E> {
         norm: &CpuWeight<E>,
         weight: &CpuWeight<E>,
     ) -> Result<Rows> {
-        let num_rows = self.norm(hidden, &norm.norm);
-        let mut output = self.rows(num_rows, weight.matrix.rows());
-        product(&mut self.pool, self.isa, &self.rows, &weight.matrix, &mut output.values);
+        let CpuWeight::Norm(norm) = norm else { unreachable!("a matrix where a norm is") };
+        let norm = Norm { weight: norm, eps: self.spec.rms_norm_eps };
+        let matrix = weight.matrix();
+        let width = if matrix.is_gated() { matrix.rows() / 2 } else { matrix.rows() };
+        let mut output = self.rows(hidden.values.len() / matrix.columns(), width);
+        self.rows.pack(&mut self.pool, &hidden.values, matrix.columns(), Some(norm));
+        product(&mut self.pool, &self.rows, matrix, Store::Write, &mut output.values);
         Ok(output)
     }
 
-    fn rope_write_kv(&mut self, layer: usize, qkv: Rows, step: &CpuStep) -> Result<Rows> {
+    fn rope_write_kv(&mut self, layer: usize, mut qkv: Rows, step: &Rc<CpuStep>) -> Result<Rows> {
         let num_heads = self.spec.num_heads;
         let mut query = self.rows(step.slots.len(), num_heads * self.spec.head_dim);
-        let rows = RopeRows {
-            qkv: &qkv.values,
-            num_heads,
-            cos: &step.cos,
-            sin: &step.sin,
-            slots: &step.slots,
-        };
+        let rows = RopeRows { num_heads, cos: &step.cos, sin: &step.sin, slots: &step.slots };
         let cache = &mut self.cache.as_mut_slice()[layer * self.layer_len..][..self.layer_len];
-        rope_write_kv::<E>(&mut self.pool, &rows, self.shape, cache, &mut query.values);
+        let (qkv, query_values) = (&mut qkv.values, &mut query.values);
+        rope_write_kv::<E>(&mut self.pool, &rows, self.shape, qkv, cache, query_values);
         Ok(query)
     }
 
-    fn paged_attention(&mut self, layer: usize, query: Rows, step: &CpuStep) -> Result<Rows> {
+    fn paged_attention(&mut self, layer: usize, query: Rows, step: &Rc<CpuStep>) -> Result<Rows> {
         let num_heads = self.spec.num_heads;
         let mut output = self.rows(step.slots.len(), num_heads * self.spec.head_dim);
         let input = AttentionInput::<E> {
@@ -280,18 +283,19 @@ impl<E: Element> Backend for CpuBackend<E> {
             shape: self.shape,
             window: self.spec.layers[layer].window.map(|window| window as usize),
         };
-        paged_attention(&mut self.pool, self.isa, &input, &mut output.values);
+        paged_attention(&mut self.pool, &input, &mut self.scratch, &mut output.values);
         Ok(output)
     }
 
-    fn product_add(&mut self, input: &Rows, weight: &CpuWeight<E>, residual: Rows) -> Result<Rows> {
-        let mut residual = residual;
-        let size = weight.matrix.columns();
-        let values = &input.values;
-        self.rows.pack(&mut self.pool, self.isa, values.len() / size, size, |row, output| {
-            output.copy_from_slice(&values[row * size..][..size]);
-        });
-        product_add(&mut self.pool, self.isa, &self.rows, &weight.matrix, &mut residual.values);
+    fn product_add(
+        &mut self,
+        input: &Rows,
+        weight: &CpuWeight<E>,
+        mut residual: Rows,
+    ) -> Result<Rows> {
+        let matrix = weight.matrix();
+        self.rows.pack(&mut self.pool, &input.values, matrix.columns(), None);
+        product(&mut self.pool, &self.rows, matrix, Store::Add, &mut residual.values);
         Ok(residual)
     }
 
@@ -301,17 +305,14 @@ impl<E: Element> Backend for CpuBackend<E> {
         norm: &CpuWeight<E>,
         gate_up: &CpuWeight<E>,
     ) -> Result<Rows> {
-        let num_rows = self.norm(hidden, &norm.norm);
-        let mut output = self.rows(num_rows, gate_up.matrix.rows() / 2);
-        gated_product(&mut self.pool, self.isa, &self.rows, &gate_up.matrix, &mut output.values);
-        Ok(output)
+        self.norm_product(hidden, norm, gate_up)
     }
 
     fn logit_rows(
         &mut self,
         context: Rows,
         residual: Rows,
-        step: &CpuStep,
+        step: &Rc<CpuStep>,
     ) -> Result<(Rows, Rows)> {
         let num_rows = step.slots.len();
         if step.logit_rows.len() == num_rows {
@@ -333,7 +334,7 @@ impl<E: Element> Backend for CpuBackend<E> {
         hidden: &Rows,
         norm: &CpuWeight<E>,
         weight: &CpuWeight<E>,
-        _step: &CpuStep,
+        _step: &Rc<CpuStep>,
     ) -> Result<Rows> {
         self.norm_product(hidden, norm, weight)
     }

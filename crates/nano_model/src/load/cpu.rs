@@ -6,9 +6,10 @@ use std::thread;
 
 use half::bf16;
 use nano_core::executor::{Capacity, Executor};
-use nano_kernels::cpu::Element;
 use nano_kernels::cpu::isa::{ISA_VARIABLE, Isa};
+use nano_kernels::cpu::{Element, Pool};
 
+use super::memory::available_bytes;
 use super::{
     CacheMemory, CacheRoom, LoadFormat, ModelInfo, ModelOptions, Source, checkpoint_dtype, dtype,
     gib, load_decoder,
@@ -22,39 +23,29 @@ use crate::error::{Error, Result};
 use crate::executor::CpuExecutor;
 use crate::weights::WeightMap;
 
-/// The KV cache holds this many sequences of full length, if memory allows and nobody says more.
-const DEFAULT_FULL_SEQUENCES: u64 = 16;
-/// The largest KV cache that nobody asked for.
-const DEFAULT_MOST_CACHE_BYTES: u64 = 4 << 30;
-/// More threads than a machine has cores.
-const MAX_THREADS: usize = 4096;
-
 /// Loads the model in `dir` for the CPU.
 pub(super) fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Executor>, ModelInfo)> {
-    if let Some(num_threads) = options.num_threads.filter(|it| !(1..=MAX_THREADS).contains(it)) {
-        let (range, value) = (format!("in [1, {MAX_THREADS}]"), num_threads.to_string());
-        return Err(Error::BadOption { name: "num_threads", range, value });
-    }
-    if let Some(value) = Isa::unknown_name() {
+    let isa = Isa::asked().map_err(|value| {
         let range = "avx512, avx2 or portable".to_owned();
-        return Err(Error::BadOption { name: ISA_VARIABLE, range, value });
-    }
+        Error::BadOption { name: ISA_VARIABLE, range, value }
+    })?;
     let checkpoint = Checkpoint::open(dir, options)?;
+    let num_threads = options.num_threads.and_then(NonZero::new);
+    let num_threads = num_threads.or_else(|| thread::available_parallelism().ok());
+    let pool = Pool::new(num_threads.unwrap_or(NonZero::<usize>::MIN), isa);
     match checkpoint.dtype {
-        Dtype::Float32 => load_as::<f32>(checkpoint, options),
-        Dtype::BFloat16 => load_as::<bf16>(checkpoint, options),
+        Dtype::Float32 => load_as::<f32>(checkpoint, options, pool),
+        Dtype::BFloat16 => load_as::<bf16>(checkpoint, options, pool),
     }
 }
 
 fn load_as<E: Element>(
     checkpoint: Checkpoint,
     options: &ModelOptions,
+    pool: Pool,
 ) -> Result<(Box<dyn Executor>, ModelInfo)> {
-    let asked = options.num_threads.and_then(NonZero::new);
-    let num_threads =
-        asked.unwrap_or_else(|| thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN));
     let (backend, model, info) = checkpoint.load(options, |spec, _, num_blocks, block_size| {
-        CpuBackend::<E>::new(spec, num_blocks, block_size, num_threads)
+        CpuBackend::<E>::new(spec, num_blocks, block_size, pool)
     })?;
     let capacity = Capacity {
         num_blocks: info.num_blocks,
@@ -113,8 +104,10 @@ impl Checkpoint {
         };
         let memory = CacheMemory {
             bytes: free,
-            unasked_bytes: (free / 4).min(DEFAULT_MOST_CACHE_BYTES),
-            unasked_sequences: DEFAULT_FULL_SEQUENCES,
+            // A block takes memory when it is first written, and the one freed last comes first: a
+            // cache that is never full takes what it needed at its fullest.
+            unasked_bytes: free / 2,
+            unasked_sequences: options.max_num_seqs.into(),
             hint: "free the memory of other programs",
         };
         let room = CacheRoom::new(&config, options, element_bytes, &memory)?;
@@ -123,14 +116,6 @@ impl Checkpoint {
         let dummy = DummyWeights::new(options.seed);
         let source = map.as_ref().map_or(Source::Dummy(&dummy), Source::Checkpoint);
         let model = load_decoder(&spec, source, &mut backend)?;
-        Ok((backend, model, room.info(config, dtype, "cpu".to_owned())))
+        Ok((backend, model, room.info(config, dtype, "cpu".to_owned(), options.limits(false))))
     }
-}
-
-/// Memory that can be had without swapping; a modest guess where the system does not say.
-fn available_bytes() -> u64 {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.map_or(4 << 30, |kib| kib << 10)
 }

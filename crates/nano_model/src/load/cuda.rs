@@ -70,9 +70,10 @@ pub(super) fn load(
     let compiler = Compiler::new(Compiler::default_cache_dir())?;
     let kernels = Kernels::load(device, &compiler)?;
     let gemm = Gemm::new(device, compiler.cache_dir(), options.deterministic)?;
+    let scheduler = options.limits(true);
     let limits = StepLimits {
-        max_tokens: options.limits.max_num_batched_tokens as usize,
-        max_sequences: options.limits.max_num_seqs as usize,
+        max_tokens: scheduler.max_num_batched_tokens as usize,
+        max_sequences: scheduler.max_num_seqs as usize,
     };
     let hint = "lower max_num_batched_tokens or max_num_seqs";
     let mut backend = CudaBackend::new(spec.clone(), kernels, gemm, limits, options.deterministic)
@@ -108,7 +109,7 @@ pub(super) fn load(
     let executor = CudaExecutor::new(backend, model, capacity)
         .map_err(|error| explained(error, "a graph", "lower gpu_memory_utilization"))?;
     let dtype = Dtype::BFloat16;
-    let info = room.info(config, dtype, device.name()?);
+    let info = room.info(config, dtype, device.name()?, scheduler);
     Ok((executor, info))
 }
 

@@ -14,7 +14,8 @@ use crate::cpu::shared::SharedMut;
 /// Queries whose sums of values are kept in registers together.
 const QUERIES_AT_ONCE: usize = 4;
 
-/// Scratch memory of one thread.
+/// Scratch memory of one task.
+#[derive(Debug, Default)]
 pub(super) struct Head<E: Element> {
     /// The queries as products read them, `[num_tiles, num_words, tile_rows]`.
     query: Vec<E::Word>,
@@ -31,18 +32,18 @@ pub(super) struct Head<E: Element> {
 }
 
 impl<E: Element> Head<E> {
-    pub(super) fn new(input: &AttentionInput<'_, E>) -> Self {
+    /// Makes it large enough.
+    pub(super) fn make_room(&mut self, input: &AttentionInput<'_, E>) {
         let shape = input.shape;
         let num_queries = MAX_QUERIES.max(input.num_heads / shape.num_kv_heads);
         let num_words = shape.num_words::<E>();
-        Self {
-            query: vec![E::Word::default(); num_queries * num_words],
-            keys: vec![E::Word::default(); 2 * LANES * num_words],
-            values: vec![E::Word::default(); NUM_KEYS * num_words],
-            sums: vec![0.0; num_queries.next_multiple_of(QUERIES_AT_ONCE) * shape.head_dim],
-            weights: vec![[0.0; NUM_KEYS]; num_queries.next_multiple_of(QUERIES_AT_ONCE)],
-            running: vec![(f32::NEG_INFINITY, 0.0); num_queries],
-        }
+        let whole = num_queries.next_multiple_of(QUERIES_AT_ONCE);
+        self.query.resize(num_queries * num_words, E::Word::default());
+        self.keys.resize(2 * LANES * num_words, E::Word::default());
+        self.values.resize(NUM_KEYS * num_words, E::Word::default());
+        self.sums.resize(whole * shape.head_dim, 0.0);
+        self.weights.resize(whole, [0.0; NUM_KEYS]);
+        self.running.resize(num_queries, (f32::NEG_INFINITY, 0.0));
     }
 }
 

@@ -3,6 +3,7 @@ use std::num::NonZero;
 use half::bf16;
 
 use super::*;
+use crate::cpu::isa::Isa;
 use crate::cpu::rope::{RopeRows, rope_write_kv};
 use crate::reference;
 use crate::reference::attention::PagedCache;
@@ -11,8 +12,8 @@ fn value(index: usize) -> f32 {
     ((index * 7919 + 13) % 1009) as f32 / 300.0 - 1.7
 }
 
-fn pool(num_threads: usize) -> Pool {
-    Pool::new(NonZero::new(num_threads).unwrap())
+fn pool(num_threads: usize, isa: Isa) -> Pool {
+    Pool::new(NonZero::new(num_threads).unwrap(), isa)
 }
 
 /// Sequences over scattered blocks: `(positions in the cache before, rows)` of each.
@@ -30,7 +31,7 @@ struct Outcome {
 }
 
 impl Scene {
-    fn run<E: Element>(&self, isa: Isa, pool: &mut Pool) -> Outcome {
+    fn run<E: Element>(&self, pool: &mut Pool) -> Outcome {
         let KvShape { num_kv_heads, block_size, head_dim } = self.shape;
         let num_heads = num_kv_heads * self.group;
         let ends: Vec<usize> = self.sequences.iter().map(|(before, rows)| before + rows).collect();
@@ -54,7 +55,6 @@ impl Scene {
         let narrowed = |value: f32| E::narrow(value).widen();
         let qkv: Vec<f32> = (0..slots.len() * width).map(|it| narrowed(value(it))).collect();
         let rows = RopeRows {
-            qkv: &qkv,
             num_heads,
             cos: &vec![1.0; slots.len() * head_dim / 2],
             sin: &vec![0.0; slots.len() * head_dim / 2],
@@ -62,13 +62,13 @@ impl Scene {
         };
         let mut cache = vec![E::Word::default(); num_blocks * self.shape.block_len::<E>()];
         let mut all = vec![0.0; slots.len() * num_heads * head_dim];
-        rope_write_kv::<E>(pool, &rows, self.shape, &mut cache, &mut all);
+        rope_write_kv::<E>(pool, &rows, self.shape, &mut qkv.clone(), &mut cache, &mut all);
 
         let (mut query, mut tiles, mut expected) = (Vec::new(), Vec::new(), Vec::new());
         let plain = plain_cache(&qkv, &slots, self.shape, num_heads, num_blocks);
         let plain = PagedCache { data: &plain, block_size, num_kv_heads, head_dim };
         let (mut start, mut first_row) = (0, 0);
-        for (&(before, num_rows), table) in self.sequences.iter().zip(&tables_of(&tables)) {
+        for (&(before, num_rows), table) in self.sequences.iter().zip(&tables) {
             for position in before..before + num_rows {
                 let row = &all[(start + position) * num_heads * head_dim..][..num_heads * head_dim];
                 let table = &block_tables[table.clone()];
@@ -94,13 +94,9 @@ impl Scene {
             window: self.window,
         };
         let mut found = vec![f32::NAN; query.len()];
-        paged_attention(pool, isa, &input, &mut found);
+        paged_attention(pool, &input, &mut Scratch::default(), &mut found);
         Outcome { found, expected }
     }
-}
-
-fn tables_of(tables: &[Range<usize>]) -> Vec<Range<usize>> {
-    tables.to_vec()
 }
 
 /// The cache as the reference has it: `[num_blocks, k | v, num_kv_heads, block_size, head_dim]`.
@@ -126,21 +122,20 @@ fn plain_cache(
 
 #[test]
 fn rows_are_those_of_the_reference() {
-    let mut pool = pool(2);
     let sequences = vec![(0, 1), (1, 1), (15, 1), (31, 3), (0, 70), (149, 1), (40, 29)];
+    let mut pools: Vec<Pool> = Isa::available().into_iter().map(|isa| pool(2, isa)).collect();
     for (num_kv_heads, group, head_dim) in [(1, 1, 2), (2, 3, 32), (1, 4, 80), (3, 13, 18)] {
         for block_size in [1, 4, 16, 33, 100] {
             let shape = KvShape { num_kv_heads, block_size, head_dim };
             for window in [None, Some(1), Some(7), Some(400)] {
                 let scene = Scene { shape, group, window, sequences: sequences.clone() };
-                for isa in Isa::available() {
-                    for (outcome, bound) in [
-                        (scene.run::<f32>(isa, &mut pool), 1e-5),
-                        (scene.run::<bf16>(isa, &mut pool), 2e-5),
-                    ] {
+                for pool in &mut pools {
+                    for (outcome, bound) in
+                        [(scene.run::<f32>(pool), 1e-5), (scene.run::<bf16>(pool), 2e-5)]
+                    {
                         for (found, expected) in outcome.found.iter().zip(&outcome.expected) {
                             let error = (found - expected).abs();
-                            assert!(error < bound, "{isa:?} {shape:?} {window:?}: {error}");
+                            assert!(error < bound, "{pool:?} {shape:?} {window:?}: {error}");
                         }
                     }
                 }
@@ -157,7 +152,7 @@ fn bits_depend_on_nothing_but_the_row() {
             let run = |num_threads, block_size, sequences: &[(usize, usize)]| {
                 let shape = KvShape { num_kv_heads: 2, block_size, head_dim: 32 };
                 let scene = Scene { shape, group: 4, window, sequences: sequences.to_vec() };
-                bits(&scene.run::<bf16>(isa, &mut pool(num_threads)).found)
+                bits(&scene.run::<bf16>(&mut pool(num_threads, isa)).found)
             };
             let whole = run(1, 16, &[(0, 150)]);
             assert_eq!(whole, run(5, 16, &[(0, 150)]));
@@ -168,4 +163,21 @@ fn bits_depend_on_nothing_but_the_row() {
             assert_eq!(whole[149 * width..], run(2, 5, &[(149, 1)])[..]);
         }
     }
+}
+
+#[test]
+#[should_panic(expected = "no row is in two tiles")]
+fn a_row_in_two_tiles_is_refused() {
+    let mut pool = pool(2, Isa::available()[0]);
+    let tile = Tile { first_row: 0, num_rows: 1, first_position: 0, block_table: 0..1 };
+    let input = AttentionInput::<f32> {
+        tiles: &[tile.clone(), tile],
+        block_tables: &[0],
+        query: &[0.0; 2],
+        num_heads: 1,
+        cache: &[0.0; 4],
+        shape: KvShape { num_kv_heads: 1, block_size: 1, head_dim: 2 },
+        window: None,
+    };
+    paged_attention(&mut pool, &input, &mut Scratch::default(), &mut [0.0; 2]);
 }

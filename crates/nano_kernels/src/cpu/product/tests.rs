@@ -3,14 +3,16 @@ use std::num::NonZero;
 use half::bf16;
 
 use super::*;
+use crate::cpu::isa::Isa;
 use crate::reference;
 
 fn value(index: usize) -> f32 {
     ((index * 7919 + 13) % 1009) as f32 / 300.0 - 1.7
 }
 
-fn pool() -> Pool {
-    Pool::new(NonZero::new(3).unwrap())
+fn pools() -> Vec<Pool> {
+    let pool = |isa| Pool::new(NonZero::new(3).unwrap(), isa);
+    Isa::available().into_iter().map(pool).collect()
 }
 
 /// Rows and a matrix of `rows` outputs, with the elements that they are made of.
@@ -21,13 +23,11 @@ struct Case<E: Element> {
 }
 
 impl<E: Element> Case<E> {
-    fn new(isa: Isa, pool: &mut Pool, num_rows: usize, rows: usize, columns: usize) -> Self {
+    fn new(pool: &mut Pool, num_rows: usize, rows: usize, columns: usize) -> Self {
         let narrowed = |index| E::narrow(value(index)).widen();
         let inputs: Vec<f32> = (0..num_rows * columns).map(|it| narrowed(it + 5)).collect();
         let mut packed = PackedRows::default();
-        packed.pack(pool, isa, num_rows, columns, |row, values| {
-            values.copy_from_slice(&inputs[row * columns..][..columns]);
-        });
+        packed.pack(pool, &inputs, columns, None);
         let weights = (0..rows * columns).map(narrowed).collect();
         Self { packed, inputs, weights }
     }
@@ -57,30 +57,28 @@ fn assert_close(found: &[f32], expected: &[f32], columns: usize) {
     }
 }
 
-fn check<E: Element>(isa: Isa, pool: &mut Pool) {
+fn check<E: Element>(pool: &mut Pool) {
     for (rows, columns) in [(1, 1), (16, 2), (17, 37), (33, 300), (48, 1031)] {
         for num_rows in [1, 2, 5, 6, 12, 13, 31, 49, 61] {
-            let case = Case::<E>::new(isa, pool, num_rows, rows, columns);
-            let matrix = case.write(pool, PackedMatrix::zeroed(rows, columns).unwrap());
+            let case = Case::<E>::new(pool, num_rows, rows, columns);
+            let matrix = case.write(pool, PackedMatrix::zeroed(rows, columns, false).unwrap());
             let expected = case.expected(columns).concat();
             let mut output = vec![f32::NAN; num_rows * rows];
-            product(pool, isa, &case.packed, &matrix, &mut output);
+            product(pool, &case.packed, &matrix, Store::Write, &mut output);
             assert_close(&output, &expected, columns);
             let mut row = vec![0.0; columns];
             matrix.row(rows - 1, &mut row);
             assert_eq!(row, case.weights[(rows - 1) * columns..]);
 
             let once = output.clone();
-            product_add(pool, isa, &case.packed, &matrix, &mut output);
+            product(pool, &case.packed, &matrix, Store::Add, &mut output);
             let twice: Vec<f32> = once.iter().map(|value| value + value).collect();
             assert_eq!(output, twice);
 
             if rows % 2 == 0 {
-                let gated = case.write(pool, PackedMatrix::gated(rows, columns).unwrap());
-                matrix.row(rows / 2, &mut row);
-                assert_eq!(row, case.weights[rows / 2 * columns..][..columns]);
+                let gated = case.write(pool, PackedMatrix::zeroed(rows, columns, true).unwrap());
                 let mut output = vec![f32::NAN; num_rows * rows / 2];
-                gated_product(pool, isa, &case.packed, &gated, &mut output);
+                product(pool, &case.packed, &gated, Store::Write, &mut output);
                 let both = case.expected(columns);
                 let expected: Vec<f32> =
                     both.iter().flat_map(|row| reference::activation::silu_mul(row)).collect();
@@ -95,33 +93,49 @@ fn check<E: Element>(isa: Isa, pool: &mut Pool) {
 
 #[test]
 fn sums_are_those_of_the_reference() {
-    let mut pool = pool();
-    for isa in Isa::available() {
-        check::<f32>(isa, &mut pool);
-        check::<bf16>(isa, &mut pool);
+    for pool in &mut pools() {
+        check::<f32>(pool);
+        check::<bf16>(pool);
     }
 }
 
 #[test]
 fn a_row_has_the_same_bits_in_any_batch() {
     let (rows, columns) = (40, 700);
-    let mut pool = pool();
-    for isa in Isa::available() {
-        let case = Case::<bf16>::new(isa, &mut pool, 100, rows, columns);
-        let matrix = case.write(&mut pool, PackedMatrix::zeroed(rows, columns).unwrap());
+    for pool in &mut pools() {
+        let case = Case::<bf16>::new(pool, 100, rows, columns);
+        let matrix = case.write(pool, PackedMatrix::zeroed(rows, columns, false).unwrap());
         let run = |num_rows: usize, pool: &mut Pool| {
             let mut packed = PackedRows::default();
-            packed.pack(pool, isa, num_rows, columns, |row, values| {
-                values.copy_from_slice(&case.inputs[row * columns..][..columns]);
-            });
+            packed.pack(pool, &case.inputs[..num_rows * columns], columns, None);
             let mut output = vec![0.0; num_rows * rows];
-            product(pool, isa, &packed, &matrix, &mut output);
+            product(pool, &packed, &matrix, Store::Write, &mut output);
             output.iter().map(|value| value.to_bits()).collect::<Vec<_>>()
         };
-        let all = run(100, &mut pool);
+        let all = run(100, pool);
         for num_rows in [1, 2, 7, 12, 16, 31, 48, 49] {
-            let mut alone = Pool::new(NonZero::<usize>::MIN);
-            assert_eq!(run(num_rows, &mut alone), all[..num_rows * rows], "{isa:?} {num_rows}");
+            let mut alone = Pool::new(NonZero::<usize>::MIN, pool.isa());
+            assert_eq!(run(num_rows, &mut alone), all[..num_rows * rows], "{pool:?} {num_rows}");
+        }
+    }
+}
+
+#[test]
+fn rows_are_normed_as_the_reference_does() {
+    for pool in &mut pools() {
+        for columns in [1, 15, 16, 37, 257, 1024] {
+            let rows: Vec<f32> = (0..3 * columns).map(value).collect();
+            let weight: Vec<f32> = (0..columns).map(|index| value(index + 5)).collect();
+            let mut packed = PackedRows::<f32>::default();
+            packed.pack(pool, &rows, columns, Some(Norm { weight: &weight, eps: 1e-5 }));
+            for (index, row) in rows.chunks_exact(columns).enumerate() {
+                let found = packed.words.iter().skip(index).step_by(3);
+                let expected = reference::norm::rms_norm(row, &weight, 1e-5);
+                assert_eq!(found.len(), columns);
+                for (ours, expected) in found.zip(&expected) {
+                    assert!((ours - expected).abs() <= 1e-5 * expected.abs().max(1.0));
+                }
+            }
         }
     }
 }

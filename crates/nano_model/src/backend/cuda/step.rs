@@ -187,7 +187,7 @@ impl StepBuffers {
         staging.write(layout.tiles, &tiles);
         for (index, sequence) in batch.sequences.iter().enumerate() {
             let row = layout.block_table + index * self.max_blocks * 4;
-            staging.write(row, &sequence.block_table);
+            staging.write(row, &batch.block_ids[sequence.block_table.clone()]);
         }
         // SAFETY: the staging buffer is not written before `copied` has passed, and both buffers
         // live as long as this value, whose drop waits for the device.

@@ -1,0 +1,73 @@
+//! What a model of half a gigabyte takes at its fullest.
+#![cfg(target_os = "linux")]
+#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
+mod model_fixture;
+
+use model_fixture::{options, write_json};
+use nano_core::TokenId;
+use nano_core::{EngineCore, Request, RequestId, RequestKind, RequestLimits, SamplingParams};
+use nano_model::{LoadFormat, ModelInfo, ModelOptions, load};
+use serde_json::json;
+
+const NUM_PROMPTS: u64 = 64;
+const PROMPT_LEN: u32 = 40;
+const MAX_TOKENS: u32 = 8;
+const BLOCK_SIZE: u32 = 16;
+
+/// A line of the process's status: `VmRSS` is what is resident, `VmHWM` the most that ever was.
+fn resident_bytes(name: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    line.trim_start_matches(':').trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// More tokens than one step takes, in a cache far larger than they need: the peak stays within 1.2
+/// times the weights and the blocks that were written.
+#[test]
+fn the_peak_is_near_the_weights_and_the_part_of_the_cache_that_is_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = json!({
+        "architectures": ["MistralForCausalLM"], "vocab_size": 32000, "hidden_size": 1024,
+        "intermediate_size": 3584, "num_hidden_layers": 16, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
+    });
+    write_json(&dir.path().join("config.json"), &config);
+    let options = ModelOptions {
+        load_format: LoadFormat::Dummy,
+        block_size: BLOCK_SIZE,
+        num_blocks: None,
+        kv_cache_bytes: Some(1 << 30),
+        max_num_batched_tokens: None,
+        ..options()
+    };
+    let before = resident_bytes("VmRSS");
+    let (executor, info) = load(dir.path(), &options).unwrap();
+    let ModelInfo { vocab_size, max_model_len, num_blocks, limits: step_limits, .. } = info;
+    assert_eq!(step_limits.max_num_batched_tokens, 2048);
+    let limits = RequestLimits {
+        vocab_size,
+        max_model_len,
+        num_blocks,
+        block_size: BLOCK_SIZE,
+        eos_token_ids: [].into(),
+        seed: 0,
+    };
+    let mut core = EngineCore::new(step_limits, executor).unwrap();
+    for id in 0..NUM_PROMPTS {
+        let prompt = (0..PROMPT_LEN).map(|at| TokenId(at * 7 + id as u32)).collect();
+        let params = SamplingParams { max_tokens: MAX_TOKENS, ..SamplingParams::default() };
+        let kind = RequestKind::Generate(params);
+        core.add(Request::new(RequestId(id), prompt, kind, &limits).unwrap());
+    }
+    while !core.is_idle() {
+        core.step().unwrap();
+    }
+    let peak = resident_bytes("VmHWM") - before;
+    let written = NUM_PROMPTS * u64::from((PROMPT_LEN + MAX_TOKENS).div_ceil(BLOCK_SIZE));
+    let cache = written * ((1 << 30) / u64::from(num_blocks));
+    let ratio = peak as f64 / (info.weight_bytes + cache) as f64;
+    println!("peak {} MiB, {ratio:.3} of weights and cache", peak >> 20);
+    assert!(ratio <= 1.2, "{ratio}");
+}
