@@ -166,7 +166,7 @@ impl Bench {
             num_source_rows: num_rows,
             row_size,
         };
-        let seconds = self.timing.seconds(self.device(), |_| {
+        let seconds = Timing::seconds(self.device(), |_| {
             // SAFETY: every buffer was allocated above with the size of its shape.
             unsafe { self.kernels.gather_rows(&gather, index.address()) }
         })?;

@@ -194,7 +194,7 @@ impl Kernels {
     /// Hopper; a token's last bits depend on how its sequence was cut into steps.
     ///
     /// # Safety
-    /// As there; the cache ends at an address that its blocks reach.
+    /// As there; `num_tokens` are the rows of the query.
     pub unsafe fn prefill_attention_wgmma(
         &self,
         input: &AttentionInput,
