@@ -28,7 +28,7 @@ from nano_batch.bench.result import write
 from nano_batch.bench.side import Side, Task
 from nano_batch.bench.workload import MISTRAL_7B, random_prompts
 
-BURSTS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+BURSTS = [1, 2, 3, 4, 8, 16, 24, 32, 64, 100, 128, 256]
 
 
 def mix(seed):

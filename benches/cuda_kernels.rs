@@ -2,6 +2,7 @@
 //!
 //! A case is captured a number of times into one graph over rotating data larger than the L2
 //! cache; the median of its replays, by the host's clock, is divided by the number of launches.
+//! An argument names the kind of kernels to time: elements, products, sampling, decode or prefill.
 
 #![allow(clippy::print_stdout, reason = "a bench prints its table")]
 
@@ -58,7 +59,9 @@ fn main() -> Result<()> {
     );
     println!("| kernel | MB | GFLOP | floor µs | measured µs | share |");
     println!("|---|---|---|---|---|---|");
-    for num_tokens in [1, 64, 256, 2048] {
+    let kind = std::env::args().nth(1).filter(|kind| !kind.starts_with('-'));
+    let wants = |it: &str| kind.as_deref().is_none_or(|kind| kind == it);
+    for num_tokens in [1, 64, 256, 2048].into_iter().filter(|_| wants("elements")) {
         bench.norm(num_tokens)?;
         bench.rope(num_tokens)?;
         bench.gate(num_tokens)?;
@@ -70,12 +73,19 @@ fn main() -> Result<()> {
         ("gate_up", 2 * INTERMEDIATE, HIDDEN),
         ("down", HIDDEN, INTERMEDIATE),
         ("lm_head", VOCAB, HIDDEN),
-    ] {
+    ]
+    .into_iter()
+    .filter(|_| wants("products"))
+    {
         bench.product(name, out_features, in_features)?;
     }
-    bench.ban(1024)?;
-    bench.weights(VOCAB * HIDDEN)?;
-    for num_rows in [1, 64, 256] {
+    if wants("sampling") {
+        bench.ban(1024)?;
+    }
+    if wants("elements") {
+        bench.weights(VOCAB * HIDDEN)?;
+    }
+    for num_rows in [1, 64, 256].into_iter().filter(|_| wants("sampling")) {
         for (name, temperature, top_p) in
             [("greedy", 0.0, 1.0), ("hot", 0.6, 1.0), ("top_p", 0.6, 0.9)]
         {
@@ -91,13 +101,20 @@ fn main() -> Result<()> {
         (64, 2048),
         (256, 512),
         (256, 1024),
-    ] {
+    ]
+    .into_iter()
+    .filter(|_| wants("decode"))
+    {
         bench.decode(&format!("{num_sequences} x {length}"), &vec![length; num_sequences])?;
     }
     let ragged: Vec<usize> = (0..64).map(|i| 100 + (i * 1237) % 1949).collect();
-    bench.decode("64 x 100..2048", &ragged)?;
+    if wants("decode") {
+        bench.decode("64 x 100..2048", &ragged)?;
+    }
     for (num_sequences, num_tokens, prefix) in
         [(1, 512, 0), (16, 512, 0), (1, 2048, 0), (8, 2048, 0), (2, 8192, 0), (4, 512, 4096)]
+            .into_iter()
+            .filter(|_| wants("prefill"))
     {
         bench.prefill(num_sequences, num_tokens, prefix)?;
     }
@@ -149,7 +166,7 @@ impl Bench {
             num_source_rows: num_rows,
             row_size,
         };
-        let seconds = self.timing.seconds(self.device(), |_| {
+        let seconds = Timing::seconds(self.device(), |_| {
             // SAFETY: every buffer was allocated above with the size of its shape.
             unsafe { self.kernels.gather_rows(&gather, index.address()) }
         })?;
@@ -387,11 +404,20 @@ impl Bench {
             * (prefix as f64 + num_tokens.div_ceil(2) as f64);
         let query_bytes = num_sequences * num_tokens * HEADS.num_heads * HEADS.head_dim * 2;
         let bytes = num_sequences * (prefix + num_tokens) * KV_BYTES + 2 * query_bytes;
+        let (out, tiles_on, num_tiles) = (batch.out.address(), tiles_on.address(), tiles.len());
         let name = format!("prefill_attention, {num_sequences} x {num_tokens} on {prefix}");
         self.report(&name, bytes, keys * FLOPS_PER_KEY, |i| {
-            let (input, out) = (batch.input(i), batch.out.address());
             // SAFETY: every buffer was allocated above with the size of its shape.
-            unsafe { self.kernels.prefill_attention(&input, out, tiles_on.address(), tiles.len()) }
+            unsafe { self.kernels.prefill_attention(&batch.input(i), out, tiles_on, num_tiles) }
+        })?;
+        if !self.kernels.has_prefill_attention_wgmma() {
+            return Ok(());
+        }
+        let name = format!("prefill_attention_wgmma, {num_sequences} x {num_tokens} on {prefix}");
+        self.report(&name, bytes, keys * FLOPS_PER_KEY, |i| {
+            let (input, rows) = (batch.input(i), num_sequences * num_tokens);
+            // SAFETY: every buffer was allocated above with the size of its shape.
+            unsafe { self.kernels.prefill_attention_wgmma(&input, out, tiles_on, num_tiles, rows) }
         })
     }
 }
@@ -422,16 +448,16 @@ impl Batch {
         let num_blocks_of = |length: &usize| length.div_ceil(16);
         let num_blocks: usize = lengths.iter().map(num_blocks_of).sum();
         let max_blocks = lengths.iter().map(num_blocks_of).max().unwrap_or(1);
-        // A stride coprime to the number of blocks scatters them.
-        let stride = (num_blocks / 3..=2 * num_blocks)
-            .find(|stride| gcd(*stride, num_blocks) == 1)
-            .unwrap_or(1);
-        let mut next = 0;
+        let mut order: Vec<i32> = (0..num_blocks as i32).collect();
+        let mut state = 0x2545_f491_4f6c_dd1d_u64;
+        for i in (1..num_blocks).rev() {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            order.swap(i, (state >> 33) as usize % (i + 1));
+        }
         let mut table = vec![0_i32; lengths.len() * max_blocks];
         for (row, length) in table.chunks_mut(max_blocks).zip(lengths) {
             for block in &mut row[..length.div_ceil(16)] {
-                *block = (next * stride % num_blocks) as i32;
-                next += 1;
+                *block = order.pop().unwrap_or(0);
             }
         }
         let cache_bytes = num_blocks * 16 * KV_BYTES;
@@ -458,8 +484,4 @@ impl Batch {
             window: None,
         }
     }
-}
-
-fn gcd(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { gcd(b, a % b) }
 }

@@ -44,7 +44,6 @@ impl Timing {
 
     /// Seconds of one launch, the median over replays of a graph of them.
     pub(crate) fn seconds(
-        &self,
         device: &Device,
         mut launch: impl FnMut(usize) -> Result<()>,
     ) -> Result<f64> {

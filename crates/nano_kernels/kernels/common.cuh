@@ -17,7 +17,8 @@ constexpr int BLOCK_SIZE = 16;
 
 // Lets the next kernel of the stream begin, and waits until the one before has ended, with all that
 // it wrote. Every kernel calls both before it reads what another one writes, or writes anything:
-// the kernels of a stream overlap, see src/cuda/kernels.rs.
+// the kernels of a stream overlap, see src/cuda/kernels.rs. At least one block of each must wait:
+// then no kernel ends before the one in front of it.
 __device__ __forceinline__ void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -95,4 +96,15 @@ __device__ __forceinline__ T block_reduce(T value, T* scratch, Combine combine) 
     value = scratch[0];
     for (int warp = 1; warp < blockDim.x / WARP; warp++) value = combine(value, scratch[warp]);
     return value;
+}
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return (u32)__cvta_generic_to_shared(pointer);
+}
+
+// 2^x; minus infinity gives zero.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }

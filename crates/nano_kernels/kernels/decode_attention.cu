@@ -27,7 +27,7 @@
 //   cache:       one layer, [num_blocks, k | v, num_kv_heads, BLOCK_SIZE, HEAD_DIM] bf16
 //   block_table: [num_sequences, max_blocks] i32
 //   length:      [num_sequences] i32, the new token included
-//   window:      at least 1; a window over every length is none
+//   window:      1 to 2^30; a window over every length is none
 //   scale:       log2(e) / sqrt(HEAD_DIM)
 //
 // Source: Kwon et al., PagedAttention, 2023; Dao et al., Flash-Decoding, 2023; Ainslie et al.,
@@ -148,41 +148,43 @@ __device__ __forceinline__ float shrink_of(float largest, float sum, float merge
     return sum > 0.0f ? exp2_fast(largest - merged_largest) : 0.0f;  // a part without keys: 0
 }
 
-// What the splits of one sequence and K/V head left behind, merged by a whole thread block.
-// `shrinks: [num_splits, group]` and `totals: [group]` are shared memory.
+// What the splits of one sequence and K/V head left behind, merged by a whole thread block. Each
+// thread weighs the splits for itself: all loads of MERGED splits are on their way at once.
 __device__ void merge_splits(bf16* out, const float* partial, const float* partial_ml, int group,
-                             int num_splits, float* shrinks, float* totals) {
-    const int lane = threadIdx.x % WARP;
-    for (int h = threadIdx.x / WARP; h < group; h += NUM_WARPS) {
-        float merged_largest = NEGATIVE_INFINITY, total = 0.0f;
-        for (int s = lane; s < num_splits; s += WARP) {
-            merged_largest = fmaxf(merged_largest, __ldcg(partial_ml + (s * group + h) * 2));
-        }
-        merged_largest = warp_reduce(merged_largest, Max());
-        for (int s = lane; s < num_splits; s += WARP) {
-            const float* ml = partial_ml + (s * group + h) * 2;
-            const float largest = __ldcg(ml), sum = __ldcg(ml + 1);
-            const float shrink = shrink_of(largest, sum, merged_largest);
-            shrinks[s * group + h] = shrink;
-            total += shrink * sum;
-        }
-        total = warp_reduce(total, Add());
-        if (lane == 0) totals[h] = total;
-    }
-    __syncthreads();
+                             int num_splits) {
+    constexpr int MERGED = 8;
     for (int e = threadIdx.x * 4; e < group * HEAD_DIM; e += blockDim.x * 4) {
         const int h = e / HEAD_DIM;
+        float largest = NEGATIVE_INFINITY, total = 0.0f;
         float4 value = {};
-#pragma unroll 8  // independent loads: their latencies overlap
-        for (int s = 0; s < num_splits; s++) {
-            const float4 part = __ldcg((const float4*)(partial + (i64)s * group * HEAD_DIM + e));
-            const float shrink = shrinks[s * group + h];
-            value.x += shrink * part.x;
-            value.y += shrink * part.y;
-            value.z += shrink * part.z;
-            value.w += shrink * part.w;
+        for (int first = 0; first < num_splits; first += MERGED) {
+            float2 ml[MERGED];
+            float4 parts[MERGED];
+#pragma unroll
+            for (int i = 0; i < MERGED; i++) {
+                const i64 s = min(first + i, num_splits - 1);
+                ml[i] = __ldcg((const float2*)partial_ml + s * group + h);
+                parts[i] = __ldcg((const float4*)(partial + s * group * HEAD_DIM + e));
+                if (first + i >= num_splits) ml[i] = make_float2(NEGATIVE_INFINITY, 0.0f);
+            }
+            float merged_largest = largest;
+#pragma unroll
+            for (int i = 0; i < MERGED; i++) merged_largest = fmaxf(merged_largest, ml[i].x);
+            const float before = exp2_fast(largest - merged_largest);
+            total *= before;
+            value = {value.x * before, value.y * before, value.z * before, value.w * before};
+#pragma unroll
+            for (int i = 0; i < MERGED; i++) {
+                const float shrink = exp2_fast(ml[i].x - merged_largest);
+                total += shrink * ml[i].y;
+                value.x += shrink * parts[i].x;
+                value.y += shrink * parts[i].y;
+                value.z += shrink * parts[i].z;
+                value.w += shrink * parts[i].w;
+            }
+            largest = merged_largest;
         }
-        const float scale = 1.0f / totals[h];
+        const float scale = 1.0f / total;
         u32* target = (u32*)(out + e);
         target[0] = pack_bf16(value.x * scale, value.y * scale);
         target[1] = pack_bf16(value.z * scale, value.w * scale);
@@ -196,11 +198,12 @@ decode_attention(bf16* out, float* partial, float* partial_ml, u32* arrived, con
     extern __shared__ __align__(128) bf16 shared[];
     __shared__ float warp_largest[NUM_WARPS][MAX_GROUP], warp_sum[NUM_WARPS][MAX_GROUP];
     __shared__ bool is_last;
-    begin();
+    let_next_begin();
     const int split = blockIdx.x, kv_head = blockIdx.y, sequence = blockIdx.z;
     const int num_kv_heads = gridDim.y, group = num_heads / num_kv_heads;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const Share share = share_of(length[sequence], window);
+    // Without a wait, so that there is room for the next kernel: the first split's blocks wait for all.
     if (split >= share.num_splits) return;
 
     // Stream this warp's cache blocks: begin + warp, begin + warp + NUM_WARPS and so on.
@@ -216,7 +219,15 @@ decode_attention(bf16* out, float* partial, float* partial_ml, u32* arrived, con
         commit_copies();
     };
     const int first = share.begin + warp;
-    for (int s = 0; s < STAGES - 1; s++) load(first + s * NUM_WARPS, s);
+    // The kernel in front writes the query and the newest row alone: what a step is made of, and the
+    // rows of the steps before, are there already.
+    const int newest = (share.length - 1) / BLOCK_SIZE;
+    for (int s = 0; s < STAGES - 1; s++) {
+        const int block = first + s * NUM_WARPS;
+        if (block >= newest) wait_for_previous();
+        load(block, s);
+    }
+    wait_for_previous();
 
     u32 heads[DIM_TILES][2];
     const int column = lane / 4;
@@ -299,6 +310,5 @@ decode_attention(bf16* out, float* partial, float* partial_ml, u32* arrived, con
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-    merge_splits(pair_out, pair_partial, pair_ml, group, share.num_splits, (float*)shared,
-                 warp_sum[0]);
+    merge_splits(pair_out, pair_partial, pair_ml, group, share.num_splits);
 }

@@ -10,10 +10,6 @@
 #pragma once
 #include "common.cuh"
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return (u32)__cvta_generic_to_shared(pointer);
-}
-
 // Sixteen bytes from global to shared memory in the background; zeros where `valid` is false,
 // and then nothing is read.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
@@ -67,13 +63,6 @@ __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b
                  "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// 2^x; minus infinity gives zero.
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // Where 16-byte chunk `chunk` of row `row` lies in a tile of rows of DIM bf16 values. The

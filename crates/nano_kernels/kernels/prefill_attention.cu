@@ -20,7 +20,7 @@
 //   cache:       one layer, [num_blocks, k | v, num_kv_heads, BLOCK_SIZE, HEAD_DIM] bf16
 //   block_table: [num_sequences, max_blocks] i32
 //   tiles:       [num_tiles] Tile, at most ROWS / group tokens each
-//   window:      at least 1; a window over every length is none
+//   window:      1 to 2^30; a window over every length is none
 //   scale:       log2(e) / sqrt(HEAD_DIM)
 //
 // Source: Dao, FlashAttention-2, 2023; Kwon et al., PagedAttention, 2023.

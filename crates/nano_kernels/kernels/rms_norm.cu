@@ -16,16 +16,24 @@
 // Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
 #include "common.cuh"
 
-// 16-byte vectors a thread may hold: rows of up to 1024 * 8 * VECTORS elements.
-constexpr int VECTORS = 2;
+// 16-byte vectors a thread may hold: rows of up to 512 * 8 * VECTORS elements in blocks of
+// 512 threads.
+constexpr int VECTORS = 4;
 
 extern "C" __global__ void __launch_bounds__(1024)
 rms_norm(Bf16x8* out, Bf16x8* residual, const Bf16x8* addend, const Bf16x8* weight,
          int hidden_size, float eps) {
     __shared__ float scratch[WARP];
-    begin();
+    let_next_begin();
     const int num_vectors = hidden_size / 8;
     const i64 row = (i64)blockIdx.x * num_vectors;
+    Bf16x8 factors_of[VECTORS];
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) {
+        const int i = threadIdx.x + v * blockDim.x;
+        if (i < num_vectors) factors_of[v] = weight[i];
+    }
+    wait_for_previous();
 
     float values[VECTORS][8];
     float sum_of_squares = 0.0f;
@@ -54,7 +62,7 @@ rms_norm(Bf16x8* out, Bf16x8* residual, const Bf16x8* addend, const Bf16x8* weig
         const int i = threadIdx.x + v * blockDim.x;
         if (i >= num_vectors) continue;
         float factors[8];
-        unpack(weight[i], factors);
+        unpack(factors_of[v], factors);
 #pragma unroll
         for (int e = 0; e < 8; e++) values[v][e] *= scale * factors[e];
         out[row + i] = pack(values[v]);

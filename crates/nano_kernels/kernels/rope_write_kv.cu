@@ -25,17 +25,18 @@ __device__ __forceinline__ void store_halves(bf16* target, int half_dim, const B
     *(Bf16x8*)(target + half_dim) = second;
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(512)
 rope_write_kv(bf16* query, bf16* cache, const bf16* qkv, const float* cos_sin,
               const int* position, const int* slot, int num_heads, int num_kv_heads,
               int head_dim) {
-    begin();
+    let_next_begin();
     const i64 token = blockIdx.x;
     const int half_dim = head_dim / 2;
     const int units_per_head = half_dim / 8;
     const int all_heads = num_heads + 2 * num_kv_heads;
     const int token_slot = slot[token];
     const float* angles = cos_sin + (i64)position[token] * head_dim;
+    wait_for_previous();
 
     for (int unit = threadIdx.x; unit < all_heads * units_per_head; unit += blockDim.x) {
         const int head = unit / units_per_head;

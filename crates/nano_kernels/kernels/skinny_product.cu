@@ -18,7 +18,7 @@
 //   out:           [num_tokens, out_features] bf16 or f32
 //
 // Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions.
-#include "common.cuh"
+#include "hopper.cuh"
 
 #ifndef NUM_TOKENS
 #error "NUM_TOKENS is 8, 16 or 32"
@@ -28,67 +28,9 @@ constexpr int ROW_BYTES = CHUNK * sizeof(bf16);
 constexpr int GROUP_ROWS = 64, GROUP_THREADS = 128;
 constexpr int STAGED = 68;  // floats of a token's row in the staging memory, without bank conflicts
 
-struct alignas(64) TensorMap {
-    u64 opaque[16];
-};
 enum Epilogue { STORE = 0, ADD = 1, STORE_F32 = 2 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return (u32)__cvta_generic_to_shared(pointer);
-}
-__device__ __forceinline__ void init_barrier(u32 barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-__device__ __forceinline__ void expect_bytes(u32 barrier, u32 num_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                 "r"(num_bytes)
-                 : "memory");
-}
-__device__ __forceinline__ void arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// One block of assembly: a loop around it would keep the compiler from overlapping wgmma.
-__device__ __forceinline__ void wait(u32 barrier, u32 phase) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}"
-        ::"r"(barrier), "r"(phase)
-        : "memory");
-}
-__device__ __forceinline__ u64 read_once_policy() {
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-__device__ __forceinline__ u64 keep_policy() {
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-__device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int column, int row,
-                                         u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
-        ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
-        : "memory");
-}
-// What wgmma knows of a tile: rows of 128 bytes, swizzled, eight of them 1024 bytes.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-__device__ __forceinline__ void begin_products() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void commit_products() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int IN_FLIGHT> __device__ __forceinline__ void wait_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
-}
 #define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 __device__ __forceinline__ void multiply(float (&d)[NUM_TOKENS / 2], u64 a, u64 b) {
 #if NUM_TOKENS == 8
@@ -114,18 +56,6 @@ __device__ __forceinline__ void multiply(float (&d)[NUM_TOKENS / 2], u64 a, u64 
 __device__ __forceinline__ void sync_group(int group) {
     asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
 }
-
-// A place in the ring and how often it has come round.
-struct Turn {
-    int stage = 0;
-    u32 phase = 0;
-    __device__ void next(int num_stages) {
-        if (++stage == num_stages) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
 #endif
 
 extern "C" __global__ void __launch_bounds__(2 * GROUP_THREADS + WARP, 1)
@@ -152,8 +82,7 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
             init_barrier(full + s * 8, 1);
             init_barrier(empty + s * 8, num_groups * GROUP_THREADS / WARP);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        publish_barriers();
     }
     __syncthreads();
 
@@ -183,7 +112,7 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
         const int ahead = min(total, num_stages);
         for (int at = 0; at < ahead; at++) load_weight(at, at);
         wait_for_previous();
-        asm volatile("fence.proxy.async;" ::: "memory");  // its stores, seen by the copies
+        publish_stores();  // those of the kernel in front
         for (int at = 0; at < ahead; at++) load_input(at, at);
         Turn turn;
         for (int at = ahead; at < total; at++) {

@@ -18,6 +18,7 @@ pub mod row_product;
 pub mod sampling;
 pub mod skinny;
 pub mod spec;
+mod tensor_map;
 pub mod weights;
 
 pub use device::{Device, DeviceBuffer, Event, PinnedBuffer};

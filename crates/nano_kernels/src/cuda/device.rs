@@ -82,6 +82,11 @@ impl Device {
         &self.architecture
     }
 
+    /// Whether it is of the one generation that has `wgmma`.
+    pub fn is_hopper(&self) -> bool {
+        self.architecture == "sm_90a"
+    }
+
     /// Multiprocessors, over which a launch spreads its thread blocks.
     pub fn num_multiprocessors(&self) -> u32 {
         self.num_multiprocessors

@@ -12,13 +12,15 @@ use cudarc::nvrtc::Ptx;
 
 use super::compile::{Compiler, Cubin};
 use super::spec::{KERNELS, Kernel, KernelSpec};
-use super::{Device, Result};
+use super::{Device, DeviceBuffer, Result};
 
 /// Every kernel of the table, ready to launch.
 #[derive(Debug)]
 pub struct Kernels {
     device: Device,
     functions: Vec<CudaFunction>,
+    /// Two counters of prefill attention's pieces of work, zero between launches.
+    turns: DeviceBuffer,
 }
 
 impl Kernels {
@@ -37,7 +39,10 @@ impl Kernels {
             }
             Ok(function)
         });
-        Ok(Self { functions: functions.collect::<Result<_>>()?, device: device.clone() })
+        let functions = functions.collect::<Result<_>>()?;
+        let turns = device.allocate(2 * size_of::<u32>())?;
+        turns.fill(0)?;
+        Ok(Self { functions, turns, device: device.clone() })
     }
 
     /// The device that they are loaded on.
@@ -53,6 +58,10 @@ impl Kernels {
             arguments: Vec::new(),
             begins_early: self.device.overlaps_kernels(),
         }
+    }
+
+    pub(super) fn turns(&self) -> u64 {
+        self.turns.address()
     }
 
     pub(super) fn function(&self, kernel: Kernel) -> &CudaFunction {

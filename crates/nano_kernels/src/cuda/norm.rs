@@ -6,6 +6,7 @@ use super::{Kernels, Result, check};
 
 /// Elements that one thread holds at most.
 const MAX_ELEMENTS_PER_THREAD: usize = 16;
+const MANY_TOKENS: usize = 1024;
 
 /// One launch; addresses of bf16 memory on the device.
 #[derive(Clone, Copy, Debug)]
@@ -46,8 +47,10 @@ impl Kernels {
         if num_tokens == 0 {
             return Ok(());
         }
-        // One vector of 8 a thread as far as threads reach.
-        let num_threads = (hidden_size / 8).next_multiple_of(32).min(1024) as u32;
+        // One vector of 8 a thread gives a row the least latency, where rows are few; four give many
+        // rows the most bandwidth, since fewer warps wait for each other.
+        let vectors = if num_tokens < MANY_TOKENS { 1 } else { 4 };
+        let num_threads = hidden_size.div_ceil(vectors * 8).next_multiple_of(32).min(1024) as u32;
         let (addend, hidden_size) = (addend.unwrap_or(0), hidden_size as i32);
         let mut launch = self.launch(Kernel::RmsNorm);
         launch.arg(&out).arg(&residual).arg(&addend).arg(&weight).arg(&hidden_size).arg(&eps);

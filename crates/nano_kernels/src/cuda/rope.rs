@@ -4,6 +4,8 @@ use super::kernels::shape;
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
 
+const MAX_THREADS: usize = 512;
+
 /// One launch; addresses on the device.
 #[derive(Clone, Copy, Debug)]
 pub struct RopeWriteKv {
@@ -44,12 +46,15 @@ impl Kernels {
         if num_tokens == 0 {
             return Ok(());
         }
+        // Two vectors of 8 a thread as far as threads reach.
+        let num_units = (num_heads + 2 * num_kv_heads) * head_dim / 16;
+        let num_threads = num_units.next_multiple_of(32).min(MAX_THREADS) as u32;
         let (heads, kv_heads, dim) = (num_heads as i32, num_kv_heads as i32, head_dim as i32);
         let mut launch = self.launch(Kernel::RopeWriteKv);
         launch.arg(&query).arg(&cache).arg(&qkv).arg(&cos_sin).arg(&position).arg(&slot);
         launch.arg(&heads).arg(&kv_heads).arg(&dim);
         // SAFETY: the kernel walks any number of heads of whole vectors, which was checked; the
         // memory is the caller's word.
-        unsafe { launch.launch(shape((num_tokens as u32, 1, 1), 256)) }
+        unsafe { launch.launch(shape((num_tokens as u32, 1, 1), num_threads)) }
     }
 }

@@ -6,7 +6,12 @@ use super::kernels::shape;
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
 
-const NUM_THREADS: u32 = 256;
+const NUM_THREADS: u32 = 512;
+/// Weight rows of a warp, and bytes that a lane copies of each at a time.
+const ROWS: usize = 2;
+const VECTOR_BYTES: usize = 16;
+/// Shared memory of compute capability 9.0 and 10.x, which has room for the longer ring.
+const MANY_STAGES_BYTES: usize = 200 << 10;
 
 /// What becomes of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,12 +49,19 @@ pub struct RowProduct {
 
 impl Kernels {
     /// Whether [`row_product`](Self::row_product) has this shape on this device, which keeps the
-    /// input in shared memory.
+    /// input and its norm in shared memory.
     pub fn has_row_product(&self, num_rows: usize, in_features: usize) -> bool {
-        let num_bytes = in_features * 2;
+        let num_bytes = self.ring_bytes() + in_features * 4;
         num_rows == 1
             && in_features.is_multiple_of(8)
             && num_bytes <= self.device().max_shared_bytes() as usize
+    }
+
+    /// The pieces of weights on their way to a thread block, as the source counts them.
+    fn ring_bytes(&self) -> usize {
+        let has_room = self.device().max_shared_bytes() as usize >= MANY_STAGES_BYTES;
+        let num_stages = if has_room { 10 } else { 4 };
+        num_stages * ROWS * VECTOR_BYTES * NUM_THREADS as usize
     }
 
     /// Enqueues a product.
@@ -68,7 +80,8 @@ impl Kernels {
             return Ok(());
         }
         let function = self.function(Kernel::RowProduct);
-        let shared_mem_bytes = (in_features * 2) as u32;
+        let shared_mem_bytes =
+            (self.ring_bytes() + in_features * if norm.is_some() { 4 } else { 2 }) as u32;
         let resident = function.occupancy_max_active_blocks_per_multiprocessor(
             NUM_THREADS,
             shared_mem_bytes as usize,

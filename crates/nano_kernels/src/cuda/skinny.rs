@@ -1,12 +1,11 @@
 //! Products of up to 32 rows on Hopper's tensor cores: `kernels/skinny_product.cu`.
 
-use std::ffi::c_void;
-
-use cudarc::driver::{DeviceRepr, LaunchConfig, sys};
+use cudarc::driver::LaunchConfig;
 
 use super::gemm::{Output, Product};
 use super::kernels::shape;
 use super::spec::Kernel;
+use super::tensor_map::TensorMap;
 use super::{Kernels, Result, check};
 
 /// Rows that a launch takes at most.
@@ -26,44 +25,6 @@ const MIN_STAGES: usize = 4;
 /// Shared memory of a thread block: no slower than with all there is, and the blocks of the small
 /// kernels between two products have room beside it.
 const MAX_SHARED_BYTES: usize = 200 << 10;
-
-/// Where and how a matrix lies, as the copies read it.
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-struct TensorMap(sys::CUtensorMap);
-
-// SAFETY: plain bytes, which the kernel takes as the copy instructions define them.
-unsafe impl DeviceRepr for TensorMap {}
-
-impl TensorMap {
-    /// Of `[rows, columns]` bf16, copied by boxes of `box_rows` and `CHUNK` columns.
-    fn new(address: u64, rows: usize, columns: usize, box_rows: usize) -> Result<Self> {
-        // SAFETY: all zeros are a value of this plain structure.
-        let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
-        let (sizes, strides) = ([columns as u64, rows as u64], [columns as u64 * 2]);
-        let (copied, steps) = ([CHUNK as u32, box_rows as u32], [1, 1]);
-        // SAFETY: the arrays have as many entries as two dimensions ask for, and are read before
-        // the call returns.
-        unsafe {
-            sys::cuTensorMapEncodeTiled(
-                &raw mut map,
-                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                2,
-                address as *mut c_void,
-                sizes.as_ptr(),
-                strides.as_ptr(),
-                copied.as_ptr(),
-                steps.as_ptr(),
-                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        }
-        .result()?;
-        Ok(Self(map))
-    }
-}
 
 /// How a product is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,9 +72,7 @@ impl Tiling {
 impl Kernels {
     /// Whether [`skinny_product`](Self::skinny_product) has this shape on this device.
     pub fn has_skinny_product(&self, num_rows: usize, in_features: usize) -> bool {
-        self.device().architecture() == "sm_90a"
-            && num_rows <= MAX_ROWS
-            && in_features.is_multiple_of(8)
+        self.device().is_hopper() && num_rows <= MAX_ROWS && in_features.is_multiple_of(8)
     }
 
     /// Enqueues a product.
@@ -148,8 +107,9 @@ impl Kernels {
         // With one, a warpgroup would wait for what it has not let go of.
         let num_stages = tiling.num_stages;
         check(num_stages >= 2, "num_stages", "at least 2 for the shared memory", num_stages)?;
-        let weight = TensorMap::new(weight, out_features, in_features, tiling.tile_rows)?;
-        let input = TensorMap::new(input, num_rows, in_features, num_tokens)?;
+        let weight =
+            TensorMap::new(weight, [in_features, out_features], [CHUNK, tiling.tile_rows])?;
+        let input = TensorMap::new(input, [in_features, num_rows], [CHUNK, num_tokens])?;
         let num_steps = in_features.div_ceil(CHUNK * tiling.chunks_per_step) as i32;
         let epilogue = match output {
             Output::Bf16 => 0,

@@ -37,6 +37,10 @@ pub enum Kernel {
     PrefillAttention64,
     /// Attention of many tokens a sequence, `head_dim` 128.
     PrefillAttention128,
+    /// The same on Hopper, `head_dim` 64.
+    PrefillAttentionWgmma64,
+    /// The same on Hopper, `head_dim` 128.
+    PrefillAttentionWgmma128,
 }
 
 /// What the compiler needs to know of a kernel.
@@ -57,8 +61,9 @@ pub struct KernelSpec {
 }
 
 /// Headers that a source may include, by name.
-pub const HEADERS: [(&str, &str); 2] = [
+pub const HEADERS: [(&str, &str); 3] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("hopper.cuh", include_str!("../../kernels/hopper.cuh")),
     ("mma.cuh", include_str!("../../kernels/mma.cuh")),
 ];
 
@@ -72,13 +77,14 @@ const ROW_PRODUCT: &str = include_str!("../../kernels/row_product.cu");
 const WEIGHTS: &str = include_str!("../../kernels/weights.cu");
 const DECODE_ATTENTION: &str = include_str!("../../kernels/decode_attention.cu");
 const PREFILL_ATTENTION: &str = include_str!("../../kernels/prefill_attention.cu");
+const PREFILL_ATTENTION_WGMMA: &str = include_str!("../../kernels/prefill_attention_wgmma.cu");
 
 const HEAD_DIM_64: &[&str] = &["-DHEAD_DIM=64"];
 const HEAD_DIM_128: &[&str] = &["-DHEAD_DIM=128"];
 
 /// Every kernel, in the order of [`Kernel`].
 #[rustfmt::skip]
-pub const KERNELS: [KernelSpec; 17] = [
+pub const KERNELS: [KernelSpec; 19] = [
     plain(Kernel::RmsNorm, "rms_norm", RMS_NORM),
     plain(Kernel::RopeWriteKv, "rope_write_kv", ROPE_WRITE_KV),
     plain(Kernel::SiluMul, "silu_mul", SILU_MUL),
@@ -96,6 +102,8 @@ pub const KERNELS: [KernelSpec; 17] = [
     decode(Kernel::DecodeAttention128, "decode_attention_128", HEAD_DIM_128, 128),
     prefill(Kernel::PrefillAttention64, "prefill_attention_64", HEAD_DIM_64, 64, 64),
     prefill(Kernel::PrefillAttention128, "prefill_attention_128", HEAD_DIM_128, 128, 32),
+    wgmma(Kernel::PrefillAttentionWgmma64, "prefill_attention_wgmma_64", HEAD_DIM_64, 64, 4),
+    wgmma(Kernel::PrefillAttentionWgmma128, "prefill_attention_wgmma_128", HEAD_DIM_128, 128, 2),
 ];
 
 type Defines = &'static [&'static str];
@@ -132,6 +140,19 @@ const fn prefill(
 ) -> KernelSpec {
     let dynamic_shared_bytes = (128 + 2 * 2 * num_keys) * head_dim * 2;
     let spec = plain(kernel, "prefill_attention", PREFILL_ATTENTION);
+    KernelSpec { name, defines, dynamic_shared_bytes, ..spec }
+}
+
+/// 128 query rows, and `num_stages` of 128 keys and values.
+const fn wgmma(
+    kernel: Kernel,
+    name: &'static str,
+    defines: Defines,
+    head_dim: u32,
+    num_stages: u32,
+) -> KernelSpec {
+    let dynamic_shared_bytes = 1024 + (128 + num_stages * 2 * 128) * head_dim * 2;
+    let spec = plain(kernel, "prefill_attention_wgmma", PREFILL_ATTENTION_WGMMA);
     KernelSpec { name, defines, dynamic_shared_bytes, ..spec }
 }
 

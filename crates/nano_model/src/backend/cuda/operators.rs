@@ -244,7 +244,13 @@ impl Backend for CudaBackend {
                 let (plan, num_decodes) = (&self.decode_plan, step.num_decodes);
                 self.kernels.decode_attention(plan, &input, out, step.length, num_decodes)?;
             }
-            self.kernels.prefill_attention(&input, out, step.tiles, step.num_tiles)?;
+            let (tiles, num_tiles) = (step.tiles, step.num_tiles);
+            if self.kernels.has_prefill_attention_wgmma() && !self.is_deterministic {
+                let num_rows = query.num_rows;
+                self.kernels.prefill_attention_wgmma(&input, out, tiles, num_tiles, num_rows)?;
+            } else {
+                self.kernels.prefill_attention(&input, out, tiles, num_tiles)?;
+            }
         }
         Ok(CudaHidden { address: out, ..query })
     }

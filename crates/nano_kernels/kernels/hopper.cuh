@@ -1,0 +1,101 @@
+// What only Hopper has: barriers in shared memory that count bytes, copies of boxes of a tensor, and
+// products of a warpgroup. All of it is defined for sm_90a alone; TensorMap is for every target.
+//
+// Source: NVIDIA, PTX ISA: mbarrier, cp.async.bulk.tensor, wgmma.
+#pragma once
+#include "common.cuh"
+
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+__device__ __forceinline__ void init_barrier(u32 barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void expect_bytes(u32 barrier, u32 num_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                 "r"(num_bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// One block of assembly: a loop around it would keep the compiler from overlapping wgmma.
+__device__ __forceinline__ void wait(u32 barrier, u32 phase) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}"
+        ::"r"(barrier), "r"(phase)
+        : "memory");
+}
+__device__ __forceinline__ u64 read_once_policy() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ u64 keep_policy() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int column, int row,
+                                         u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
+        ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+        : "memory");
+}
+__device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int column, int row,
+                                         int plane, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;"
+        ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(plane), "r"(barrier), "l"(policy)
+        : "memory");
+}
+// What this thread has stored in shared memory, seen by the copies and by wgmma.
+__device__ __forceinline__ void publish_shared() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// The same, wherever it lies.
+__device__ __forceinline__ void publish_stores() {
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
+// Makes barriers just initialised known to the copies.
+__device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_shared();
+}
+// What wgmma knows of a tile: rows of 128 bytes, swizzled, eight of them 1024 bytes.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+__device__ __forceinline__ void begin_products() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void commit_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int IN_FLIGHT> __device__ __forceinline__ void wait_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
+}
+// Keeps the compiler from moving uses of what wgmma writes across its waits.
+template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+// A place in the ring and how often it has come round.
+struct Turn {
+    int stage = 0;
+    u32 phase = 0;
+    __device__ void next(int num_stages) {
+        if (++stage == num_stages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+#endif
