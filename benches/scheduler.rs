@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use nano_core::scheduler::output::{LogitRows, SampledRow, StepOutput};
+use nano_core::step::{LogitRows, SampledRow, StepOutput};
 use nano_core::{
     Capacity, Request, RequestId, RequestKind, RequestLimits, SamplingParams, ScheduleOutput,
     Scheduler, SchedulerConfig, TokenId,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use nano_core::scheduler::output::{LogitRows, SampledRow, StepOutput};
+use nano_core::step::{LogitRows, SampledRow, StepOutput};
 use nano_core::{
     Error, Executor, FinishReason, RequestId, RequestKind, SamplingParams, SchedulerConfig, TokenId,
 };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use nano_core::executor::fake::FakeExecutor;
 use nano_core::scheduler::SchedulerStats;
-use nano_core::scheduler::output::ScheduledSequence;
+use nano_core::step::ScheduledSequence;
 use nano_core::{
     Capacity, Executor, FinishReason, Request, RequestId, RequestKind, RequestLimits,
     SamplingParams, ScheduleOutput, Scheduler, SchedulerConfig, TokenEvent, TokenId,

@@ -6,9 +6,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use nano_core::executor::fake::{FakeExecutor, Fault};
-use nano_core::scheduler::output::{
-    LogitRows, ScheduledSequence, StepOutput, TokenMasks, TokenSource,
-};
+use nano_core::step::{LogitRows, ScheduledSequence, StepOutput, TokenMasks, TokenSource};
 use nano_core::{
     Capacity, EngineCore, Error, Executor, FinishReason, Request, RequestId, RequestKind,
     RequestLimits, SamplingParams, ScheduleOutput, SchedulerConfig, TokenEvent, TokenId,

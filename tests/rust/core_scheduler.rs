@@ -4,7 +4,7 @@
 mod core_outcome;
 mod core_run;
 
-use nano_core::scheduler::output::{LogitRows, TokenSource};
+use nano_core::step::{LogitRows, TokenSource};
 use nano_core::{
     Capacity, FinishReason, RequestKind, SamplingParams, Scheduler, SchedulerConfig, SequenceId,
 };

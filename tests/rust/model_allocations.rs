@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::{io, thread};
 
 use model_fixture::{BLOCK_SIZE, model, options};
-use nano_core::scheduler::output::{LogitRows, ScheduledSequence, TokenMasks, TokenSource};
+use nano_core::step::{LogitRows, ScheduledSequence, TokenMasks, TokenSource};
 use nano_core::{BlockId, SamplingParams, ScheduleOutput, SequenceId, TokenId};
 use nano_model::{DtypeChoice, ModelOptions, load};
 

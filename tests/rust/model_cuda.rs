@@ -12,7 +12,7 @@ mod model_fixture;
 use std::collections::BTreeMap;
 
 use model_fixture::{options, write_json};
-use nano_core::scheduler::output::{StepOutput, TokenMasks};
+use nano_core::step::{StepOutput, TokenMasks};
 use nano_core::{
     Capacity, EngineCore, Executor, Request, RequestId, RequestKind, RequestLimits, SamplingParams,
     ScheduleOutput, TokenId,

@@ -8,7 +8,7 @@ mod tch_backend;
 use std::sync::Arc;
 
 use model_fixture::{BLOCK_SIZE, NUM_BLOCKS, model, options, write_json};
-use nano_core::scheduler::output::{
+use nano_core::step::{
     BannedTokens, LogitRows, SampledRow, ScheduledSequence, TokenMasks, TokenSource,
 };
 use nano_core::{BlockId, Error, Executor, SamplingParams, ScheduleOutput, SequenceId, TokenId};

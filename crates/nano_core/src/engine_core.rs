@@ -6,8 +6,8 @@ use crate::error::Result;
 use crate::executor::Executor;
 use crate::ids::RequestId;
 use crate::request::Request;
-use crate::scheduler::output::{ScheduleOutput, TokenEvent};
 use crate::scheduler::{Scheduler, SchedulerConfig, SchedulerStats};
+use crate::step::{ScheduleOutput, TokenEvent};
 
 /// Owns scheduler and executor outright, on one thread: no lock is needed on the hot path.
 #[derive(Debug)]
@@ -100,7 +100,7 @@ mod tests {
     use crate::ids::TokenId;
     use crate::request::{RequestKind, RequestLimits};
     use crate::sampling_params::SamplingParams;
-    use crate::scheduler::output::FinishReason;
+    use crate::step::FinishReason;
 
     const VOCAB_SIZE: u32 = 40;
 

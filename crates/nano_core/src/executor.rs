@@ -5,7 +5,7 @@ pub mod fake;
 use std::fmt::Debug;
 
 use crate::error::Result;
-use crate::scheduler::output::{ScheduleOutput, StepOutput, TokenMasks};
+use crate::step::{ScheduleOutput, StepOutput, TokenMasks};
 
 /// What an executor has room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,9 +5,9 @@
 //! proved without any of them.
 //!
 //! Modules come in levels, and a module imports only from lower ones:
-//! 0. plain validated data: [`error`], [`ids`], [`sampling_params`], [`request`];
-//! 1. state: [`sequence`], [`kv_cache`];
-//! 2. decisions and the seam to the hardware: [`scheduler`], [`executor`];
+//! 0. plain data: [`error`], [`ids`], [`sampling_params`], [`request`], [`step`];
+//! 1. state and the seam to the hardware: [`sequence`], [`kv_cache`], [`executor`];
+//! 2. decisions: [`scheduler`];
 //! 3. the loop: [`engine_core`].
 
 pub mod engine_core;
@@ -19,6 +19,7 @@ pub mod request;
 pub mod sampling_params;
 pub mod scheduler;
 pub mod sequence;
+pub mod step;
 
 pub use engine_core::EngineCore;
 pub use error::{Error, Result};
@@ -26,4 +27,5 @@ pub use executor::{Capacity, Executor};
 pub use ids::{BlockId, RequestId, SequenceId, TokenId};
 pub use request::{Request, RequestKind, RequestLimits};
 pub use sampling_params::SamplingParams;
-pub use scheduler::{FinishReason, ScheduleOutput, Scheduler, SchedulerConfig, TokenEvent};
+pub use scheduler::{Scheduler, SchedulerConfig};
+pub use step::{FinishReason, ScheduleOutput, TokenEvent};

@@ -8,8 +8,6 @@
 //! The scheduler sees token ids and block numbers only. It is called by
 //! [`EngineCore`](crate::EngineCore) alone.
 
-pub mod output;
-
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -22,10 +20,10 @@ use crate::kv_cache::KvCacheManager;
 use crate::request::Request;
 use crate::sequence::{InFlightToken, Sequence};
 
-use output::{
-    BannedTokens, LogitRows, SampledRow, ScheduledSequence, StepOutput, TokenMasks, TokenSource,
+use crate::step::{
+    BannedTokens, FinishReason, LogitRows, SampledRow, ScheduleOutput, ScheduledSequence,
+    StepOutput, TokenEvent, TokenMasks, TokenSource,
 };
-pub use output::{FinishReason, ScheduleOutput, TokenEvent};
 
 /// The limits of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use crate::ids::{RequestId, SequenceId, TokenId};
 use crate::kv_cache::BlockTable;
 use crate::request::Request;
 use crate::sampling_params::SamplingParams;
-use crate::scheduler::output::FinishReason;
+use crate::step::FinishReason;
 
 /// A sampled token that the host has not seen yet, as the step after it names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use nano_core::scheduler::output::{LogitRows, ScheduledSequence, TokenMasks, TokenSource};
+use nano_core::step::{LogitRows, ScheduledSequence, TokenMasks, TokenSource};
 use nano_core::{BlockId, Executor, SamplingParams, ScheduleOutput, SequenceId, TokenId};
 use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
 

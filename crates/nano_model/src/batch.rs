@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use nano_core::TokenId;
-use nano_core::scheduler::output::{LogitRows, ScheduleOutput, ScheduledSequence, TokenSource};
+use nano_core::step::{LogitRows, ScheduleOutput, ScheduledSequence, TokenSource};
 
 /// The part of one sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]

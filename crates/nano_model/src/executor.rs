@@ -5,7 +5,7 @@ pub mod cuda;
 use std::ops::Range;
 
 use nano_core::executor::{Capacity, Executor};
-use nano_core::scheduler::output::{
+use nano_core::step::{
     LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput, TokenMasks,
 };
 use nano_core::{Error as CoreError, TokenId};

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use nano_core::executor::Executor;
 use nano_core::{SchedulerConfig, TokenId};
-use nano_kernels::cuda::Device;
+use nano_kernels::cuda::{Device, Error as CudaError};
 use safetensors::Dtype as StoredDtype;
 
 use crate::backend::{Backend, Dtype, Values};
@@ -137,8 +137,16 @@ pub fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Executor>, Mo
             .ok(),
     };
     if let Some(device) = device {
-        let (executor, info) = cuda::load(dir, options, &device)?;
-        return Ok((Box::new(executor), info));
+        match cuda::load(dir, options, &device) {
+            Ok((executor, info)) => return Ok((Box::new(executor), info)),
+            // A driver without the libraries beside it.
+            Err(Error::Cuda(reason @ (CudaError::NoCompiler(_) | CudaError::Library(_))))
+                if options.device == DeviceChoice::Auto =>
+            {
+                tracing::warn!("the model runs on the CPU: {reason}");
+            }
+            Err(error) => return Err(error),
+        }
     }
     cpu::load(dir, options)
 }

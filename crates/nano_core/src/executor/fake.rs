@@ -14,7 +14,7 @@ use smallvec::smallvec;
 use crate::error::{Error, Result};
 use crate::executor::{Capacity, Executor};
 use crate::ids::{BlockId, SequenceId, TokenId};
-use crate::scheduler::output::{
+use crate::step::{
     LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput, TokenMasks, TokenSource,
 };
 

@@ -1,6 +1,6 @@
 //! The threads of an engine: one pool for every operator.
 //!
-//! An operator of a decode step lasts some hundred microseconds and there are a hundred of them, so
+//! An operator of a decode step lasts some hundred microseconds and there are some 160 of them, so
 //! a worker looks for the next one for a while before it sleeps, and nobody waits for a worker
 //! that has not come: what is left to do is claimed task by task, by the caller too.
 

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use nano_core::executor::{Capacity, Executor};
-use nano_core::scheduler::output::{
+use nano_core::step::{
     LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput, TokenMasks,
 };
 use nano_core::{Error as CoreError, SequenceId, TokenId};

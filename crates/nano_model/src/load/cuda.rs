@@ -18,6 +18,9 @@ use crate::error::{Error, Result};
 use crate::executor::cuda::{CudaExecutor, MAX_STEPS_IN_FLIGHT, graph_sizes};
 use crate::weights::WeightMap;
 
+/// What one side of a launch's grid can have.
+const MAX_ROWS: u32 = 65_535;
+
 /// The first GPU, if `device="auto"` shall take it for this model; else what is in the way.
 pub(super) fn find(dir: &Path, options: &ModelOptions) -> Result<Device> {
     check_options(options)?;
@@ -35,6 +38,16 @@ fn check_options(options: &ModelOptions) -> Result<()> {
     if options.block_size != BLOCK_SIZE {
         let range = format!("{BLOCK_SIZE} on a CUDA device");
         return bad("block_size", range, options.block_size.to_string());
+    }
+    let limits = options.limits(true);
+    for (name, value) in [
+        ("max_num_seqs", limits.max_num_seqs),
+        ("max_num_batched_tokens", limits.max_num_batched_tokens),
+    ] {
+        if value > MAX_ROWS {
+            let range = format!("at most {MAX_ROWS} on a CUDA device");
+            return bad(name, range, value.to_string());
+        }
     }
     Ok(())
 }

@@ -146,13 +146,18 @@ fn rows_are_those_of_the_reference() {
 
 #[test]
 fn bits_depend_on_nothing_but_the_row() {
+    check_bits::<f32>();
+    check_bits::<bf16>();
+}
+
+fn check_bits<E: Element>() {
     let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
     for isa in Isa::available() {
         for window in [None, Some(50)] {
             let run = |num_threads, block_size, sequences: &[(usize, usize)]| {
                 let shape = KvShape { num_kv_heads: 2, block_size, head_dim: 32 };
                 let scene = Scene { shape, group: 4, window, sequences: sequences.to_vec() };
-                bits(&scene.run::<bf16>(&mut pool(num_threads, isa)).found)
+                bits(&scene.run::<E>(&mut pool(num_threads, isa)).found)
             };
             let whole = run(1, 16, &[(0, 150)]);
             assert_eq!(whole, run(5, 16, &[(0, 150)]));

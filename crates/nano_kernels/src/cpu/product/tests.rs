@@ -101,21 +101,29 @@ fn sums_are_those_of_the_reference() {
 
 #[test]
 fn a_row_has_the_same_bits_in_any_batch() {
+    for is_gated in [false, true] {
+        check_bits::<f32>(is_gated);
+        check_bits::<bf16>(is_gated);
+    }
+}
+
+fn check_bits<E: Element>(is_gated: bool) {
     let (rows, columns) = (40, 700);
+    let width = if is_gated { rows / 2 } else { rows };
     for pool in &mut pools() {
-        let case = Case::<bf16>::new(pool, 100, rows, columns);
-        let matrix = case.write(pool, PackedMatrix::zeroed(rows, columns, false).unwrap());
+        let case = Case::<E>::new(pool, 100, rows, columns);
+        let matrix = case.write(pool, PackedMatrix::zeroed(rows, columns, is_gated).unwrap());
         let run = |num_rows: usize, pool: &mut Pool| {
             let mut packed = PackedRows::default();
             packed.pack(pool, &case.inputs[..num_rows * columns], columns, None);
-            let mut output = vec![0.0; num_rows * rows];
+            let mut output = vec![0.0; num_rows * width];
             product(pool, &packed, &matrix, Store::Write, &mut output);
             output.iter().map(|value| value.to_bits()).collect::<Vec<_>>()
         };
         let all = run(100, pool);
         for num_rows in [1, 2, 7, 12, 16, 31, 48, 49] {
             let mut alone = Pool::new(NonZero::<usize>::MIN, pool.isa());
-            assert_eq!(run(num_rows, &mut alone), all[..num_rows * rows], "{pool:?} {num_rows}");
+            assert_eq!(run(num_rows, &mut alone), all[..num_rows * width], "{pool:?} {num_rows}");
         }
     }
 }

@@ -39,7 +39,7 @@ pub struct CudaStep {
     pub(super) position: u64,
     pub(super) slot: u64,
     pub(super) length: u64,
-    /// `None` where the logit rows are all rows.
+    /// `None` in a graph, all of whose rows have logits.
     pub(super) logit_row: Option<u64>,
     pub(super) sampling: u64,
     pub(super) tiles: u64,
