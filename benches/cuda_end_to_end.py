@@ -2,11 +2,11 @@
 
     python benches/cuda_end_to_end.py [--runs 3] [--out benches/results/NAME.json]
 
-The keys are those of a vLLM benchmark of the same workloads, so that the two can be laid side by
-side: `ttft512_ms` and `itl_bs1_ms` of one stream of a 512-token prompt, `scale{n}_toks` of n such
-prompts at once with 128 tokens out, `prefill_16x2048_toks`, and `nano_run{i}_toks` of 256 requests
-with prompts and answers of 100 to 1024 tokens at temperature 0.6. Beside them: the time between
-the items of `stream`, the time to load, the card and its measured copy bandwidth.
+The keys are those of our benchmark of vLLM with the same workloads, so that the two can be laid
+side by side: `ttft512_ms` and `itl_bs1_ms` of one stream of a 512-token prompt, `scale{n}_toks`
+of n such prompts at once with 128 tokens out, `prefill_16x2048_toks`, and `nano_run{i}_toks` of
+256 requests with prompts and answers of 100 to 1024 tokens at temperature 0.6. Beside them: the
+time between the items of `stream`, the time to load, the card and its measured copy bandwidth.
 """
 
 import argparse

@@ -16,7 +16,7 @@ _ERRORS = "Error bars: least and most of the runs."
 def draw(result: Result, data: str, peer: Result | None = None) -> dict[str, str]:
     """Return SVGs by name, for a result whose JSON is called `data`.
 
-    `peer` holds figures that were measured elsewhere on the same card.
+    `peer` holds figures that were measured elsewhere, on such a card.
     """
     kinds: dict[str, Callable[..., str]]
     if result["benchmark"] == "latency":

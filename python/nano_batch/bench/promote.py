@@ -64,7 +64,7 @@ def drawn(root: Path) -> dict[str, str]:
 
 
 def peer(result: Result, root: Path) -> Result | None:
-    """What vLLM reached on the same card, as it is noted in a checkout."""
+    """What vLLM reached on such a card, as it is noted in a checkout."""
     path = root / COMMITTED / "vllm.json"
     if not path.exists():
         return None

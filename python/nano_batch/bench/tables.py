@@ -91,7 +91,7 @@ def readable(milliseconds: float) -> str:
 
 
 def beside_vllm(ours: Result, vllm: Result) -> str:
-    """The figures of benches/cuda_end_to_end.py beside those noted of vLLM on the same card."""
+    """The figures of benches/cuda_end_to_end.py beside those noted of vLLM on such a card."""
     theirs = vllm["cards"][ours["card"]]
     counts = (1, 16, 64, 256)
     mix = median(value for key, value in ours.items() if re.fullmatch(r"nano_run\d+_toks", key))

@@ -81,7 +81,7 @@ class Workload:
 
     def prompts(self, count: int, length: int, seed: str) -> list[list[int]]:
         """Prompts of random tokens; another seed gives others."""
-        # The range is that of the vLLM benchmark whose keys are used.
+        # The range is that of our benchmark of vLLM, whose keys are used.
         last = min(10_000, self.config["vocab_size"] - 1)
         return random_prompts(count, length, seed, last)
 
