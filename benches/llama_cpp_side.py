@@ -45,7 +45,7 @@ class LlamaCpp:
         return {"logits": [self._contexts[1].logits([it])[0].tolist() for it in prompts]}
 
 
-# By its path: nano_batch itself, which needs torch, is not imported.
+# By its path: nano_batch itself is not installed in this environment.
 spec = importlib.util.spec_from_file_location("worker", _WORKER)
 worker = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(worker)
