@@ -8,7 +8,7 @@ from nano_batch.bench import style
 from nano_batch.bench.result import COMMITTED, Result
 from nano_batch.bench.style import COLOR, ERROR, caption, new_figure, to_svg
 from nano_batch.bench.summary import rates, spread
-from nano_batch.bench.tables import readable
+from nano_batch.bench.tables import queued, readable, upper
 
 _ERRORS = "Error bars: least and most of the runs."
 
@@ -141,56 +141,78 @@ def _errorbar(axes: Any, x: list[int], y: list[Any], label: str, color: str, **h
 
 
 def _latency(result: Result, data: str, peer: Result | None) -> str:
-    figure, panels = new_figure("Latency under load", 4.3, columns=2)
+    figure, panels = new_figure("Latency under load", 4.5, columns=2, legend=True)
     loads = result["workload"]["load"]
+    name, meaning = upper(result)
+    few = f"{meaning} " if meaning else ""
     for axes, (key, title) in zip(
         panels,
         (("ttft_ms", "Time to the first token"), ("latency_per_token_ms", "Time per token")),
         strict=True,
     ):
-        sides = [("transformers", "other", -1), ("nano_batch", "nano", 1)]
-        highest = max(result[side]["load"][str(n)][key]["p99"] for side, *_ in sides for n in loads)
-        scale, unit = (1e3, "seconds") if highest > 2000 else (1, "milliseconds")
-        for side, color, direction in sides:
-            for percentile, shade, place in (("p50", color, 0.28), ("p99", f"{color}-light", 0.1)):
-                # p50 and p99 of a side stand beside each other, the sides left and right.
-                offset = direction * 0.19 + (place - 0.19) * -1
-                x = [index + offset for index in range(len(loads))]
-                load = [result[side]["load"][str(n)][key] for n in loads]
-                values = [it[percentile] / scale for it in load]
-                runs = [[run[percentile] / scale for run in it["runs"]] for it in load]
-                errors = [
-                    [max(0.0, v - min(r)) for v, r in zip(values, runs, strict=True)],
-                    [max(0.0, max(r) - v) for v, r in zip(values, runs, strict=True)],
-                ]
-                label = f"{side} {percentile}"
-                axes.bar(
-                    x, values, 0.17, color=COLOR[shade], yerr=errors, error_kw=ERROR, label=label
+        # Sides are left and right of a load's middle, with their labels to the right of them.
+        for side, color, offset in (("transformers", "other", -0.34), ("nano_batch", "nano", 0.1)):
+            x = [index + offset for index in range(len(loads))]
+            load = [result[side]["load"][str(n)][key] for n in loads]
+            _dots(axes, x, load, "p99", f"{side}, {name}", COLOR[f"{color}-light"], "D")
+            _dots(axes, x, load, "p50", f"{side}, p50", COLOR[color], "o")
+            for at, it in zip(x, load, strict=True):
+                axes.annotate(
+                    readable(it["p50"]),
+                    (at, it["p50"]),
+                    (7, 0),
+                    textcoords="offset points",
+                    va="center",
+                    size=8,
                 )
-                for at, value, above in zip(x, values, errors[1], strict=True):
-                    top = value + above + highest / scale * 0.015
-                    axes.text(
-                        at,
-                        top,
-                        readable(value * scale),
-                        ha="center",
-                        va="bottom",
-                        size=7.5,
-                        rotation=90,
-                    )
         axes.set_title(title)
+        axes.set_xlim(-0.55, len(loads) - 0.3)
         axes.set_xticks(range(len(loads)), [str(n) for n in loads])
         axes.tick_params(axis="x", length=0)
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("requests that arrive at once")
-        axes.set_ylabel(unit)
-        axes.set_ylim(0, highest / scale * 1.17)
-        axes.yaxis.set_major_formatter("{x:,g}")
-    panels[0].legend(loc="upper left", fontsize=8.5)
-    how = result["transformers"]["load"][str(loads[-1])]["how"]
-    note = f"Per token: (end - arrival) / tokens. transformers at {loads[-1]}: {how}. {_ERRORS}"
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: readable(value))
+        axes.minorticks_off()
+        least, most = axes.get_ylim()
+        axes.set_ylim(least / 1.3, most * 1.3)
+    panels[0].set_ylabel("time, on a logarithmic axis")
+    below_title = 1 - 0.33 / figure.get_size_inches()[1]
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="upper left",
+        bbox_to_anchor=(0, below_title),
+        ncols=4,
+        fontsize=8.5,
+        columnspacing=1,
+        handletextpad=0.2,
+        borderaxespad=0,
+    )
+    note = f"Per token: (end - arrival) / tokens. transformers {queued(result)}. {few}{_ERRORS}"
     caption(figure, result, data, note)
     return to_svg(figure, "Latency of nano_batch beside transformers, by load")
+
+
+def _dots(
+    axes: Any, x: list[float], load: list[Any], key: str, label: str, color: str, marker: str
+) -> None:
+    values = [it[key] for it in load]
+    runs = [[run[key] for run in it["runs"]] for it in load]
+    errors = [
+        [max(0.0, v - min(r)) for v, r in zip(values, runs, strict=True)],
+        [max(0.0, max(r) - v) for v, r in zip(values, runs, strict=True)],
+    ]
+    axes.errorbar(
+        x,
+        values,
+        yerr=errors,
+        label=label,
+        color=color,
+        linestyle="none",
+        marker=marker,
+        markersize=5,
+        elinewidth=1,
+    )
 
 
 def _steps(result: Result, data: str, peer: Result | None) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from nano_batch.bench import pictures
 from nano_batch.bench import result as results
 from nano_batch.bench.result import COMMITTED, Result
-from nano_batch.bench.tables import beside_vllm, describe, table, wrapped
+from nano_batch.bench.tables import beside_vllm, conditions, describe, table, wrapped
 from nano_batch.exceptions import NanoBatchError
 
 PICTURES = Path("docs/pictures")
@@ -93,14 +93,19 @@ def sections(root: Path) -> dict[str, str]:
     texts = {}
     for device in _DEVICES:
         parts = []
-        if f"{device}-throughput" in found:
-            result = found[f"{device}-throughput"]
-            data = " and ".join(f"[{kind}]({COMMITTED}/{device}-{kind}.json)" for kind in _KINDS)
-            parts += [wrapped(f"{describe(result)} Raw data: {data}.")]
-            parts += [table(result, peer(result, root))]
+        data = {kind: f"[Raw data]({COMMITTED}/{device}-{kind}.json)." for kind in _KINDS}
+        first = found.get(f"{device}-throughput")
+        if first:
+            parts += [wrapped(f"{describe(first)} {data['throughput']}")]
+            parts += [table(first, peer(first, root))]
             parts += [_picture(device, kind) for kind in ("throughput", "scaling")]
         if f"{device}-latency" in found:
             result = found[f"{device}-latency"]
+            # Requests and settings are said once where both runs have the same.
+            theirs = "transformers"
+            same = first and first["settings"][theirs] == result["settings"][theirs]
+            words = conditions(result) if same else describe(result)
+            parts += [wrapped(f"{words} {data['latency']}")]
             parts += [table(result), _picture(device, "latency")]
         if parts:
             texts[device] = "\n\n".join(parts)

@@ -56,7 +56,7 @@ _STYLE = {
 }
 ERROR = {"ecolor": COLOR["ink"], "elinewidth": 1, "capsize": 3}
 
-_WIDTH_INCHES, _CAPTION_INCHES, _TITLE_INCHES = 7.4, 0.78, 0.5
+_WIDTH_INCHES, _CAPTION_INCHES, _TITLE_INCHES, _LEGEND_INCHES = 7.4, 0.78, 0.5, 0.2
 _CAPTION_CHARS = 122
 
 
@@ -66,9 +66,12 @@ def style() -> AbstractContextManager[None]:
     return context
 
 
-def new_figure(title: str, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with a title at its top left and room for a caption below its axes."""
-    below, above = _CAPTION_INCHES / height, _TITLE_INCHES / height
+def new_figure(
+    title: str, height: float, columns: int = 1, legend: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure with room for a title, perhaps for a legend under it, and for a caption below."""
+    below = _CAPTION_INCHES / height
+    above = (_TITLE_INCHES + legend * _LEGEND_INCHES) / height
     layout = ConstrainedLayoutEngine(rect=(0, below, 1, 1 - below - above), wspace=0.06)
     figure = Figure(figsize=(_WIDTH_INCHES, height), layout=layout)
     figure.patch.set_alpha(0)

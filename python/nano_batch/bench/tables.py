@@ -8,22 +8,34 @@ from datetime import datetime
 from nano_batch.bench.result import Result, device_name, limits_of
 from nano_batch.bench.summary import median
 
+_LEAST_OF_P99 = 100
+
 
 def describe(result: Result) -> str:
     """Say what was measured, on what, and with which settings."""
-    workload, limits = result["workload"], limits_of(result)
-    day = datetime.fromisoformat(result["time"]).date().isoformat()
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    workload = result["workload"]
     settings = ", ".join(
         f"{key} {value}" for key, value in result["settings"]["transformers"].items()
     )
     return (
         f"{result['model']['name']}, bfloat16, {workload['prompt_len']} tokens in and "
-        f"{workload['output_len']} out, greedy, median of {result['runs']} runs. "
-        f"{device_name(result)} on {day}: memory {limits.bytes_per_s / 1e9:,.0f} GB/s and matrix "
-        f"products {limits.operations_per_s / 1e12:,.2f} TFLOP/s, both measured; "
+        f"{workload['output_len']} out, greedy. {conditions(result)} "
+        f"Settings of transformers: {settings}."
+    )
+
+
+def conditions(result: Result) -> str:
+    """Say when and on what a result was measured, and how often."""
+    limits = limits_of(result)
+    day = datetime.fromisoformat(result["time"]).date().isoformat()
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    commit, *changes = result["commit"].split(" ", 1)
+    return (
+        f"Median of {result['runs']} runs, {device_name(result)}, {day}: "
+        f"memory {limits.bytes_per_s / 1e9:,.0f} GB/s and matrix "
+        f"products {limits.operations_per_s / 1e12:.3g} TFLOP/s, both measured; "
         f"{result['machine']['busy_cores_at_start']:.1f} cores busy before; commit "
-        f"{result['commit'][:12]}; {versions}. Settings of transformers: {settings}."
+        f"{' '.join([commit[:12], *changes])}; {versions}."
     )
 
 
@@ -73,15 +85,39 @@ def _latency(result: Result) -> str:
             row += [f"{readable(it['p50'])} · {readable(it['p99'])}" for it in values]
             row.append(f"{100 * (1 - values[1]['p50'] / values[0]['p50']):.1f} %")
         lines.append(row)
-    head = ["at once, p50 · p99"]
-    for _, name in metrics:
-        head += [f"{name}: transformers", "nano_batch", "less"]
-    most, load = list(result["transformers"]["load"].items())[-1]
+    name, meaning = upper(result)
+    head = [f"at once, p50 · {name}"]
+    for _, metric in metrics:
+        head += [f"{metric}: transformers", "nano_batch", "less"]
     text = (
-        f"Requests arrive at once; transformers serves one after the other (at {most}: "
-        f"{load['how']}). Per token is (end - arrival) / tokens; less compares p50."
+        f"Requests arrive at once; transformers serves one after the other ({queued(result)}). "
+        f"Per token is (end - arrival) / tokens; less compares p50. {meaning}"
     )
     return f"{_markdown(head, lines)}\n\n{wrapped(text)}"
+
+
+def queued(result: Result) -> str:
+    """At which loads transformers' waiting was computed, and from what."""
+    load = result["transformers"]["load"]
+    computed = [count for count, it in load.items() if it["how"].startswith("computed")]
+    if not computed:
+        return "measured at every load"
+    return f"at {' and '.join(computed)}: {load[computed[0]]['how']}"
+
+
+def upper(result: Result) -> tuple[str, str]:
+    """What p99 is called, which of few values is none, and a sentence about that."""
+    counts = [
+        sum(map(len, result[side]["alone"])) if count == "1" else int(count) * result["runs"]
+        for side in ("nano_batch", "transformers")
+        for count in result[side]["load"]
+    ]
+    if min(counts) >= _LEAST_OF_P99:
+        return "p99", ""
+    return "near the most", (
+        f"Near the most: p99 of {min(counts)} to {max(counts)} values, "
+        f"between the two largest of fewer than {_LEAST_OF_P99}."
+    )
 
 
 def readable(milliseconds: float) -> str:
