@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from nano_batch import Engine, SamplingParams, __version__
-from nano_batch.bench.result import write
+from nano_batch.bench.result import without_folders, write
 from nano_batch.bench.side import Side, Task
 from nano_batch.bench.workload import MISTRAL_7B, random_prompts
 
@@ -148,7 +148,7 @@ def main():
             result = {
                 "benchmark": "cuda_end_to_end",
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "command": sys.argv[1:],
+                "command": without_folders(sys.argv[1:]),
                 "card": engine.device,
                 "copy_gb_per_s": copy,
                 "python": platform.python_version(),

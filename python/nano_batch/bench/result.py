@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -52,7 +53,7 @@ def header(
         "preset": workload.name,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": options["commit"] or _commit(),
-        "command": sys.argv[1:],
+        "command": without_folders(sys.argv[1:]),
         "seed": options["seed"],
         "runs": options["runs"],
         "machine": machine,
@@ -80,6 +81,11 @@ def header(
             if "settings" in side
         },
     }
+
+
+def without_folders(command: list[str]) -> list[str]:
+    """A command whose paths are names alone: folders say nothing on another machine."""
+    return [re.sub(r"[^\s=]*/", "", word) for word in command]
 
 
 def limits_of(result: Result) -> Limits:
