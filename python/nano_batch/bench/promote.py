@@ -1,5 +1,6 @@
 """Results become the README's: copied, drawn, and written into its tables."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from nano_batch.bench import pictures
 from nano_batch.bench import result as results
 from nano_batch.bench.result import COMMITTED, Result
 from nano_batch.bench.tables import beside_vllm, conditions, describe, table, wrapped
+from nano_batch.bench.workload import PRESETS
 from nano_batch.exceptions import NanoBatchError
 
 PICTURES = Path("docs/pictures")
@@ -26,11 +28,8 @@ def promote(paths: list[Path], root: Path) -> list[Path]:
     if not (root / results.SCHEMA).exists():
         raise NanoBatchError(f"{root} is no checkout of nano_batch: {results.SCHEMA} is not there")
     written = []
-    for path in paths:
-        result = results.read(path)
-        name = f"{result.get('preset')}-{result.get('benchmark')}.json"
-        if result.get("preset") not in _DEVICES or result.get("benchmark") not in _KINDS:
-            raise NanoBatchError(f"{path} is no figure to keep: it is of {name!r}")
+    # All are looked at before any is copied.
+    for path, name in [(path, _name(path)) for path in paths]:
         target = root / COMMITTED / name
         if path.resolve() != target.resolve():
             shutil.copyfile(path, target)
@@ -46,6 +45,28 @@ def promote(paths: list[Path], root: Path) -> list[Path]:
         path.write_text(text, encoding="utf-8")
         written.append(path)
     return written
+
+
+def _name(path: Path) -> str:
+    """What a result is called once it is the README's, which shows the presets' workloads alone."""
+    result = results.read_measured(path)
+    preset = PRESETS.get(result["preset"])
+    if preset is None:
+        raise NanoBatchError(f"{path} is no figure to keep: its preset is {result['preset']!r}")
+    expected: Result = {"prompt_len": preset.prompt_len, "output_len": preset.output_len}
+    if result["benchmark"] == "throughput":
+        expected["concurrency"] = list(preset.concurrency)
+    for key, value in expected.items():
+        if result["workload"][key] != value:
+            raise NanoBatchError(
+                f"{path} is not the README's workload: its {key} is {result['workload'][key]}, "
+                f"where {preset.name} has {value}"
+            )
+    if not re.fullmatch(r"[0-9a-f]{7,40}", result["commit"]):
+        raise NanoBatchError(
+            f"{path} is of no commit that others have: it says {result['commit']!r}"
+        )
+    return f"{result['preset']}-{result['benchmark']}.json"
 
 
 def committed(root: Path) -> dict[str, Result]:

@@ -121,6 +121,19 @@ def read(path: Path) -> Result:
     return result
 
 
+def read_measured(path: Path) -> Result:
+    """Read a result of `nano-batch bench`.
+
+    Raises:
+        NanoBatchError: It is none of throughput or latency.
+
+    """
+    result = read(path)
+    if not isinstance(result, dict) or result.get("benchmark") not in ("throughput", "latency"):
+        raise NanoBatchError(f"{path} is not a result of throughput or latency")
+    return result
+
+
 def device_name(result: Result) -> str:
     """The card, or the processor and its cores."""
     machine = result["machine"]

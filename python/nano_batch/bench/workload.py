@@ -116,6 +116,7 @@ CUDA = Workload(
     prefill=(16, 2048),
     serial=(1, 1),
 )
+PRESETS = {preset.name: preset for preset in (CPU, CUDA)}
 
 
 def quick() -> Workload:
