@@ -3,7 +3,9 @@
 import argparse
 import os
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -13,6 +15,8 @@ from typing import Any
 from nano_batch.bench import latency, result, tables, throughput, workload
 from nano_batch.bench.side import Task
 from nano_batch.exceptions import InvalidRequestError, NanoBatchError
+
+_WHERE = f"{result.LOCAL}, or {result.ELSEWHERE} outside a checkout"
 
 
 def add(commands: Any) -> None:
@@ -33,7 +37,7 @@ def add(commands: Any) -> None:
             nargs="*",
             type=Path,
             metavar="JSON",
-            help=f"(default: those of the last runs, in {result.LOCAL})",
+            help=f"(default: those of the last runs, in {_WHERE})",
         )
 
 
@@ -65,10 +69,10 @@ def _add_measure(
         "--threads", type=_positive, default=os.cpu_count(), help="of a CPU (default: all cores)"
     )
     option("--input-len", type=_positive, metavar="N", help="tokens of a prompt")
-    option("--output-len", type=_positive, metavar="N", help="tokens of an answer")
+    option("--output-len", type=_at_least_2, metavar="N", help="tokens of an answer")
     option("--seed", type=int, default=0, help="of the prompts (%(default)s)")
     option("--commit", type=_commit, help="noted where there is no git (default: git's)")
-    option("--out", type=Path, metavar="JSON", help=f"(default: in {result.LOCAL})")
+    option("--out", type=Path, metavar="JSON", help=f"(default: in {_WHERE})")
     if name == "throughput":
         option(
             "--concurrency",
@@ -89,11 +93,16 @@ def _require(package: str, why: str) -> None:
         raise NanoBatchError(f"{package} is missing; it {why}")
 
 
-def _positive(text: str) -> int:
+def _positive(text: str, least: int = 1) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
     return value
+
+
+def _at_least_2(text: str) -> int:
+    # Times between tokens need two of them.
+    return _positive(text, 2)
 
 
 def _commit(text: str) -> str:
@@ -114,15 +123,11 @@ def _latency(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, kind: str) -> int:
     _require("torch", "measures the machine: pip install 'nano_batch[bench]'")
     _require("transformers", "is what is measured beside: pip install 'nano_batch[bench]'")
-    device = _device(args.device)
+    device = "cpu" if args.quick and args.device == "auto" else _device(args.device)
     if args.quick and device == "cuda":
         raise InvalidRequestError("--quick is for the CPU: add --device cpu", "invalid_config")
-    chosen = (
-        workload.quick() if args.quick else {"cpu": workload.CPU, "cuda": workload.CUDA}[device]
-    )
-    if kind == "throughput" and args.llama_python and chosen.name != "cpu":
-        message = f"--llama-python is for the CPU's workload, not for {chosen.name}"
-        raise InvalidRequestError(message, "invalid_config")
+    chosen = workload.quick() if args.quick else workload.PRESETS[device]
+    llama = _llama(args.llama_python, chosen) if kind == "throughput" else None
     lengths = (args.input_len or chosen.prompt_len, args.output_len or chosen.output_len)
     name = f"{chosen.name}-{kind}"
     if lengths != (chosen.prompt_len, chosen.output_len):
@@ -132,7 +137,9 @@ def _measure(args: argparse.Namespace, kind: str) -> int:
         chosen = replace(chosen, serial=(args.serial, args.serial))
     if kind == "throughput" and args.concurrency:
         chosen = replace(chosen, concurrency=tuple(sorted(set(args.concurrency))))
-    local = result.checkout() / result.LOCAL
+    local = result.local()
+    out = args.out or local / f"{name}.json"
+    _require_writable(out)
     options = {**vars(args), "busy_cores_at_start": result.busy_cores()}
     if device == "cpu" and options["busy_cores_at_start"] > 0.1:
         busy = options["busy_cores_at_start"]
@@ -147,17 +154,41 @@ def _measure(args: argparse.Namespace, kind: str) -> int:
         num_blocks=chosen.num_blocks,
         concurrency=chosen.concurrency,
     )
-    module: Any = throughput if kind == "throughput" else latency
-    if kind == "throughput" and args.llama_python:
-        script = result.checkout() / "benches/llama_cpp_side.py"
-        measured = throughput.measure(chosen, task, options, [args.llama_python, str(script)])
+    if kind == "throughput":
+        measured = throughput.measure(chosen, task, options, llama)
     else:
-        measured = module.measure(chosen, task, options)
-    out = args.out or local / f"{name}.json"
+        measured = latency.measure(chosen, task, options)
     result.write(measured, out)
     print(f"{tables.describe(measured)}\n\n{tables.table(measured)}")
     print(out, file=sys.stderr)
     return 0
+
+
+def _llama(python: str | None, chosen: workload.Workload) -> list[str] | None:
+    """The command of llama.cpp's side, checked before anything is measured."""
+    if python is None:
+        return None
+    script = result.checkout() / "benches/llama_cpp_side.py"
+    if chosen.name != "cpu":
+        message = f"--llama-python is for the CPU's workload, not for {chosen.name}"
+    elif not script.exists():
+        message = f"--llama-python needs a checkout of nano_batch: {script} is not there"
+    elif shutil.which(python) is None:
+        message = f"--llama-python: {python} is no program"
+    else:
+        return [python, str(script)]
+    raise InvalidRequestError(message, "invalid_config")
+
+
+def _require_writable(out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+        if out.exists() and not (out.is_file() and os.access(out, os.W_OK)):
+            raise PermissionError(f"{out} cannot be replaced")
+    except OSError as error:
+        raise NanoBatchError(f"the result cannot be written to {out}: {error}") from None
 
 
 def _device(asked: str) -> str:
@@ -177,10 +208,10 @@ def _plot(args: argparse.Namespace) -> int:
     chosen = _chosen(args)
     if not chosen:
         raise NanoBatchError(
-            f"{result.LOCAL} has no results: nano-batch bench throughput makes one"
+            f"{result.local()} has no results: nano-batch bench throughput makes one"
         )
     for path in chosen:
-        measured = result.read(path)
+        measured = result.read_measured(path)
         peer = promote.peer(measured, result.checkout())
         for name, svg in pictures.draw(measured, path.name, peer).items():
             picture = path.with_name(f"{name}.svg")
@@ -201,7 +232,7 @@ def _promote(args: argparse.Namespace) -> int:
 def _chosen(args: argparse.Namespace) -> list[Path]:
     if args.results:
         return list(args.results)
-    local = result.checkout() / result.LOCAL
+    local = result.local()
     kinds = [
         f"{device}-{kind}.json" for device in ("cpu", "cuda") for kind in ("throughput", "latency")
     ]

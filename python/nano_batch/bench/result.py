@@ -23,6 +23,7 @@ Result = dict[str, Any]
 
 COMMITTED = Path("benches/results")
 LOCAL = COMMITTED / "local"
+ELSEWHERE = Path("nano-batch-results")
 SCHEMA = Path("benches/schema.json")
 
 
@@ -30,6 +31,12 @@ def checkout() -> Path:
     """The checkout that the present directory is in, or the present directory itself."""
     here = Path.cwd()
     return next((path for path in (here, *here.parents) if (path / SCHEMA).exists()), here)
+
+
+def local() -> Path:
+    """Where results lie that nobody has chosen a place for."""
+    root = checkout()
+    return root / (LOCAL if (root / SCHEMA).exists() else ELSEWHERE)
 
 
 def header(
