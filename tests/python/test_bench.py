@@ -9,11 +9,21 @@ from xml.etree import ElementTree
 
 import pytest
 from jsonschema import Draft202012Validator
+from nano_batch import cli
 from nano_batch.bench import latency, pictures, promote, roofline, summary, tables, workload
+from nano_batch.bench import result as results
+from nano_batch.exceptions import NanoBatchError
 
+SIDES = ("nano_batch", "transformers")
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = Draft202012Validator(json.loads((ROOT / "benches/schema.json").read_text("utf-8")))
 COMMITTED = promote.committed(ROOT)
+# Also those of other shapes.
+KEPT = {
+    path.stem: json.loads(path.read_text("utf-8"))
+    for kind in ("throughput", "latency")
+    for path in sorted((ROOT / "benches/results").glob(f"*-{kind}*.json"))
+}
 
 
 def bench(directory, *arguments):
@@ -113,19 +123,22 @@ def test_a_quick_result_is_not_promoted(measured, tmp_path):
     assert "no checkout" in done.stderr
 
 
-def test_promotion_copies_draws_and_writes_the_readme(measured, tmp_path):
+def test_promotion_copies_draws_and_writes_the_readme(tmp_path):
     for name in ("benches/schema.json", "benches/results/vllm.json", *promote.PAGES):
         target = tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
     paths = []
-    for path, result in measured.values():
-        paths.append(tmp_path / path.name)
-        paths[-1].write_text(json.dumps(result | {"preset": "cpu"}), encoding="utf-8")
+    rate = 1234.5
+    for kind in ("throughput", "latency"):
+        result = json.loads(json.dumps(COMMITTED[f"cpu-{kind}"]))
+        if kind == "throughput":
+            result["nano_batch"]["scale4_toks"] = rate
+        paths.append(tmp_path / f"{kind}.json")
+        paths[-1].write_text(json.dumps(result), encoding="utf-8")
     done = bench(tmp_path, "promote", *paths)
     assert done.returncode == 0, done.stderr
     readme = (tmp_path / "README.md").read_text("utf-8")
-    rate = measured["throughput"][1]["nano_batch"]["scale4_toks"]
     assert re.search(rf"^\| 4 \|.*\| {tables._rate(rate)} \|", readme, re.MULTILINE)
     assert (tmp_path / "benches/results/cpu-latency.json").exists()
     for name in ("throughput", "scaling", "latency"):
@@ -138,9 +151,62 @@ def test_promotion_copies_draws_and_writes_the_readme(measured, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("name", COMMITTED)
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"workload": {"prompt_len": 128}}, "prompt_len is 128"),
+        ({"workload": {"output_len": 64}}, "output_len is 64"),
+        ({"workload": {"concurrency": [1, 16]}}, "concurrency is [1, 16]"),
+        ({"preset": "quick"}, "no figure to keep"),
+        ({"commit": f"{'a' * 40} with changes"}, "with changes"),
+        ({"commit": "unknown"}, "unknown"),
+    ],
+)
+def test_a_result_that_is_not_the_readmes_is_not_promoted(change, word, tmp_path):
+    result = COMMITTED["cpu-throughput"]
+    for key, value in change.items():
+        result = result | {key: result[key] | value if isinstance(value, dict) else value}
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(result), encoding="utf-8")
+    with pytest.raises(NanoBatchError) as error:
+        promote.promote([path], ROOT)
+    assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_a_committed_result_follows_the_schema(name):
-    SCHEMA.validate(COMMITTED[name])
+    SCHEMA.validate(KEPT[name])
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_command_of_a_committed_result_is_documented(name):
+    command = " ".join(KEPT[name]["command"])
+    # What says where it ran, not what.
+    command = re.sub(r" --(commit|out) \S+", "", command)
+    page = (ROOT / "docs/benchmarks.md").read_text("utf-8")
+    commands = [
+        " ".join(results.without_folders(it.split())) for it in re.findall(r"`([^`\n]+)`", page)
+    ]
+    assert f"nano-batch {command}" in commands
+
+
+def test_a_command_is_kept_without_folders():
+    command = ["--out", "/root/out/a.json", "--out=/b/c.json", "--seed", "1"]
+    assert results.without_folders(command) == ["--out", "a.json", "--out=c.json", "--seed", "1"]
+
+
+def test_words_name_every_load_that_was_computed_and_every_change():
+    assert "at 8 and 32: computed from 4 a run" in tables.queued(COMMITTED["cpu-latency"])
+    assert "at 32: computed from 8 a run" in tables.queued(COMMITTED["cuda-latency"])
+    dirty = COMMITTED["cpu-latency"] | {"commit": f"{'a' * 40} with changes"}
+    assert "commit aaaaaaaaaaaa with changes;" in tables.describe(dirty)
+
+
+def test_p99_of_few_values_is_called_another_name():
+    result = COMMITTED["cpu-latency"]
+    assert tables.upper(result)[0] == "near the most"
+    many = {side: result[side] | {"alone": [[{}] * 100], "load": {"1": {}}} for side in SIDES}
+    assert tables.upper(result | many) == ("p99", "")
 
 
 @pytest.mark.parametrize("page", promote.PAGES)
@@ -182,7 +248,12 @@ def test_bytes_and_operations_are_those_counted_by_hand():
     ("arguments", "word"),
     [
         (["plot", "/no/such.json"], "/no/such.json"),
-        (["plot"], "benches/results/local"),
+        (["plot"], "nano-batch-results"),
+        (["plot", ROOT / "benches/results/vllm.json"], "not a result of throughput or latency"),
+        (["plot", ROOT / "benches/results/cuda-h100-kernels.json"], "not a result of throughput"),
+        (["latency", "--quick", "--out", "/dev/null/out.json"], "/dev/null/out.json"),
+        (["latency", "--quick", "--out", "/"], "cannot be written to /"),
+        (["throughput", "--device", "cpu", "--llama-python", "python"], "needs a checkout"),
         (["throughput", "--quick", "--device", "cuda"], "cuda"),
         (["throughput", "--quick", "--device", "cpu", "--llama-python", "python"], "llama"),
     ],
@@ -194,8 +265,37 @@ def test_a_failure_is_one_sentence(arguments, word, tmp_path):
     assert word in done.stderr
 
 
+def test_an_interpreter_that_is_not_there_is_noticed_before_anything_is_measured():
+    done = bench(ROOT, "throughput", "--device", "cpu", "--llama-python", "/nope")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "/nope" in done.stderr
+
+
+def test_a_quick_look_is_at_the_cpu_where_there_is_a_gpu(monkeypatch, tmp_path):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    devices = []
+
+    def measure(_, task, *others):
+        devices.append(task.device)
+        raise NanoBatchError("far enough")
+
+    monkeypatch.setattr(latency, "measure", measure)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "latency", "--quick"])
+    assert devices == ["cpu"]
+
+
 @pytest.mark.parametrize(
-    "arguments", [[], ["speed"], ["latency", "--runs", "0"], ["latency", "--commit", "main"]]
+    "arguments",
+    [
+        [],
+        ["speed"],
+        ["latency", "--runs", "0"],
+        ["latency", "--output-len", "1"],
+        ["latency", "--commit", "main"],
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments, tmp_path):
     done = bench(tmp_path, *arguments)
