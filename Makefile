@@ -1,5 +1,5 @@
 # The commands a person types. Everything they need beyond Rust, Python and a C++ compiler is
-# installed into .venv; the first run takes two minutes, later ones seconds.
+# installed into .venv; the first run takes three minutes, later ones seconds.
 
 PYTHON ?= python3
 VENV   := $(CURDIR)/.venv

@@ -1,5 +1,6 @@
 """Checks of single values: what is wrong is named with its limit and its value."""
 
+import math
 from numbers import Integral, Real
 from typing import Any
 
@@ -20,7 +21,10 @@ def check_number(name: str, value: Any) -> float:
     """Return a number as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def check_flag(name: str, value: Any) -> bool:

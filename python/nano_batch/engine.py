@@ -2,10 +2,10 @@
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -13,12 +13,13 @@ from tqdm import tqdm
 from nano_batch import _native
 from nano_batch.checks import check_choice, check_flag, check_integer, check_number
 from nano_batch.cuda_libraries import map_cuda_libraries
-from nano_batch.exceptions import InvalidRequestError, ModelLoadError
+from nano_batch.exceptions import InvalidRequestError, ModelLoadError, NanoBatchError
 from nano_batch.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
 from nano_batch.sampling_params import SamplingParams
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "austen"
 
+_Read = TypeVar("_Read")
 Prompt: TypeAlias = str | Sequence[int] | np.ndarray | Mapping[str, Any]
 
 
@@ -88,6 +89,8 @@ class Engine:
         check_choice("load_format", load_format, ("auto", "dummy"), code)
         check_choice("dtype", dtype, ("auto", "float32", "bfloat16"), code)
         check_flag("deterministic", deterministic)
+        if not isinstance(device, str):
+            raise TypeError(f"device must be a string, got {device!r}")
         neutral = {
             "enable_prefix_caching": (enable_prefix_caching, False),
             "quantization": (quantization, None),
@@ -108,7 +111,8 @@ class Engine:
         }
         for name, count in counts.items():
             if count is not None:
-                check_integer(name, count, 1, 2**32 - 1, code)
+                most = 1024 if name == "num_threads" else 2**32 - 1
+                check_integer(name, count, 1, most, code)
         check_integer("seed", seed, -(2**63), 2**63 - 1, code)
         if not 0 < check_number("gpu_memory_utilization", gpu_memory_utilization) <= 1:
             message = (
@@ -286,12 +290,13 @@ class RequestStream(Iterator[RequestOutput]):
         self._native = native
         self._prompt = prompt
         self._last: RequestOutput | None = None
+        self._error: NanoBatchError | None = None
         self.request_id = native.request_id
         self.prompt_token_ids = native.prompt_token_ids
 
     def __next__(self) -> RequestOutput:
         """Wait for news; the GIL is free meanwhile and Ctrl-C works."""
-        delta = self._native.next()
+        delta = self._read(self._native.next)
         if delta is None:
             raise StopIteration
         return self._output(delta)
@@ -301,7 +306,17 @@ class RequestStream(Iterator[RequestOutput]):
         if self._last is not None and self._last.finished:
             nothing = replace(self._last.outputs[0], text="", token_ids=[])
             return replace(self._last, outputs=[nothing])
-        return self._output(self._native.collect())
+        return self._output(self._read(self._native.collect))
+
+    def _read(self, read: Callable[[], _Read]) -> _Read:
+        # What broke the stream off is not over when it was told once.
+        if self._error is not None:
+            raise self._error
+        try:
+            return read()
+        except NanoBatchError as error:
+            self._error = error
+            raise
 
     def _output(self, delta: "_native._Delta") -> RequestOutput:
         token_ids, text, finish_reason, stop_reason, first_token_s, last_token_s = delta
@@ -318,6 +333,8 @@ class RequestStream(Iterator[RequestOutput]):
 
 def _find_model(model: str | os.PathLike[str] | None, revision: str | None) -> Path:
     """Return the directory of a model, downloading a hub id first."""
+    if model is not None and not os.fspath(model):
+        raise ModelLoadError("model is an empty string, not a directory or hub id", "model_missing")
     path = EMBEDDED_MODEL if model is None else Path(model)
     if revision is not None and (model is None or path.exists()):
         message = f"revision {revision!r} is for hub ids, but {str(path)!r} is a directory"
@@ -351,10 +368,11 @@ def _looks_like_hub_id(model: str) -> bool:
 
 def _prompts(prompts: Any) -> list[Any]:
     """Return one or many prompts as a list."""
-    if isinstance(prompts, str | Mapping) or getattr(prompts, "ndim", None) == 1:
+    num_dimensions = getattr(prompts, "ndim", None)
+    if isinstance(prompts, str | Mapping) or num_dimensions == 1:
         return [prompts]
     # A set has no order for the answers to keep.
-    if not isinstance(prompts, Iterable) or isinstance(prompts, Set):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Set) or num_dimensions == 0:
         message = f"prompts are a text, token ids, a dict or a list of these, got {prompts!r}"
         raise InvalidRequestError(message, "invalid_prompt")
     many = list(prompts)
@@ -368,7 +386,8 @@ def _plain_prompt(prompt: Prompt) -> str | list[int]:
             return prompt["prompt"]
         if keys == {"prompt_token_ids"}:
             return _plain_token_ids(prompt["prompt_token_ids"])
-        message = f"a prompt dict has the one key prompt or prompt_token_ids, got {sorted(keys)}"
+        names = sorted(map(str, keys))
+        message = f"a prompt dict has the one key prompt or prompt_token_ids, got {names}"
         raise InvalidRequestError(message, "invalid_prompt")
     return prompt if isinstance(prompt, str) else _plain_token_ids(prompt)
 

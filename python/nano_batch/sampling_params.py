@@ -1,5 +1,6 @@
 """How tokens are chosen and when a request ends: vLLM's names and defaults."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -45,8 +46,8 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     max_tokens: int | None = 16
     min_tokens: int = 0
@@ -98,7 +99,7 @@ class SamplingParams:
             value = getattr(self, name)
             plain(name, nothing if value is None else check_integer(name, value, least, most, code))
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        plain("stop", _as_list("stop", stop))
+        plain("stop", _as_tuple("stop", stop))
         for position, text in enumerate(self.stop or []):
             if not isinstance(text, str):
                 raise TypeError(f"stop must hold strings, got {text!r} at position {position}")
@@ -108,15 +109,17 @@ class SamplingParams:
         if self.stop and not self.detokenize:
             message = f"{len(self.stop)} stop strings need detokenize=True"
             raise InvalidRequestError(message, code)
-        ids = _as_list("stop_token_ids", self.stop_token_ids)
+        ids = _as_tuple("stop_token_ids", self.stop_token_ids)
         name = "each of stop_token_ids"
-        plain("stop_token_ids", [check_integer(name, token, 0, _MOST, code) for token in ids])
+        ids = tuple(check_integer(name, token, 0, _MOST, code) for token in ids)
+        plain("stop_token_ids", ids)
         _native.check_sampling_params(self)
 
 
-def _as_list(name: str, value: Any) -> list[Any]:
+def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
     if value is None:
-        return []
+        return ()
     if not isinstance(value, list | tuple):
-        raise TypeError(f"{name} must be a list, got {value!r}")
-    return list(value)
+        kinds = "a string or a list" if name == "stop" else "a list"
+        raise TypeError(f"{name} must be {kinds}, got {value!r}")
+    return tuple(value)

@@ -41,6 +41,7 @@ REQUESTS = {
         {"prompt": "a", "prompt_token_ids": [1]},
         ["prompt", "prompt_token_ids"],
     ),
+    "a dictionary with keys of two types": ({1: 2, "a": 3}, ["1", "a"]),
     "a dictionary whose text is none": ({"prompt": 3}, ["prompt"]),
 }
 
@@ -58,6 +59,12 @@ def test_the_tokenizer_refuses_a_lone_surrogate(reciting):
     assert_names(refused(InvalidRequestError, lambda: encode("\ud800")), "text", "position 0")
 
 
+def test_the_tokenizer_refuses_what_is_no_token(reciting):
+    decode = reciting.get_tokenizer().decode
+    assert_names(refused(InvalidRequestError, lambda: decode([5, -1])), -1, "position 1")
+    assert_names(refused(InvalidRequestError, lambda: decode([2**32])), 2**32, "position 0")
+
+
 @pytest.mark.usefixtures("unharmed")
 def test_one_bad_prompt_refuses_the_whole_list(reciting, wait_until):
     refused(
@@ -67,7 +74,7 @@ def test_one_bad_prompt_refuses_the_whole_list(reciting, wait_until):
     wait_until(lambda: reciting.stats().num_running <= 1, "what was submitted is aborted")
 
 
-@pytest.mark.parametrize("prompts", [None, 7, {"a", "b"}, b"abc", [1.5]], ids=repr)
+@pytest.mark.parametrize("prompts", [None, 7, {"a", "b"}, b"abc", [1.5], np.array(5)], ids=repr)
 @pytest.mark.usefixtures("unharmed")
 def test_what_is_no_list_of_prompts_is_refused(prompts, reciting):
     refused(InvalidRequestError, lambda: reciting.generate(prompts, SHORT, use_tqdm=False))

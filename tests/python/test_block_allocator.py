@@ -111,3 +111,9 @@ def test_a_number_of_blocks_that_is_none_is_refused(num_blocks):
 
 def test_it_says_what_it_is():
     assert repr(BlockAllocator(4)) == "BlockAllocator(num_blocks=4, num_free=4)"
+
+
+@pytest.mark.parametrize("num_blocks", [-1, 2**24 + 1, 2**32 - 1])
+def test_a_size_out_of_range_is_refused(num_blocks):
+    with pytest.raises(ValueError, match=f"num_blocks.*{num_blocks}"):
+        BlockAllocator(num_blocks)

@@ -107,6 +107,16 @@ def test_a_stream_that_was_read_to_its_end_has_nothing_more(reciting):
     assert rest.outputs[0].finish_reason == "stop"
 
 
+def test_what_broke_a_stream_off_is_told_each_time(reciting_dir, open_engine):
+    engine = open_engine(reciting_dir)
+    stream = engine.stream("?", SamplingParams(max_tokens=3000, ignore_eos=True))
+    next(stream)
+    engine.close()
+    for read in (lambda: list(stream), stream.collect, lambda: next(stream)):
+        with pytest.raises(EngineClosedError, match="closed"):
+            read()
+
+
 def test_a_slow_reader_holds_up_nobody(reciting):
     params = SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True)
     slow = reciting.stream("?", params)
@@ -129,7 +139,7 @@ def test_the_gil_is_free_while_generate_waits(reciting):
     thread = threading.Thread(target=tick)
     thread.start()
     before = len(ticks)
-    params = SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=30_000, ignore_eos=True)
     reciting.generate("?", params, use_tqdm=False)
     during = len(ticks) - before
     is_over.set()

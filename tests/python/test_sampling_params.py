@@ -28,7 +28,7 @@ VALID = {
 
 BAD_FLOATS = st.sampled_from([math.nan, math.inf, -math.inf]) | st.floats(max_value=-1e-6)
 INVALID = {
-    "temperature": BAD_FLOATS,
+    "temperature": BAD_FLOATS | st.just(10**400),
     "top_p": BAD_FLOATS | st.just(0.0) | st.floats(min_value=1.001),
     "top_k": st.integers(max_value=-2) | st.integers(min_value=2**32),
     "min_p": BAD_FLOATS | st.floats(min_value=1.001),
@@ -179,6 +179,11 @@ def test_a_copy_is_equal():
     assert (
         copy.copy(params) == copy.deepcopy(params) == pickle.loads(pickle.dumps(params)) == params
     )
+
+
+def test_it_can_be_a_key():
+    made = [SamplingParams(stop=["a", "b"], stop_token_ids=[1]) for _ in range(2)]
+    assert len(set(made)) == 1
 
 
 def test_numpys_numbers_are_numbers():

@@ -208,7 +208,7 @@ fn an_executor_that_cannot_be_built_says_why_also_by_a_panic() {
 fn logits_arrive_whole_however_they_were_chunked() {
     let engine = spawn(FakeExecutor::new(capacity(2), VOCAB_SIZE));
     let tokens: Vec<_> = (0..150).map(|i| TokenId(i % VOCAB_SIZE)).collect();
-    let logits = engine.logits(tokens.clone()).unwrap().wait_for_logits().unwrap();
+    let logits = engine.logits(tokens.clone()).unwrap().wait().unwrap().logits;
     assert_eq!(logits.len(), tokens.len() * VOCAB_SIZE as usize);
     for (row, token) in logits.chunks(VOCAB_SIZE as usize).zip(&tokens) {
         assert_eq!(row[0], token.0 as f32);

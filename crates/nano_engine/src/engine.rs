@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use crate::engine_thread::{self, Channels, Command, panic_message};
 use crate::error::{Error, Result};
 use crate::output_thread::{self, Output, Registered};
-use crate::stream::{Delta, Mailbox, RequestStream};
+use crate::stream::{Mailbox, RequestStream};
 
 /// How long [`Engine::close`] waits for a step that does not end.
 const CLOSE_GRACE: Duration = Duration::from_secs(2);
@@ -355,16 +355,5 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.close();
-    }
-}
-
-impl RequestStream {
-    /// Waits for the end; see [`Engine::logits`].
-    ///
-    /// # Errors
-    /// The typed reason why the stream broke off.
-    pub fn wait_for_logits(self) -> Result<Vec<f32>> {
-        let Delta { logits, .. } = self.wait()?;
-        Ok(logits)
     }
 }

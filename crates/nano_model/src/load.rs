@@ -235,7 +235,12 @@ impl CacheRoom {
                 gib(free),
                 memory.hint
             );
-            return bad(name, range, num_blocks);
+            // In the unit of the option.
+            let value = match options.kv_cache_bytes.filter(|_| name == "kv_cache_gib") {
+                Some(bytes) => format!("{:.6} GiB, {num_blocks} blocks", gib(bytes)),
+                None => num_blocks.to_string(),
+            };
+            return Err(Error::BadOption { name, range, value });
         }
         let room = (num_blocks * block_size).min(u64::from(u32::MAX)) as u32;
         let max_model_len = match options.max_model_len {

@@ -199,18 +199,22 @@ impl Engine {
 
 impl Engine {
     fn token_ids(&self, py: Python<'_>, tokens: &[i64]) -> PyResult<Vec<TokenId>> {
-        let checked = tokens.iter().enumerate().map(|(position, &token)| {
-            u32::try_from(token).map(TokenId).map_err(|_| {
-                let vocab_size = self.0.info().vocab_size;
-                let message = format!(
-                    "prompt token {token} at position {position} is outside the vocabulary of \
-                     {vocab_size}"
-                );
-                invalid(py, &message, "token_outside_vocabulary")
-            })
-        });
-        checked.collect()
+        checked(py, tokens, self.0.info().vocab_size as usize)
     }
+}
+
+/// Token ids of 32 bits. What they mean is checked by whom they go to.
+fn checked(py: Python<'_>, tokens: &[i64], vocab_size: usize) -> PyResult<Vec<TokenId>> {
+    let checked = tokens.iter().enumerate().map(|(position, &token)| {
+        u32::try_from(token).map(TokenId).map_err(|_| {
+            let message = format!(
+                "token {token} at position {position} is outside the vocabulary of \
+                 {vocab_size}"
+            );
+            invalid(py, &message, "token_outside_vocabulary")
+        })
+    });
+    checked.collect()
 }
 
 /// Loads on a thread of its own, so that Ctrl-C ends the wait. An engine that is ready only after
@@ -242,6 +246,7 @@ impl Tokenizer {
         self.0.vocab_size()
     }
 
+    /// The token ids of a text.
     #[pyo3(signature = (text, *, add_special_tokens=true))]
     #[expect(clippy::needless_pass_by_value, reason = "what pyo3 extracts")]
     fn encode(
@@ -257,14 +262,16 @@ impl Tokenizer {
         Ok(tokens.into_iter().map(|token| token.0).collect())
     }
 
+    /// The text of token ids.
     #[pyo3(signature = (token_ids, *, skip_special_tokens=true))]
+    #[expect(clippy::needless_pass_by_value, reason = "what pyo3 extracts")]
     fn decode(
         &self,
         py: Python<'_>,
-        token_ids: Vec<u32>,
+        token_ids: Vec<i64>,
         skip_special_tokens: bool,
     ) -> PyResult<String> {
-        let tokens: Vec<_> = token_ids.into_iter().map(TokenId).collect();
+        let tokens = checked(py, &token_ids, self.0.vocab_size())?;
         py.detach(|| self.0.decode(&tokens, skip_special_tokens))
             .map_err(|error| to_py(py, &error.into()))
     }
