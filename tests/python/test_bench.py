@@ -14,7 +14,6 @@ from nano_batch.bench import latency, pictures, promote, roofline, summary, tabl
 from nano_batch.bench import result as results
 from nano_batch.exceptions import NanoBatchError
 
-SIDES = ("nano_batch", "transformers")
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = Draft202012Validator(json.loads((ROOT / "benches/schema.json").read_text("utf-8")))
 COMMITTED = promote.committed(ROOT)
@@ -202,11 +201,8 @@ def test_words_name_every_load_that_was_computed_and_every_change():
     assert "commit aaaaaaaaaaaa with changes;" in tables.describe(dirty)
 
 
-def test_p99_of_few_values_is_called_another_name():
-    result = COMMITTED["cpu-latency"]
-    assert tables.upper(result)[0] == "near the most"
-    many = {side: result[side] | {"alone": [[{}] * 100], "load": {"1": {}}} for side in SIDES}
-    assert tables.upper(result | many) == ("p99", "")
+def test_words_tell_how_many_values_stand_behind_a_p99():
+    assert tables.behind_p99(COMMITTED["cpu-latency"]) == "p99 is of 9 to 96 values."
 
 
 @pytest.mark.parametrize("page", promote.PAGES)

@@ -121,8 +121,8 @@ def _latency(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, kind: str) -> int:
-    _require("torch", "measures the machine: pip install 'nano_batch[bench]'")
-    _require("transformers", "is what is measured beside: pip install 'nano_batch[bench]'")
+    _require("torch", "measures the machine: pip install '.[bench]'")
+    _require("transformers", "is what is measured beside: pip install '.[bench]'")
     device = "cpu" if args.quick and args.device == "auto" else _device(args.device)
     if args.quick and device == "cuda":
         raise InvalidRequestError("--quick is for the CPU: add --device cpu", "invalid_config")
@@ -202,7 +202,7 @@ def _device(asked: str) -> str:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    _require("matplotlib", "draws the pictures: pip install 'nano_batch[bench]'")
+    _require("matplotlib", "draws the pictures: pip install '.[bench]'")
     from nano_batch.bench import pictures, promote
 
     chosen = _chosen(args)
@@ -221,7 +221,7 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _promote(args: argparse.Namespace) -> int:
-    _require("matplotlib", "draws the pictures: pip install 'nano_batch[bench]'")
+    _require("matplotlib", "draws the pictures: pip install '.[bench]'")
     from nano_batch.bench import promote
 
     for path in promote.promote(_chosen(args), result.checkout()):

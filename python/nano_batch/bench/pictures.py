@@ -8,7 +8,7 @@ from nano_batch.bench import style
 from nano_batch.bench.result import COMMITTED, Result
 from nano_batch.bench.style import COLOR, ERROR, caption, new_figure, to_svg
 from nano_batch.bench.summary import rates, spread
-from nano_batch.bench.tables import queued, readable, upper
+from nano_batch.bench.tables import behind_p99, queued, readable
 
 _ERRORS = "Error bars: least and most of the runs."
 
@@ -143,8 +143,6 @@ def _errorbar(axes: Any, x: list[int], y: list[Any], label: str, color: str, **h
 def _latency(result: Result, data: str, peer: Result | None) -> str:
     figure, panels = new_figure("Latency under load", 4.5, columns=2, legend=True)
     loads = result["workload"]["load"]
-    name, meaning = upper(result)
-    few = f"{meaning} " if meaning else ""
     for axes, (key, title) in zip(
         panels,
         (("ttft_ms", "Time to the first token"), ("latency_per_token_ms", "Time per token")),
@@ -154,7 +152,7 @@ def _latency(result: Result, data: str, peer: Result | None) -> str:
         for side, color, offset in (("transformers", "other", -0.34), ("nano_batch", "nano", 0.1)):
             x = [index + offset for index in range(len(loads))]
             load = [result[side]["load"][str(n)][key] for n in loads]
-            _dots(axes, x, load, "p99", f"{side}, {name}", COLOR[f"{color}-light"], "D")
+            _dots(axes, x, load, "p99", f"{side}, p99", COLOR[f"{color}-light"], "D")
             _dots(axes, x, load, "p50", f"{side}, p50", COLOR[color], "o")
             for at, it in zip(x, load, strict=True):
                 axes.annotate(
@@ -188,7 +186,10 @@ def _latency(result: Result, data: str, peer: Result | None) -> str:
         handletextpad=0.2,
         borderaxespad=0,
     )
-    note = f"Per token: (end - arrival) / tokens. transformers {queued(result)}. {few}{_ERRORS}"
+    note = (
+        f"Per token: (end - arrival) / tokens. transformers {queued(result)}; {behind_p99(result)} "
+        f"{_ERRORS}"
+    )
     caption(figure, result, data, note)
     return to_svg(figure, "Latency of nano_batch beside transformers, by load")
 

@@ -8,8 +8,6 @@ from datetime import datetime
 from nano_batch.bench.result import Result, device_name, limits_of
 from nano_batch.bench.summary import median
 
-_LEAST_OF_P99 = 100
-
 
 def describe(result: Result) -> str:
     """Say what was measured, on what, and with which settings."""
@@ -85,13 +83,12 @@ def _latency(result: Result) -> str:
             row += [f"{readable(it['p50'])} · {readable(it['p99'])}" for it in values]
             row.append(f"{100 * (1 - values[1]['p50'] / values[0]['p50']):.1f} %")
         lines.append(row)
-    name, meaning = upper(result)
-    head = [f"at once, p50 · {name}"]
+    head = ["at once, p50 · p99"]
     for _, metric in metrics:
         head += [f"{metric}: transformers", "nano_batch", "less"]
     text = (
         f"Requests arrive at once; transformers serves one after the other ({queued(result)}). "
-        f"Per token is (end - arrival) / tokens; less compares p50. {meaning}"
+        f"Per token is (end - arrival) / tokens; less compares p50; {behind_p99(result)}"
     )
     return f"{_markdown(head, lines)}\n\n{wrapped(text)}"
 
@@ -105,19 +102,14 @@ def queued(result: Result) -> str:
     return f"at {' and '.join(computed)}: {load[computed[0]]['how']}"
 
 
-def upper(result: Result) -> tuple[str, str]:
-    """What p99 is called, which of few values is none, and a sentence about that."""
+def behind_p99(result: Result) -> str:
+    """How many values stand behind a p99."""
     counts = [
         sum(map(len, result[side]["alone"])) if count == "1" else int(count) * result["runs"]
         for side in ("nano_batch", "transformers")
         for count in result[side]["load"]
     ]
-    if min(counts) >= _LEAST_OF_P99:
-        return "p99", ""
-    return "near the most", (
-        f"Near the most: p99 of {min(counts)} to {max(counts)} values, "
-        f"between the two largest of fewer than {_LEAST_OF_P99}."
-    )
+    return f"p99 is of {min(counts)} to {max(counts)} values."
 
 
 def readable(milliseconds: float) -> str:
