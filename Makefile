@@ -38,6 +38,7 @@ test-python: $(VENV)/.built $(VENV)/.dev
 lint: $(VENV)/.dev
 	cargo fmt --all --check
 	cargo clippy --locked --release --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --quiet --no-deps --workspace
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy python/nano_batch

@@ -1,8 +1,8 @@
 //! Attention over the blocks of the KV cache: decoding rows and the rows of a prefill alike.
 //!
 //! A tile of rows and the query heads of one group share each read of their head's keys and values,
-//! [`NUM_KEYS`] positions at a time, under a running softmax. Positions are cut at multiples of
-//! [`NUM_KEYS`], and those that a row may not see weigh exactly 0, so a row's result has the same
+//! `NUM_KEYS` positions at a time, under a running softmax. Positions are cut at multiples of
+//! `NUM_KEYS`, and those that a row may not see weigh exactly 0, so a row's result has the same
 //! bits whatever rows are beside it and however the cache is cut into blocks.
 //!
 //! # Source

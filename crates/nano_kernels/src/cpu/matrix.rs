@@ -1,7 +1,7 @@
 //! A parameter matrix in the order in which products read it.
 //!
-//! Outputs lie in panels of [`LANES`], the lanes of the widest vector. A panel holds, for each word
-//! of the inputs in turn, that word of its [`LANES`] outputs: a product reads it from end to end,
+//! Outputs lie in panels of `LANES`, the lanes of the widest vector. A panel holds, for each word
+//! of the inputs in turn, that word of its `LANES` outputs: a product reads it from end to end,
 //! and a vector holds the same inputs of neighbouring outputs. What is missing in the last panel
 //! and the last word is zero.
 
