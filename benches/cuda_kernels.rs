@@ -11,7 +11,7 @@ mod cuda_timing;
 use half::bf16;
 use nano_kernels::cuda::activation::SiluMul;
 use nano_kernels::cuda::attention::{
-    AttentionInput, DecodePlan, Heads, PrefillSequence, prefill_tiles,
+    AttentionInput, DecodePlan, DecodeRows, Heads, PrefillRows, PrefillSequence, prefill_tiles,
 };
 use nano_kernels::cuda::compile::Compiler;
 use nano_kernels::cuda::gather::{Gather, TokenIds};
@@ -373,16 +373,22 @@ impl Bench {
     fn decode(&self, name: &str, lengths: &[usize]) -> Result<()> {
         let batch = Batch::new(self, lengths, lengths.len())?;
         let plan = DecodePlan::new(self.device(), HEADS, lengths.len())?;
+        let longest = lengths.iter().copied().max().unwrap_or(1);
         let length: Vec<i32> = lengths.iter().map(|&length| length as i32).collect();
         let length = self.device().allocate_from(&length)?;
+        let cos_sin = self.device().allocate_from(&vec![0.5_f32; longest * HEADS.head_dim])?;
+        let rows = DecodeRows {
+            qkv: batch.rows.address(),
+            cos_sin: cos_sin.address(),
+            length: length.address(),
+            num_sequences: lengths.len(),
+        };
         let keys: usize = lengths.iter().sum();
         let (bytes, flops) = (keys * KV_BYTES, keys as f64 * FLOPS_PER_KEY);
         self.report(&format!("decode_attention, {name}"), bytes, flops, |i| {
             let (input, out) = (batch.input(i), batch.out.address());
             // SAFETY: every buffer was allocated above with the size of its shape.
-            unsafe {
-                self.kernels.decode_attention(&plan, &input, out, length.address(), lengths.len())
-            }
+            unsafe { self.kernels.decode_attention(&plan, &input, &rows, out) }
         })
     }
 
@@ -404,20 +410,25 @@ impl Bench {
             * (prefix as f64 + num_tokens.div_ceil(2) as f64);
         let query_bytes = num_sequences * num_tokens * HEADS.num_heads * HEADS.head_dim * 2;
         let bytes = num_sequences * (prefix + num_tokens) * KV_BYTES + 2 * query_bytes;
-        let (out, tiles_on, num_tiles) = (batch.out.address(), tiles_on.address(), tiles.len());
+        let out = batch.out.address();
+        let rows = PrefillRows {
+            query: batch.rows.address(),
+            tiles: tiles_on.address(),
+            num_tiles: tiles.len(),
+            num_tokens: num_sequences * num_tokens,
+        };
         let name = format!("prefill_attention, {num_sequences} x {num_tokens} on {prefix}");
         self.report(&name, bytes, keys * FLOPS_PER_KEY, |i| {
             // SAFETY: every buffer was allocated above with the size of its shape.
-            unsafe { self.kernels.prefill_attention(&batch.input(i), out, tiles_on, num_tiles) }
+            unsafe { self.kernels.prefill_attention(&batch.input(i), &rows, out) }
         })?;
         if !self.kernels.has_prefill_attention_wgmma() {
             return Ok(());
         }
         let name = format!("prefill_attention_wgmma, {num_sequences} x {num_tokens} on {prefix}");
         self.report(&name, bytes, keys * FLOPS_PER_KEY, |i| {
-            let (input, rows) = (batch.input(i), num_sequences * num_tokens);
             // SAFETY: every buffer was allocated above with the size of its shape.
-            unsafe { self.kernels.prefill_attention_wgmma(&input, out, tiles_on, num_tiles, rows) }
+            unsafe { self.kernels.prefill_attention_wgmma(&batch.input(i), &rows, out) }
         })
     }
 }
@@ -437,7 +448,8 @@ struct Batch {
     caches: DeviceBuffer,
     cache_bytes: usize,
     num_sets: usize,
-    query: DeviceBuffer,
+    /// Queries, keys and values of each token; for prefill, its first part is the queries alone.
+    rows: DeviceBuffer,
     out: DeviceBuffer,
     table: DeviceBuffer,
     max_blocks: usize,
@@ -463,11 +475,12 @@ impl Batch {
         let cache_bytes = num_blocks * 16 * KV_BYTES;
         let num_sets = num_sets(cache_bytes);
         let query_len = num_tokens * HEADS.num_heads * HEADS.head_dim;
+        let row_len = (HEADS.num_heads + 2 * HEADS.num_kv_heads) * HEADS.head_dim;
         Ok(Self {
             caches: bench.values(cache_bytes / 2, num_sets)?,
             cache_bytes,
             num_sets,
-            query: bench.values(query_len, 1)?,
+            rows: bench.values(num_tokens * row_len, 1)?,
             out: bench.device().allocate(query_len * 2)?,
             table: bench.device().allocate_from(&table)?,
             max_blocks,
@@ -476,7 +489,6 @@ impl Batch {
 
     fn input(&self, launch: usize) -> AttentionInput {
         AttentionInput {
-            query: self.query.address(),
             cache: self.caches.address() + (launch % self.num_sets * self.cache_bytes) as u64,
             block_table: self.table.address(),
             max_blocks: self.max_blocks,

@@ -9,11 +9,14 @@
 
 mod cuda_fixture;
 
+use std::ops::Range;
+
 use cuda_fixture::{Random, assert_close, download, floats, kernels, poisoned};
 use half::bf16;
 use nano_kernels::cuda::attention::{
-    AttentionInput, DecodePlan, Heads, PrefillSequence, prefill_tiles,
+    AttentionInput, DecodePlan, DecodeRows, Heads, PrefillRows, PrefillSequence, prefill_tiles,
 };
+use nano_kernels::cuda::rope::RopeWriteKv;
 use nano_kernels::cuda::{DeviceBuffer, Graph, Kernels};
 use nano_kernels::reference::attention::{PagedCache, paged_attention};
 
@@ -66,11 +69,9 @@ impl Case {
         let mut cache = random.values((num_blocks + 1) * block_len);
         for (sequence, table) in sequences.iter().zip(&tables) {
             let len = sequence.prefix + sequence.num_tokens;
-            for at in len..len.next_multiple_of(BLOCK_SIZE) {
-                let block = table[at / BLOCK_SIZE] as usize * block_len;
-                for head in 0..2 * heads.num_kv_heads {
-                    let row = block + (head * BLOCK_SIZE + at % BLOCK_SIZE) * row_len;
-                    cache[row..][..row_len].fill(bf16::NAN);
+            for position in len..len.next_multiple_of(BLOCK_SIZE) {
+                for row in cache_rows(heads, table, position) {
+                    cache[row].fill(bf16::NAN);
                 }
             }
         }
@@ -109,7 +110,6 @@ impl Case {
 
     fn input(&self) -> AttentionInput {
         AttentionInput {
-            query: self.query_on.address(),
             cache: self.cache_on.address(),
             block_table: self.table_on.address(),
             max_blocks: self.max_blocks,
@@ -136,24 +136,67 @@ impl Case {
         expected
     }
 
-    fn decode(&self, kernels: &Kernels, plan: &DecodePlan) -> Vec<f32> {
-        let device = kernels.device();
-        let lengths: Vec<i32> =
-            self.sequences.iter().map(|s| (s.prefix + s.num_tokens) as i32).collect();
-        let length_on = device.allocate_from(&lengths).unwrap();
-        let out = poisoned(device, self.query.len());
-        // SAFETY: every buffer was allocated with the size of its shape; lengths fit the tables.
-        unsafe {
-            kernels.decode_attention(
-                plan,
-                &self.input(),
-                out.address(),
-                length_on.address(),
-                lengths.len(),
-            )
+    fn lengths(&self) -> Vec<i32> {
+        self.sequences.iter().map(|s| (s.prefix + s.num_tokens) as i32).collect()
+    }
+
+    /// Each sequence's query, and its newest keys and values as the cache has them.
+    fn qkv(&self) -> Vec<bf16> {
+        let queries = self.query.chunks(self.heads.num_heads * self.heads.head_dim);
+        let mut qkv = Vec::new();
+        for ((query, table), length) in queries.zip(&self.tables).zip(self.lengths()) {
+            qkv.extend_from_slice(query);
+            for row in cache_rows(self.heads, table, length as usize - 1) {
+                qkv.extend_from_slice(&self.cache[row]);
+            }
         }
-        .unwrap();
-        download(&out)
+        qkv
+    }
+
+    /// The cache without the newest rows.
+    fn older(&self) -> Vec<bf16> {
+        let mut cache = self.cache.clone();
+        for (table, length) in self.tables.iter().zip(self.lengths()) {
+            for row in cache_rows(self.heads, table, length as usize - 1) {
+                cache[row].fill(bf16::NAN);
+            }
+        }
+        cache
+    }
+
+    /// The bits of the output, and of the cache that was the older one.
+    fn decode_bits(
+        &self,
+        kernels: &Kernels,
+        plan: &DecodePlan,
+        qkv: &[bf16],
+        cos_sin: &[f32],
+        lengths: &[i32],
+    ) -> (Vec<u16>, Vec<u16>) {
+        let device = kernels.device();
+        let cache = device.allocate_from(&self.older()).unwrap();
+        let qkv = device.allocate_from(qkv).unwrap();
+        let cos_sin = device.allocate_from(cos_sin).unwrap();
+        let length = device.allocate_from(lengths).unwrap();
+        let out = poisoned(device, self.query.len());
+        let input = AttentionInput { cache: cache.address(), ..self.input() };
+        let rows = DecodeRows {
+            qkv: qkv.address(),
+            cos_sin: cos_sin.address(),
+            length: length.address(),
+            num_sequences: lengths.len(),
+        };
+        // SAFETY: every buffer was allocated with the size of its shape; lengths fit the tables.
+        unsafe { kernels.decode_attention(plan, &input, &rows, out.address()) }.unwrap();
+        (bits(&out), bits(&cache))
+    }
+
+    /// By angles of zero, so that queries and keys are what they were.
+    fn decode(&self, kernels: &Kernels, plan: &DecodePlan) -> Vec<f32> {
+        let still = no_angles(self.max_blocks * BLOCK_SIZE, self.heads.head_dim);
+        let (out, cache) = self.decode_bits(kernels, plan, &self.qkv(), &still, &self.lengths());
+        assert!(cache.iter().zip(&self.cache).all(|(&a, b)| a == b.to_bits()), "newest rows");
+        out.into_iter().map(|bits| bf16::from_bits(bits).to_f32()).collect()
     }
 
     /// By each kernel that this device has; the one for any device first.
@@ -177,9 +220,14 @@ impl Case {
         let tiles = prefill_tiles(self.heads, &sequences);
         let tiles_on = device.allocate_from(&tiles).unwrap();
         let (out, input) = (poisoned(device, self.query.len()), self.input());
-        let (target, tiles_on, num_tiles) = (out.address(), tiles_on.address(), tiles.len());
+        let rows = PrefillRows {
+            query: self.query_on.address(),
+            tiles: tiles_on.address(),
+            num_tiles: tiles.len(),
+            num_tokens: first_token,
+        };
         // SAFETY: every buffer was allocated with the size of its shape; positions fit the tables.
-        unsafe { kernels.prefill_attention(&input, target, tiles_on, num_tiles) }.unwrap();
+        unsafe { kernels.prefill_attention(&input, &rows, out.address()) }.unwrap();
         let mut found = vec![download(&out)];
         // Twice: what the first launch leaves behind does not change the second.
         for round in 0..2 {
@@ -188,10 +236,7 @@ impl Case {
             }
             out.fill(0xff).unwrap();
             // SAFETY: as above.
-            unsafe {
-                kernels.prefill_attention_wgmma(&input, target, tiles_on, num_tiles, first_token)
-            }
-            .unwrap();
+            unsafe { kernels.prefill_attention_wgmma(&input, &rows, out.address()) }.unwrap();
             if round == 0 {
                 found.push(download(&out));
             } else {
@@ -207,6 +252,31 @@ impl Case {
             assert_close(&format!("{what}, kernel {number}"), found, &expected, BOUND);
         }
     }
+}
+
+/// Where the keys of a position lie in the cache, head by head, and then its values.
+fn cache_rows(
+    heads: Heads,
+    table: &[u32],
+    position: usize,
+) -> impl Iterator<Item = Range<usize>> + use<> {
+    let Heads { num_kv_heads, head_dim, .. } = heads;
+    let block = table[position / BLOCK_SIZE] as usize;
+    (0..2 * num_kv_heads).map(move |head| {
+        let tile = block * 2 * num_kv_heads + head;
+        let row = (tile * BLOCK_SIZE + position % BLOCK_SIZE) * head_dim;
+        row..row + head_dim
+    })
+}
+
+fn no_angles(num_positions: usize, head_dim: usize) -> Vec<f32> {
+    (0..num_positions * head_dim).map(|i| f32::from(i % head_dim < head_dim / 2)).collect()
+}
+
+fn bits(buffer: &DeviceBuffer) -> Vec<u16> {
+    let mut bits = vec![0; buffer.num_bytes() / size_of::<bf16>()];
+    buffer.download(0, &mut bits).unwrap();
+    bits
 }
 
 fn lengths(lengths: &[usize]) -> Vec<Sequence> {
@@ -342,6 +412,91 @@ fn new_tokens_see_their_windows_alone() {
     }
 }
 
+/// Decode attention of unrotated rows, against the kernel for prompts and then angles of zero.
+#[test]
+fn decoding_turns_and_writes_as_the_kernel_for_prompts_does() {
+    let Some(kernels) = kernels() else { return };
+    let mut random = Random(15);
+    for heads in MANY_HEADS {
+        let plan = DecodePlan::new(kernels.device(), heads, 70).unwrap();
+        for window in [None, Some(1), Some(17), Some(4096)] {
+            for batch in [vec![1], vec![16], vec![17], vec![1, 16, 17, 2000, 64, 4097], vec![9; 70]]
+            {
+                check_turned(&kernels, &mut random, &plan, heads, window, &batch);
+            }
+        }
+    }
+    let heads = heads(32, 8, 128);
+    let plan = DecodePlan::new(kernels.device(), heads, 2).unwrap();
+    for batch in [[32_768, 32_753], [1024, 1025], [513, 512], [8193, 16]] {
+        check_turned(&kernels, &mut random, &plan, heads, None, &batch);
+    }
+}
+
+/// The third sequence, if there is one, is a padding row.
+fn check_turned(
+    kernels: &Kernels,
+    random: &mut Random,
+    plan: &DecodePlan,
+    heads: Heads,
+    window: Option<u32>,
+    batch: &[usize],
+) {
+    let device = kernels.device();
+    let case = Case::new(kernels, random, heads, window, &lengths(batch));
+    let Heads { num_heads, num_kv_heads, head_dim } = heads;
+    let (query_len, row_len) = (num_heads * head_dim, (num_heads + 2 * num_kv_heads) * head_dim);
+    let qkv = random.values(batch.len() * row_len);
+    let num_positions = case.max_blocks * BLOCK_SIZE;
+    let cos_sin: Vec<f32> = (0..num_positions * head_dim).map(|_| random.value()).collect();
+    let position: Vec<i32> = batch.iter().map(|&length| length as i32 - 1).collect();
+    let mut slot: Vec<i32> = Vec::new();
+    for (table, &position) in case.tables.iter().zip(&position) {
+        slot.push(table[position as usize / BLOCK_SIZE] as i32 * 16 + position % 16);
+    }
+    let mut length = case.lengths();
+    if batch.len() > 2 {
+        (slot[2], length[2]) = (-1, 0);
+    }
+
+    let (query_on, cache_on) =
+        (poisoned(device, case.query.len()), device.allocate_from(&case.older()).unwrap());
+    let (qkv_on, cos_sin_on) =
+        (device.allocate_from(&qkv).unwrap(), device.allocate_from(&cos_sin).unwrap());
+    let (position_on, slot_on) =
+        (device.allocate_from(&position).unwrap(), device.allocate_from(&slot).unwrap());
+    let launch = RopeWriteKv {
+        query: query_on.address(),
+        cache: cache_on.address(),
+        qkv: qkv_on.address(),
+        cos_sin: cos_sin_on.address(),
+        position: position_on.address(),
+        slot: slot_on.address(),
+        num_tokens: batch.len(),
+        num_heads,
+        num_kv_heads,
+        head_dim,
+    };
+    // SAFETY: every buffer was allocated above with the size of its shape.
+    unsafe { kernels.rope_write_kv(&launch) }.unwrap();
+    let (query, cache) = (bits(&query_on), bits(&cache_on));
+
+    let mut turned = Vec::new();
+    for ((query, table), &position) in query.chunks(query_len).zip(&case.tables).zip(&position) {
+        turned.extend_from_slice(query);
+        for row in cache_rows(heads, table, position as usize) {
+            turned.extend_from_slice(&cache[row]);
+        }
+    }
+    let turned: Vec<bf16> = turned.into_iter().map(bf16::from_bits).collect();
+    let still = no_angles(num_positions, head_dim);
+    let (expected, _) = case.decode_bits(kernels, plan, &turned, &still, &length);
+    let (found, written) = case.decode_bits(kernels, plan, &qkv, &cos_sin, &length);
+    let what = format!("{batch:?}, window {window:?}, {heads:?}");
+    assert!(found == expected, "attention of {what}");
+    assert!(written == cache, "the cache of {what}");
+}
+
 #[test]
 fn one_graph_serves_any_lengths_and_a_padding_row_gets_zeros() {
     let Some(kernels) = kernels() else { return };
@@ -352,12 +507,18 @@ fn one_graph_serves_any_lengths_and_a_padding_row_gets_zeros() {
     let mut case = Case::new(&kernels, &mut random, heads, None, &lengths(&longest));
     let plan = DecodePlan::new(device, heads, 5).unwrap();
     let length_on = device.allocate_from(&[0_i32; 5]).unwrap();
+    let qkv_on = device.allocate_from(&case.qkv()).unwrap();
+    let cos_sin_on = device.allocate_from(&no_angles(2000, heads.head_dim)).unwrap();
     let out = poisoned(device, case.query.len());
+    let rows = DecodeRows {
+        qkv: qkv_on.address(),
+        cos_sin: cos_sin_on.address(),
+        length: length_on.address(),
+        num_sequences: 5,
+    };
     let graph = Graph::capture(device, || {
         // SAFETY: every buffer was allocated with the size of its shape and outlives the graph.
-        unsafe {
-            kernels.decode_attention(&plan, &case.input(), out.address(), length_on.address(), 5)
-        }
+        unsafe { kernels.decode_attention(&plan, &case.input(), &rows, out.address()) }
     })
     .unwrap();
     for batch in [[2000, 1, 16, 500, 1999], [3, 700, 2, 33, 64], [1, 1, 1, 1, 1]] {
@@ -365,6 +526,7 @@ fn one_graph_serves_any_lengths_and_a_padding_row_gets_zeros() {
         on_device[3] = 0;
         length_on.upload(0, &on_device).unwrap();
         case.sequences = lengths(&batch);
+        qkv_on.upload(0, &case.qkv()).unwrap();
         let mut expected = case.expected();
         let row_len = heads.num_heads * heads.head_dim;
         expected[3 * row_len..4 * row_len].fill(0.0);

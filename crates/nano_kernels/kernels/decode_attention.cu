@@ -1,14 +1,16 @@
-// Paged attention of one new token a sequence, for groups of up to 8 query heads a K/V head.
+// Paged attention of one new token a sequence, for groups of up to 8 query heads a K/V head, with
+// RoPE and the write of the token's key and value done on the way.
 //
 //   out[head] = sum over positions p of softmax(query[head] . key[p] / sqrt(HEAD_DIM)) value[p]
 //
-// over the positions p in [max(0, length - window), length).
+// over the positions p in [max(0, length - window), length), of which the last is the token's own.
 //
 // A thread block takes one split of one sequence and one K/V head: an equal share of the
 // sequence's cache blocks, worked out here from the length, so that one launch shape, and a graph
 // that holds it, serves any lengths. Each warp streams every NUM_WARPS-th cache block through its
-// own ring in shared memory and keeps a running softmax. The group's heads share each key and
-// value on the tensor cores, with keys as the rows and heads as the 8 columns of a product:
+// own ring in shared memory and keeps a running softmax; the warp with the newest block puts the
+// token's row into it. The group's heads share each key and value on the tensor cores, with keys as
+// the rows and heads as the 8 columns of a product:
 //
 //   scores  [16 keys x 8 heads]        = K [16 x HEAD_DIM]    query^T [HEAD_DIM x 8]
 //   output  [HEAD_DIM x 8 heads]      += V^T [HEAD_DIM x 16]  weights [16 x 8]
@@ -23,16 +25,20 @@
 //   partial:     [num_sequences, num_kv_heads, num_splits, group, HEAD_DIM] f32, scratch
 //   partial_ml:  [num_sequences, num_kv_heads, num_splits, group, 2] f32, scratch
 //   arrived:     [num_sequences, num_kv_heads] u32, zeros; left as zeros
-//   query:       [num_sequences, num_heads, HEAD_DIM] bf16, rotated
-//   cache:       one layer, [num_blocks, k | v, num_kv_heads, BLOCK_SIZE, HEAD_DIM] bf16
+//   qkv:         [num_sequences, num_heads + 2 num_kv_heads, HEAD_DIM] bf16, none of it rotated
+//   cos_sin:     [max_position, 2, HEAD_DIM / 2] f32: cosines, then sines
+//   cache:       one layer, [num_blocks, k | v, num_kv_heads, BLOCK_SIZE, HEAD_DIM] bf16; written
+//                at each sequence's last position
 //   block_table: [num_sequences, max_blocks] i32
-//   length:      [num_sequences] i32, the new token included
+//   length:      [num_sequences] i32, the new token included; 0 for a padding row of a fixed launch
+//                shape, of which nothing is written to the cache
 //   window:      1 to 2^30; a window over every length is none
 //   scale:       log2(e) / sqrt(HEAD_DIM)
 //
 // Source: Kwon et al., PagedAttention, 2023; Dao et al., Flash-Decoding, 2023; Ainslie et al.,
 // GQA, 2023.
 #include "mma.cuh"
+#include "rope.cuh"
 
 #ifndef HEAD_DIM
 #error "HEAD_DIM is 64 or 128"
@@ -45,6 +51,7 @@ constexpr int MIN_BLOCKS_PER_SPLIT = NUM_WARPS;
 constexpr int TILE = BLOCK_SIZE * HEAD_DIM;  // elements of a block's keys, or of its values
 constexpr int CHUNKS = HEAD_DIM / 8;         // 16-byte chunks of a row
 constexpr int DIM_TILES = HEAD_DIM / 16;
+constexpr int HALF_DIM = HEAD_DIM / 2;
 
 // The interval of cache blocks that a thread block works through.
 struct Share {
@@ -90,6 +97,36 @@ __device__ __forceinline__ void load_block(bf16* stage, const bf16* keys, i64 va
         copy_async(stage + target, source, valid);
         copy_async(stage + TILE + target, source + values_offset, valid);
     }
+}
+
+// The token's own key and value, eight pairs of elements a lane.
+struct Newest {
+    Bf16x8 first, second;
+};
+constexpr int UNITS = HALF_DIM / 8;  // lanes of a key, then of a value
+
+// Takes them from `key`, the row's first one, and leaves them at `target`, a row of the cache.
+__device__ __forceinline__ Newest write_newest(const bf16* key, bf16* target, i64 values_offset,
+                                               int num_kv_heads, const float* angles, int lane) {
+    Newest newest = {};
+    if (lane >= 2 * UNITS) return newest;
+    const int is_value = lane / UNITS, element = lane % UNITS * 8;
+    const bf16* source = key + is_value * num_kv_heads * HEAD_DIM + element;
+    newest.first = *(const Bf16x8*)source;
+    newest.second = *(const Bf16x8*)(source + HALF_DIM);
+    if (!is_value) rotate(newest.first, newest.second, angles + element, HALF_DIM);
+    target += is_value * values_offset + element;
+    *(Bf16x8*)target = newest.first;
+    *(Bf16x8*)(target + HALF_DIM) = newest.second;
+    return newest;
+}
+
+// Puts them into a stage of the ring.
+__device__ __forceinline__ void put_newest(bf16* stage, const Newest& newest, int row, int lane) {
+    if (lane >= 2 * UNITS) return;
+    bf16* tile = stage + lane / UNITS * TILE;
+    *(Bf16x8*)(tile + swizzled<HEAD_DIM>(row, lane % UNITS)) = newest.first;
+    *(Bf16x8*)(tile + swizzled<HEAD_DIM>(row, lane % UNITS + UNITS)) = newest.second;
 }
 
 // One cache block against the group's heads; `position` is that of its first row.
@@ -192,9 +229,9 @@ __device__ void merge_splits(bf16* out, const float* partial, const float* parti
 }
 
 extern "C" __global__ void __launch_bounds__(NUM_WARPS* WARP)
-decode_attention(bf16* out, float* partial, float* partial_ml, u32* arrived, const bf16* query,
-                 const bf16* cache, const int* block_table, const int* length, int num_heads,
-                 int max_blocks, int window, float scale) {
+decode_attention(bf16* out, float* partial, float* partial_ml, u32* arrived, const bf16* qkv,
+                 const float* cos_sin, bf16* cache, const int* block_table, const int* length,
+                 int num_heads, int max_blocks, int window, float scale) {
     extern __shared__ __align__(128) bf16 shared[];
     __shared__ float warp_largest[NUM_WARPS][MAX_GROUP], warp_sum[NUM_WARPS][MAX_GROUP];
     __shared__ bool is_last;
@@ -206,38 +243,67 @@ decode_attention(bf16* out, float* partial, float* partial_ml, u32* arrived, con
     // Without a wait, so that there is room for the next kernel: the first split's blocks wait for all.
     if (split >= share.num_splits) return;
 
-    // Stream this warp's cache blocks: begin + warp, begin + warp + NUM_WARPS and so on.
+    // Stream this warp's cache blocks: begin + warp, begin + warp + NUM_WARPS and so on. Only the
+    // token's own row comes from the kernel in front: all others are there already.
     bf16* ring = shared + warp * STAGES * 2 * TILE;
     const int* table = block_table + (i64)sequence * max_blocks;
     const i64 values_offset = (i64)num_kv_heads * TILE;
+    const int position = max(share.length - 1, 0);
+    const auto keys_of = [&](int block) {
+        return cache + ((i64)table[block] * 2 * num_kv_heads + kv_head) * TILE;
+    };
     const auto load = [&](int block, int stage) {
         if (block < share.end) {
-            const i64 cache_head = (i64)table[block] * 2 * num_kv_heads + kv_head;
-            load_block(ring + stage * 2 * TILE, cache + cache_head * TILE, values_offset,
-                       share.length - block * BLOCK_SIZE, lane);
+            load_block(ring + stage * 2 * TILE, keys_of(block), values_offset,
+                       position - block * BLOCK_SIZE, lane);
         }
         commit_copies();
     };
     const int first = share.begin + warp;
-    // The kernel in front writes the query and the newest row alone: what a step is made of, and the
-    // rows of the steps before, are there already.
-    const int newest = (share.length - 1) / BLOCK_SIZE;
-    for (int s = 0; s < STAGES - 1; s++) {
-        const int block = first + s * NUM_WARPS;
-        if (block >= newest) wait_for_previous();
-        load(block, s);
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) load(first + s * NUM_WARPS, s);
+
+    // A lane's elements of a query head are whole pairs: in tile k and in tile k + DIM_TILES / 2.
+    const float* angles = cos_sin + (i64)position * HEAD_DIM;
+    float2 cosines[DIM_TILES / 2][2], sines[DIM_TILES / 2][2];
+#pragma unroll
+    for (int k = 0; k < DIM_TILES; k++) {
+        const float* at = angles + k / 2 * 16 + k % 2 * 8 + lane % 4 * 2;
+        cosines[k / 2][k % 2] = *(const float2*)at;
+        sines[k / 2][k % 2] = *(const float2*)(at + HALF_DIM);
     }
+    const int newest_block = position / BLOCK_SIZE, newest_row = position % BLOCK_SIZE;
+    const bool has_newest = newest_block >= first && newest_block < share.end &&
+                            (newest_block - first) % NUM_WARPS == 0;
+    bf16* newest_target = has_newest ? keys_of(newest_block) + newest_row * HEAD_DIM : nullptr;
     wait_for_previous();
 
     u32 heads[DIM_TILES][2];
     const int column = lane / 4;
-    const bf16* head = query + ((i64)sequence * num_heads + kv_head * group + column) * HEAD_DIM;
+    const bf16* row = qkv + (i64)sequence * (num_heads + 2 * num_kv_heads) * HEAD_DIM;
+    const bf16* head = row + (kv_head * group + column) * HEAD_DIM;
 #pragma unroll
     for (int k = 0; k < DIM_TILES; k++) {
         const u32* pairs = (const u32*)(head + k * 16) + lane % 4;
         heads[k][0] = column < group ? pairs[0] : 0;
         heads[k][1] = column < group ? pairs[4] : 0;
     }
+    Newest newest;
+    if (has_newest) {
+        newest = write_newest(row + (num_heads + kv_head) * HEAD_DIM, newest_target, values_offset,
+                              num_kv_heads, angles, lane);
+    }
+#pragma unroll
+    for (int k = 0; k < DIM_TILES; k++) {
+        u32 &low = heads[k / 2][k % 2], &high = heads[k / 2 + DIM_TILES / 2][k % 2];
+        float x[2] = {low_float(low), high_float(low)}, y[2] = {low_float(high), high_float(high)};
+        const float2 cosine = cosines[k / 2][k % 2], sine = sines[k / 2][k % 2];
+        rotate(x[0], y[0], cosine.x, sine.x);
+        rotate(x[1], y[1], cosine.y, sine.y);
+        low = pack_bf16(x[0], x[1]);
+        high = pack_bf16(y[0], y[1]);
+    }
+
     Running running = {};
     running.largest[0] = running.largest[1] = NEGATIVE_INFINITY;
     int stage = 0;
@@ -245,6 +311,10 @@ decode_attention(bf16* out, float* partial, float* partial_ml, u32* arrived, con
         load(block + (STAGES - 1) * NUM_WARPS, (stage + STAGES - 1) % STAGES);
         wait_copies<STAGES - 1>();
         __syncwarp();
+        if (block == newest_block) {
+            put_newest(ring + stage * 2 * TILE, newest, newest_row, lane);
+            __syncwarp();
+        }
         attend(running, ring + stage * 2 * TILE, heads, share, block * BLOCK_SIZE, scale, lane);
         __syncwarp();  // the next turn's copies overwrite what the other lanes have now read
         stage = (stage + 1) % STAGES;

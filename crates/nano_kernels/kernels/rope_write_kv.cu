@@ -1,7 +1,5 @@
-// Rotary position embedding of queries and keys, and the write of keys and values into the cache.
-//
-// Element i of a head and element i + head_dim / 2 are a pair (x, y), turned by the angle of the
-// token's position: (x cos - y sin, y cos + x sin). Values are copied as they are.
+// Rotary position embedding of queries and keys, and the write of keys and values into the cache,
+// for the rows that decode attention does not take. Values are copied as they are.
 //
 // Grid: num_tokens. Block: any number of threads. A thread takes eight pairs at a time.
 //
@@ -15,15 +13,8 @@
 //
 // head_dim is a multiple of 16.
 //
-// Source: Su et al., RoFormer, 2021; Kwon et al., PagedAttention, 2023.
-#include "common.cuh"
-
-// Sixteen cache elements of a thread: `first` at `offset`, `second` half a head later.
-__device__ __forceinline__ void store_halves(bf16* target, int half_dim, const Bf16x8& first,
-                                             const Bf16x8& second) {
-    *(Bf16x8*)target = first;
-    *(Bf16x8*)(target + half_dim) = second;
-}
+// Source: Kwon et al., PagedAttention, 2023.
+#include "rope.cuh"
 
 extern "C" __global__ void __launch_bounds__(512)
 rope_write_kv(bf16* query, bf16* cache, const bf16* qkv, const float* cos_sin,
@@ -46,31 +37,17 @@ rope_write_kv(bf16* query, bf16* cache, const bf16* qkv, const float* cos_sin,
         Bf16x8 second = *(const Bf16x8*)(source + half_dim);
 
         const bool is_value = head >= num_heads + num_kv_heads;
-        if (!is_value) {
-            float x[8], y[8];
-            unpack(first, x);
-            unpack(second, y);
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                const float cosine = angles[element + e];
-                const float sine = angles[half_dim + element + e];
-                const float turned = x[e] * cosine - y[e] * sine;
-                y[e] = y[e] * cosine + x[e] * sine;
-                x[e] = turned;
-            }
-            first = pack(x);
-            second = pack(y);
-        }
-        if (head < num_heads) {
-            bf16* target = query + (token * num_heads + head) * head_dim + element;
-            store_halves(target, half_dim, first, second);
-        } else if (token_slot >= 0) {
+        if (!is_value) rotate(first, second, angles + element, half_dim);
+        bf16* target = query + (token * num_heads + head) * head_dim + element;
+        if (head >= num_heads) {
+            if (token_slot < 0) continue;
             const i64 block = token_slot / BLOCK_SIZE;
             const int row = token_slot % BLOCK_SIZE;
             // Keys and values of a block follow each other as 2 num_kv_heads heads do in qkv.
             const i64 cache_head = block * 2 * num_kv_heads + (head - num_heads);
-            bf16* target = cache + (cache_head * BLOCK_SIZE + row) * head_dim + element;
-            store_halves(target, half_dim, first, second);
+            target = cache + (cache_head * BLOCK_SIZE + row) * head_dim + element;
         }
+        *(Bf16x8*)target = first;
+        *(Bf16x8*)(target + half_dim) = second;
     }
 }

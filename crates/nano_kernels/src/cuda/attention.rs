@@ -24,8 +24,6 @@ const MAX_GROUP: usize = 8;
 /// What both kinds of attention read; addresses on the device.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionInput {
-    /// `[rows, num_heads, head_dim]` bf16, rotated.
-    pub query: u64,
     /// One layer, `[num_blocks, k | v, num_kv_heads, 16, head_dim]` bf16.
     pub cache: u64,
     /// `[num_sequences, max_blocks]` i32.
@@ -36,6 +34,33 @@ pub struct AttentionInput {
     pub heads: Heads,
     /// Positions that a token sees, its own included; `None` is all.
     pub window: Option<u32>,
+}
+
+/// Sequences of one new token each; addresses on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct DecodeRows {
+    /// `[num_sequences, num_heads + 2 * num_kv_heads, head_dim]` bf16, none of it rotated.
+    pub qkv: u64,
+    /// `[max_position, 2, head_dim / 2]` f32: cosines, then sines.
+    pub cos_sin: u64,
+    /// `[num_sequences]` i32, the new token counted, read when the launch runs; a length of 0
+    /// writes nothing to the cache and gives zeros.
+    pub length: u64,
+    /// Rows.
+    pub num_sequences: usize,
+}
+
+/// Tokens cut into tiles; addresses on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct PrefillRows {
+    /// `[num_tokens, num_heads, head_dim]` bf16, rotated.
+    pub query: u64,
+    /// `[num_tiles]` [`PrefillTile`] of [`prefill_tiles`].
+    pub tiles: u64,
+    /// Tiles.
+    pub num_tiles: usize,
+    /// Rows of the query.
+    pub num_tokens: usize,
 }
 
 /// The heads of an attention layer.
@@ -112,22 +137,22 @@ fn num_splits(num_pairs: usize, num_multiprocessors: usize) -> usize {
 }
 
 impl Kernels {
-    /// Enqueues attention of one token a sequence. `length: [num_sequences]` i32 counts that token
-    /// and is read when the launch runs; a length of 0 gives zeros. `out: [num_sequences,
-    /// num_heads, head_dim]` bf16.
+    /// Enqueues attention of one token a sequence, with its rotation and the write of its key and
+    /// value into the cache. `out: [num_sequences, num_heads, head_dim]` bf16.
     ///
     /// # Safety
     /// Every address names as much memory as its shape says, 16-byte aligned, alive until the
-    /// stream has come to the launch; lengths fit the table, whose blocks within the window are
-    /// blocks of the cache. Launches that share a plan go through one stream.
+    /// stream has come to the launch; lengths fit the table and `cos_sin`, and the table's blocks
+    /// within the window are blocks of the cache, the last one of no other sequence. Launches that
+    /// share a plan go through one stream.
     pub unsafe fn decode_attention(
         &self,
         plan: &DecodePlan,
         input: &AttentionInput,
+        rows: &DecodeRows,
         out: u64,
-        length: u64,
-        num_sequences: usize,
     ) -> Result<()> {
+        let DecodeRows { qkv, cos_sin, length, num_sequences } = *rows;
         let heads = input.heads;
         let kernel = heads.choose(Kernel::DecodeAttention64, Kernel::DecodeAttention128)?;
         let name = "num_kv_heads";
@@ -144,7 +169,7 @@ impl Kernels {
         let (num_heads, max_blocks) = (heads.num_heads as i32, input.max_blocks as i32);
         let (window, scale) = (window_or_all(input.window), heads.scale());
         let mut launch = self.launch(kernel);
-        launch.arg(&out).arg(&scratch.0).arg(&scratch.1).arg(&scratch.2).arg(&input.query);
+        launch.arg(&out).arg(&scratch.0).arg(&scratch.1).arg(&scratch.2).arg(&qkv).arg(&cos_sin);
         launch.arg(&input.cache).arg(&input.block_table).arg(&length).arg(&num_heads);
         launch.arg(&max_blocks).arg(&window).arg(&scale);
         // SAFETY: heads and sequences were checked against the plan, whose scratch memory holds
@@ -152,8 +177,7 @@ impl Kernels {
         unsafe { launch.launch(shape_of(kernel, grid, NUM_THREADS)) }
     }
 
-    /// Enqueues causal attention of many tokens a sequence, cut into `tiles: [num_tiles]`
-    /// [`PrefillTile`] by [`prefill_tiles`]. `out` is shaped as the query.
+    /// Enqueues causal attention of many tokens a sequence. `out` is shaped as the query.
     ///
     /// # Safety
     /// Every address names as much memory as its shape says, 16-byte aligned, alive until the
@@ -162,10 +186,10 @@ impl Kernels {
     pub unsafe fn prefill_attention(
         &self,
         input: &AttentionInput,
+        rows: &PrefillRows,
         out: u64,
-        tiles: u64,
-        num_tiles: usize,
     ) -> Result<()> {
+        let PrefillRows { query, tiles, num_tiles, .. } = *rows;
         let heads = input.heads;
         let kernel = heads.choose(Kernel::PrefillAttention64, Kernel::PrefillAttention128)?;
         if num_tiles == 0 {
@@ -176,8 +200,9 @@ impl Kernels {
         let (num_heads, max_blocks) = (heads.num_heads as i32, input.max_blocks as i32);
         let (window, scale) = (window_or_all(input.window), heads.scale());
         let mut launch = self.launch(kernel);
+        // Blocks that come before lie where there is room for them by then: unevenly.
         launch.in_turn();
-        launch.arg(&out).arg(&input.query).arg(&input.cache).arg(&input.block_table).arg(&tiles);
+        launch.arg(&out).arg(&query).arg(&input.cache).arg(&input.block_table).arg(&tiles);
         launch.arg(&num_heads).arg(&max_blocks).arg(&window).arg(&scale);
         // SAFETY: the heads were checked; the memory is the caller's word.
         unsafe { launch.launch(shape_of(kernel, grid, NUM_THREADS)) }
@@ -190,19 +215,18 @@ impl Kernels {
         self.device().is_hopper()
     }
 
-    /// As [`prefill_attention`](Self::prefill_attention) of `num_tokens` rows, at twice the speed on
-    /// Hopper; a token's last bits depend on how its sequence was cut into steps.
+    /// As [`prefill_attention`](Self::prefill_attention), at twice the speed on Hopper; a token's
+    /// last bits depend on how its sequence was cut into steps.
     ///
     /// # Safety
-    /// As there; `num_tokens` are the rows of the query.
+    /// As there.
     pub unsafe fn prefill_attention_wgmma(
         &self,
         input: &AttentionInput,
+        rows: &PrefillRows,
         out: u64,
-        tiles: u64,
-        num_tiles: usize,
-        num_tokens: usize,
     ) -> Result<()> {
+        let PrefillRows { query, tiles, num_tiles, num_tokens } = *rows;
         let heads = input.heads;
         let kernel =
             heads.choose(Kernel::PrefillAttentionWgmma64, Kernel::PrefillAttentionWgmma128)?;
@@ -217,7 +241,7 @@ impl Kernels {
         let Heads { num_heads, num_kv_heads, head_dim } = heads;
         let group = heads.group();
         let query = TensorMap::new(
-            input.query,
+            query,
             [head_dim, num_heads, num_tokens],
             [BOX[0], group, PREFILL_ROWS / group],
         )?;

@@ -61,10 +61,11 @@ pub struct KernelSpec {
 }
 
 /// Headers that a source may include, by name.
-pub const HEADERS: [(&str, &str); 3] = [
+pub const HEADERS: [(&str, &str); 4] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("hopper.cuh", include_str!("../../kernels/hopper.cuh")),
     ("mma.cuh", include_str!("../../kernels/mma.cuh")),
+    ("rope.cuh", include_str!("../../kernels/rope.cuh")),
 ];
 
 const RMS_NORM: &str = include_str!("../../kernels/rms_norm.cu");

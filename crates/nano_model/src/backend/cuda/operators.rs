@@ -3,7 +3,7 @@
 use half::bf16;
 use nano_kernels::cuda::DeviceBuffer;
 use nano_kernels::cuda::activation::SiluMul;
-use nano_kernels::cuda::attention::AttentionInput;
+use nano_kernels::cuda::attention::{AttentionInput, DecodeRows, Heads, PrefillRows};
 use nano_kernels::cuda::gather::{Gather, TokenIds};
 use nano_kernels::cuda::gemm::{Output, Product};
 use nano_kernels::cuda::norm::RmsNorm;
@@ -196,6 +196,7 @@ impl Backend for CudaBackend {
         self.product(self.activations.qkv.address(), *hidden, Some(norm), weight, Output::Bf16)
     }
 
+    /// Of the rows that do not decode: decode attention does this itself, see `paged_attention`.
     fn rope_write_kv(
         &mut self,
         layer: usize,
@@ -203,18 +204,20 @@ impl Backend for CudaBackend {
         step: &CudaStep,
     ) -> Result<CudaHidden> {
         let room = self.room.as_ref().ok_or_else(no_room)?;
+        let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
         let query = self.activations.query.address();
+        let from = |address: u64, row_bytes: usize| address + (step.num_decodes * row_bytes) as u64;
         let launch = RopeWriteKv {
-            query,
+            query: from(query, num_heads * head_dim * BF16_BYTES),
             cache: room.cache.address() + (layer * room.layer_bytes) as u64,
-            qkv: qkv.address,
+            qkv: from(qkv.address, self.spec.qkv_size() * BF16_BYTES),
             cos_sin: room.cos_sin.address(),
-            position: step.position,
-            slot: step.slot,
-            num_tokens: step.num_tokens,
-            num_heads: self.heads.num_heads,
-            num_kv_heads: self.heads.num_kv_heads,
-            head_dim: self.heads.head_dim,
+            position: from(step.position, size_of::<u32>()),
+            slot: from(step.slot, size_of::<u32>()),
+            num_tokens: step.num_tokens - step.num_decodes,
+            num_heads,
+            num_kv_heads,
+            head_dim,
         };
         // SAFETY: as in `norm`; positions are below max_model_len and slots below the cache's end,
         // which the scheduler answers for, and no two rows of a step are the same token.
@@ -222,6 +225,7 @@ impl Backend for CudaBackend {
         Ok(CudaHidden { address: query, ..qkv })
     }
 
+    /// Rows that decode come first and are read where the product left them, in `qkv`.
     fn paged_attention(
         &mut self,
         layer: usize,
@@ -231,25 +235,32 @@ impl Backend for CudaBackend {
         let room = self.room.as_ref().ok_or_else(no_room)?;
         let out = self.activations.context.address();
         let input = AttentionInput {
-            query: query.address,
             cache: room.cache.address() + (layer * room.layer_bytes) as u64,
             block_table: step.block_table,
             max_blocks: room.steps.max_blocks(),
             heads: self.heads,
             window: self.spec.layers[layer].window,
         };
-        // SAFETY: as in `norm`; tables are those of the scheduler, whose blocks are the cache's.
+        let decodes = DecodeRows {
+            qkv: self.activations.qkv.address(),
+            cos_sin: room.cos_sin.address(),
+            length: step.length,
+            num_sequences: step.num_decodes,
+        };
+        let prefills = PrefillRows {
+            query: query.address,
+            tiles: step.tiles,
+            num_tiles: step.num_tiles,
+            num_tokens: query.num_rows,
+        };
+        // SAFETY: as in `norm`; tables are those of the scheduler, whose blocks are the cache's, and
+        // whose lengths are at most max_model_len.
         unsafe {
-            if step.num_decodes > 0 {
-                let (plan, num_decodes) = (&self.decode_plan, step.num_decodes);
-                self.kernels.decode_attention(plan, &input, out, step.length, num_decodes)?;
-            }
-            let (tiles, num_tiles) = (step.tiles, step.num_tiles);
+            self.kernels.decode_attention(&self.decode_plan, &input, &decodes, out)?;
             if self.kernels.has_prefill_attention_wgmma() && !self.is_deterministic {
-                let num_rows = query.num_rows;
-                self.kernels.prefill_attention_wgmma(&input, out, tiles, num_tiles, num_rows)?;
+                self.kernels.prefill_attention_wgmma(&input, &prefills, out)?;
             } else {
-                self.kernels.prefill_attention(&input, out, tiles, num_tiles)?;
+                self.kernels.prefill_attention(&input, &prefills, out)?;
             }
         }
         Ok(CudaHidden { address: out, ..query })
