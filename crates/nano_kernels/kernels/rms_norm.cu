@@ -16,8 +16,7 @@
 // Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
 #include "common.cuh"
 
-// 16-byte vectors a thread may hold: rows of up to 512 * 8 * VECTORS elements in blocks of
-// 512 threads.
+// 16-byte vectors a thread may hold.
 constexpr int VECTORS = 4;
 
 extern "C" __global__ void __launch_bounds__(1024)
