@@ -2,6 +2,7 @@
 
 use super::attention::KvShape;
 use super::element::Element;
+use super::isa::prefetch;
 use super::pool::Pool;
 use super::shared::SharedMut;
 use crate::reference::rope::rotate;
@@ -41,6 +42,16 @@ pub fn rope_write_kv<E: Element>(
     let (num_heads, num_words) = (rows.num_heads, shape.num_words::<E>());
     let (width, half) = (num_heads + 2 * num_kv_heads, head_dim / 2);
     let (qkv, cache, query) = (SharedMut::new(qkv), SharedMut::new(cache), SharedMut::new(query));
+    // The strips of a row's keys and values, and the row's place in them.
+    let places = |row: usize, kv_head: usize| {
+        let (block, offset) =
+            (rows.slots[row] as usize / block_size, rows.slots[row] as usize % block_size);
+        let strip_len = block_size * num_words;
+        // SAFETY: a head's part of a block is one task's, and these two are apart.
+        let strip =
+            |part| unsafe { cache.slice(shape.strip::<E>(block, part, kv_head), strip_len) };
+        (strip(0), strip(1), offset)
+    };
     // A head's part of a row and of a block is no other head's, whatever the slots.
     let rotate_row = |row: usize, kv_head: usize| {
         let angles = (&rows.cos[row * half..][..half], &rows.sin[row * half..][..half]);
@@ -56,12 +67,7 @@ pub fn rope_write_kv<E: Element>(
         let key = head(num_heads + kv_head);
         rotate(key, angles.0, angles.1);
         let value = head(num_heads + num_kv_heads + kv_head);
-        let (block, offset) =
-            (rows.slots[row] as usize / block_size, rows.slots[row] as usize % block_size);
-        let strip_len = block_size * num_words;
-        // SAFETY: as above, and the strips of keys and of values are two.
-        let [keys, values] = [0, 1]
-            .map(|part| unsafe { cache.slice(shape.strip::<E>(block, part, kv_head), strip_len) });
+        let (keys, values, offset) = places(row, kv_head);
         let places = keys[offset..].iter_mut().step_by(block_size);
         for (place, elements) in places.zip(key.chunks_exact(E::PER_WORD)) {
             *place = E::word_of(elements);
@@ -73,8 +79,19 @@ pub fn rope_write_kv<E: Element>(
     let num_rows = rows.slots.len();
     let num_tasks = if num_rows < MIN_PARALLEL_ROWS { 1 } else { num_kv_heads };
     pool.run(num_tasks, &|task| {
+        let heads = || (task..num_kv_heads).step_by(num_tasks);
+        // A key's words lie in as many lines, and stores would wait for one after the other.
+        let ask_for = |row: usize| {
+            for kv_head in heads().take_while(|_| row < num_rows) {
+                let (keys, values, offset) = places(row, kv_head);
+                prefetch(keys);
+                prefetch(&values[offset * num_words..][..num_words]);
+            }
+        };
+        ask_for(0);
         for row in 0..num_rows {
-            (task..num_kv_heads).step_by(num_tasks).for_each(|kv_head| rotate_row(row, kv_head));
+            ask_for(row + 1);
+            heads().for_each(|kv_head| rotate_row(row, kv_head));
         }
     });
 }
