@@ -31,13 +31,12 @@ fn value(index: usize) -> f32 {
 }
 
 fn packed<E: Element>(pool: &mut Pool, rows: usize, columns: usize) -> PackedMatrix<E> {
-    let mut matrix = PackedMatrix::zeroed(rows, columns, false).unwrap();
-    matrix.write(pool, |row, elements: &mut [E]| {
+    PackedMatrix::pack(pool, (rows, columns), false, |row, elements: &mut [E]| {
         for (column, element) in elements.iter_mut().enumerate() {
             *element = E::narrow(value(row * columns + column));
         }
-    });
-    matrix
+    })
+    .unwrap()
 }
 
 fn product_reads_memory(criterion: &mut Criterion) {

@@ -251,6 +251,11 @@ class Engine:
         return self._native.device
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes that the parameters take in memory."""
+        return self._native.weight_bytes
+
+    @property
     def max_model_len(self) -> int:
         """Tokens of prompt and output together."""
         return self._native.max_model_len

@@ -233,7 +233,7 @@ def test_bytes_and_operations_are_those_counted_by_hand():
     shapes = roofline.Shapes(workload.MISTRAL_7B)
     # 32 layers of qkv, o, gate_up and down, and the head; see docs/kernels.md.
     layer = 6144 * 4096 + 4096 * 4096 + 28672 * 4096 + 4096 * 14336
-    assert shapes.weight_bytes == 2 * (32 * layer + 32000 * 4096)
+    assert shapes.parameters_read == 32 * layer + 32000 * 4096
     assert shapes.kv_bytes_per_token == 32 * 4096
     step = roofline.decode_step(shapes, roofline.Limits(1e12, 1e15), num_seqs=64, context=512)
     assert step.kv_cache_s == pytest.approx(64 * 512 * 32 * 4096 / 1e12)

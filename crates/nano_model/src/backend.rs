@@ -87,6 +87,11 @@ pub trait Backend: Debug {
     fn norm_weight(&mut self, size: usize, values: Option<TensorBytes<'_>>)
     -> Result<Self::Weight>;
 
+    /// Bytes that the parameters made so far take, where they are not those of the data type.
+    fn packed_bytes(&self) -> Option<u64> {
+        None
+    }
+
     /// Uploads a step.
     fn prepare(&mut self, batch: &Batch) -> Result<Self::Step>;
 

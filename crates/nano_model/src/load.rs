@@ -114,6 +114,8 @@ pub struct ModelInfo {
     pub dtype: &'static str,
     /// Bytes of all parameters.
     pub weight_bytes: u64,
+    /// What the parameters take in memory: less, where they are stored in fewer bits without loss.
+    pub packed_bytes: u64,
     /// Blocks of the KV cache.
     pub num_blocks: u32,
     /// The largest step.
@@ -262,14 +264,16 @@ impl CacheRoom {
         dtype: Dtype,
         device: String,
         limits: SchedulerConfig,
+        packed_bytes: Option<u64>,
     ) -> ModelInfo {
         let weight_bytes = config.spec.num_parameters() as u64 * dtype.num_bytes() as u64;
+        let packed_bytes = packed_bytes.unwrap_or(weight_bytes);
         tracing::info!(
             "loaded {} on {device} in {}: weights {:.2} GiB, KV cache {:.2} GiB in {} blocks, \
              max_model_len {}",
             config.dir.display(),
             dtype.name(),
-            gib(weight_bytes),
+            gib(packed_bytes),
             gib(self.bytes),
             self.num_blocks,
             self.max_model_len,
@@ -282,6 +286,7 @@ impl CacheRoom {
             device,
             dtype: dtype.name(),
             weight_bytes,
+            packed_bytes,
             num_blocks: self.num_blocks,
             limits,
         }

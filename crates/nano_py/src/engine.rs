@@ -191,6 +191,11 @@ impl Engine {
         self.0.model().map_or("", |model| model.dtype)
     }
 
+    #[getter]
+    fn weight_bytes(&self) -> u64 {
+        self.0.model().map_or(0, |model| model.packed_bytes)
+    }
+
     /// Ends every stream, stops the threads and gives the memory back.
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.0.close());

@@ -55,6 +55,8 @@ def header(
         **{name: median(run[name] for run in limits) for name in limits[0]},
         "runs": limits,
     }
+    shapes = Shapes(workload.config)
+    bytes_per_parameter = facts["nano_batch"]["weight_bytes"] / shapes.num_parameters
     return {
         "benchmark": benchmark,
         "preset": workload.name,
@@ -73,7 +75,7 @@ def header(
             "name": workload.model,
             "config": workload.config,
             "dtype": "bfloat16",
-            "weight_bytes_per_step": Shapes(workload.config).weight_bytes,
+            "weight_bytes_per_step": round(bytes_per_parameter * shapes.parameters_read),
             "same_weights": workload.name != "cuda",
         },
         "workload": {
@@ -102,9 +104,11 @@ def limits_of(result: Result) -> Limits:
     large matrices and nano_batch's own prompts, which on some processors is quicker.
     """
     machine = result["machine"]
+    model = result["model"]
     return Limits(
         1e9 * max(machine["read_gb_per_s"], machine["copy_gb_per_s"]),
         1e9 * max(machine["matmul_gflop_per_s"], machine.get("prefill_gflop_per_s", 0)),
+        model["weight_bytes_per_step"] / Shapes(model["config"]).parameters_read,
     )
 
 

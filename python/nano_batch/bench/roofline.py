@@ -9,10 +9,11 @@ _BF16_BYTES = 2
 
 @dataclass(frozen=True)
 class Limits:
-    """Rates that were measured on this machine."""
+    """Rates that were measured on this machine, and how nano_batch stores parameters there."""
 
     bytes_per_s: float
     operations_per_s: float
+    bytes_per_parameter: float = _BF16_BYTES
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,18 @@ class Shapes:
         mlp = 3 * hidden * config["intermediate_size"]
         self.layer_parameters: int = self.num_layers * (attention + mlp)
         self.head_parameters: int = hidden * config["vocab_size"]
+        self.is_tied: bool = config.get("tie_word_embeddings", False)
         self.kv_bytes_per_token = 2 * self.num_layers * kv_size * _BF16_BYTES
 
     @property
-    def weight_bytes(self) -> int:
-        """What one step reads: every matrix but the embedding, of which it picks a few rows."""
-        return (self.layer_parameters + self.head_parameters) * _BF16_BYTES
+    def parameters_read(self) -> int:
+        """By one step: every matrix but the embedding, of which it picks a few rows."""
+        return self.layer_parameters + self.head_parameters
+
+    @property
+    def num_parameters(self) -> int:
+        """All of them but the norms'."""
+        return self.layer_parameters + (1 if self.is_tied else 2) * self.head_parameters
 
     def attention_operations(self, num_keys: float) -> float:
         """A product with each key and one with each value, two operations a term."""
@@ -56,10 +63,10 @@ class Shapes:
 
 def decode_step(shapes: Shapes, limits: Limits, num_seqs: int, context: float) -> Step:
     """One token for each of `num_seqs` sequences of `context` tokens."""
-    operations: float = 2 * num_seqs * (shapes.layer_parameters + shapes.head_parameters)
+    operations: float = 2 * num_seqs * shapes.parameters_read
     operations += num_seqs * shapes.attention_operations(context)
     return Step(
-        shapes.weight_bytes / limits.bytes_per_s,
+        shapes.parameters_read * limits.bytes_per_parameter / limits.bytes_per_s,
         num_seqs * context * shapes.kv_bytes_per_token / limits.bytes_per_s,
         operations / limits.operations_per_s,
     )
@@ -75,7 +82,7 @@ def least_seconds(workload: Workload, limits: Limits, num_seqs: int) -> float:
     """Of `num_seqs` requests at once: their prompts, then one step after the other."""
     shapes = Shapes(workload.config)
     operations = prefill_operations(shapes, num_seqs, workload.prompt_len)
-    weights_s = shapes.weight_bytes / limits.bytes_per_s
+    weights_s = shapes.parameters_read * limits.bytes_per_parameter / limits.bytes_per_s
     prefill_s = max(operations / limits.operations_per_s, weights_s)
     # Time is linear in the context, so the middle one stands for all.
     step = decode_step(shapes, limits, num_seqs, middle_context(workload))

@@ -63,7 +63,8 @@ def _throughput(result: Result, peer: Result | None) -> str:
     head.insert(3, "beside one at a time")
     text = (
         f"transformers runs one request at a time, and {static} as one static batch; limits are "
-        "those of memory and arithmetic."
+        f"those of arithmetic and of memory, of which a step reads "
+        f"{result['model']['weight_bytes_per_step'] / 1e6:,.0f} MB of parameters."
     )
     return f"{_markdown(head, lines)}\n\n{wrapped(text)}"
 

@@ -60,6 +60,7 @@ class NanoBatch:
         self._engine = Engine(task.model, **options)
         self.facts = {
             "device": self._engine.device,
+            "weight_bytes": self._engine.weight_bytes,
             "ready_s": time.perf_counter() - start,
             "settings": options,
         }

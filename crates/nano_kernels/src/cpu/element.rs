@@ -4,11 +4,16 @@ use half::bf16;
 
 use super::LANES;
 use super::isa::{Isa, mul_add};
+use super::matrix::coded::{self, CODED, PLAIN};
 use super::memory::AnyBits;
 use super::product::MAX_TILE_ROWS;
+use super::product::coded::Decoded;
 use super::product::tile::Ahead;
 #[cfg(target_arch = "x86_64")]
-use super::product::tile::tile_avx512;
+use super::product::{
+    coded::{first_tile_avx512, only_tile_avx512},
+    tile::tile_avx512,
+};
 
 /// Something stored that is computed in float32.
 pub trait Element: AnyBits {
@@ -44,6 +49,39 @@ pub trait Element: AnyBits {
         _sums: &mut [[[f32; LANES]; MAX_TILE_ROWS]; 2],
     ) -> bool {
         false
+    }
+
+    /// Whether parameters of the type can be coded, see [`coded`].
+    const HAS_CODE: bool = false;
+
+    /// Codes of four vectors; `base` is the exponent whose code is 0.
+    fn encode(_four: &[[Self::Word; LANES]; PLAIN], _base: u32) -> [[Self::Word; LANES]; CODED] {
+        unreachable!("a type without a code")
+    }
+
+    /// What they are codes of, but for a power of two.
+    fn decode(_codes: &[[Self::Word; LANES]; CODED]) -> [[Self::Word; LANES]; PLAIN] {
+        unreachable!("a type without a code")
+    }
+
+    /// As [`tile`](Self::tile), over whole coded panels.
+    fn only_tile<const ROWS: usize, const PANELS: usize>(
+        _rows: &[[Self::Word; ROWS]],
+        _panels: [&[[Self::Word; LANES]]; PANELS],
+        _sums: [&mut [[f32; LANES]; MAX_TILE_ROWS]; PANELS],
+    ) {
+        unreachable!("a type without a code")
+    }
+
+    /// As [`tile`](Self::tile), over a coded block, whose words it keeps.
+    fn first_tile<const ROWS: usize>(
+        _rows: &[[Self::Word; ROWS]],
+        _panels: [&[[Self::Word; LANES]]; 2],
+        _next: [&[Self::Word]; 2],
+        _sums: &mut [[[f32; LANES]; MAX_TILE_ROWS]; 2],
+        _decoded: &mut Decoded<Self::Word>,
+    ) {
+        unreachable!("a type without a code")
     }
 }
 
@@ -139,7 +177,41 @@ impl Element for bf16 {
         }
         has_it
     }
+
+    const HAS_CODE: bool = true;
+
+    #[inline(always)]
+    fn encode(four: &[[u32; LANES]; PLAIN], base: u32) -> [[u32; LANES]; CODED] {
+        coded::encode(four, base)
+    }
+
+    fn decode(codes: &[[u32; LANES]; CODED]) -> [[u32; LANES]; PLAIN] {
+        coded::decode(codes)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn only_tile<const ROWS: usize, const PANELS: usize>(
+        rows: &[[u32; ROWS]],
+        panels: [&[[u32; LANES]]; PANELS],
+        sums: [&mut [[f32; LANES]; MAX_TILE_ROWS]; PANELS],
+    ) {
+        // SAFETY: there are codes only where the processor has the instructions.
+        unsafe { only_tile_avx512(rows, panels, sums) };
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn first_tile<const ROWS: usize>(
+        rows: &[[u32; ROWS]],
+        panels: [&[[u32; LANES]]; 2],
+        next: [&[u32]; 2],
+        sums: &mut [[[f32; LANES]; MAX_TILE_ROWS]; 2],
+        decoded: &mut Decoded<u32>,
+    ) {
+        // SAFETY: as above.
+        unsafe { first_tile_avx512(rows, panels, next, sums, decoded) };
+    }
 }
+
 #[cfg(test)]
 mod tests {
     use super::*;

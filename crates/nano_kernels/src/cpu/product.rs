@@ -5,6 +5,7 @@
 //! panels in registers while it walks down the inputs. A sum has one lane and adds its inputs in
 //! their order, so a row has the same result in any batch.
 
+pub(super) mod coded;
 pub(super) mod tile;
 
 use std::ops::Range;
@@ -14,17 +15,19 @@ use super::element::Element;
 use super::exp::silu;
 use super::isa::{Isa, Kernel};
 use super::matrix::PackedMatrix;
+use super::matrix::coded::{CODED, Code, PLAIN};
 use super::norm::Norm;
 use super::pool::Pool;
 use super::shared::SharedMut;
+use coded::{FEW_ROWS, MAX_PAIRS, run_first_tile, run_only_tile};
 use tile::{Ahead, Sums, TileRows, run_tile};
 
 /// Rows whose sums with two panels, one word of each panel and one input fit into 32 registers.
 pub(super) const MAX_TILE_ROWS: usize = 12;
 /// Tiles that share each read of parameters.
 const MAX_TILES: usize = 4;
-/// Words of a panel that are read at once: with those of its neighbour a first cache.
-const BLOCK_WORDS: usize = 256;
+/// Words of a panel that are read at once: with those of its neighbour half a first cache.
+const BLOCK_WORDS: usize = 128;
 /// Numbers of rows at which blocks pay: fewer wait for memory alone, whose stream the processor
 /// sees by itself; more wait for arithmetic alone.
 const BLOCK_ROWS: Range<usize> = 6..MAX_TILES * MAX_TILE_ROWS + 1;
@@ -153,6 +156,21 @@ impl<E: Element> Kernel for Narrow<'_, E> {
     }
 }
 
+/// See [`Code::correct`].
+struct Correct<'a, E: Element> {
+    code: &'a Code,
+    panel: usize,
+    words: &'a [E::Word],
+    sums: &'a mut [[f32; LANES]],
+}
+
+impl<E: Element> Kernel for Correct<'_, E> {
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        self.code.correct::<E>(self.panel, self.words, self.sums);
+    }
+}
+
 /// Writes `silu(gate) * up` over the sums of the first panel.
 struct Gate<'a> {
     sums: &'a mut Sums,
@@ -196,50 +214,86 @@ pub fn product<E: Element>(
     let least = MIN_TASK_BYTES.div_ceil(pair_bytes.max(1));
     let per_task = (num_pairs / (TASKS_PER_THREAD * pool.num_threads())).max(least);
     let num_tiles = rows.num_rows.div_ceil(MAX_TILE_ROWS);
-    let has_blocks = BLOCK_ROWS.contains(&rows.num_rows);
+    let is_coded = weight.code().is_some();
+    let has_blocks = if is_coded { num_tiles > 1 } else { BLOCK_ROWS.contains(&rows.num_rows) };
     let block_words = if has_blocks { BLOCK_WORDS } else { num_words.max(1) };
+    let panels =
+        |pair: usize| [2 * pair, 2 * pair + 1].map(|panel| weight.panel(panel.min(num_panels - 1)));
     let block = |pair: usize, start: usize| {
-        [2 * pair, 2 * pair + 1].map(|panel| {
-            let panel = weight.panel(panel.min(num_panels - 1));
-            &panel[start * LANES..num_words.min(start + block_words) * LANES]
-        })
+        let stored = |word: usize| LANES * if is_coded { word / PLAIN * CODED } else { word };
+        panels(pair).map(|it| &it[stored(start)..stored(num_words.min(start + block_words))])
+    };
+    // Sums of a pair's panels, ready, become output.
+    let finish = |pair: usize, (first_row, tile_rows): (usize, usize), sums: &mut Sums| {
+        if let Some(code) = weight.code() {
+            let words = rows.tile(first_row, tile_rows);
+            for (index, sums) in sums.panels.iter_mut().enumerate() {
+                let panel = (2 * pair + index).min(num_panels - 1);
+                isa.run(Correct::<E> { code, panel, words, sums: &mut sums[..tile_rows] });
+            }
+        }
+        if weight.is_gated() {
+            isa.run(Gate { sums, tile_rows });
+        }
+        let columns = pair * pair_columns..width.min((pair + 1) * pair_columns);
+        for row in 0..tile_rows {
+            for (panel, first) in columns.clone().step_by(LANES).enumerate() {
+                let len = LANES.min(columns.end - first);
+                // SAFETY: the columns of a pair of panels are one task's.
+                let output = unsafe { output.slice((first_row + row) * width + first, len) };
+                store_sums(store, &sums.panels[panel][row], output);
+            }
+        }
     };
     pool.run(num_pairs.div_ceil(per_task), &|task| {
         let mut sums: [Sums; MAX_TILES] = std::array::from_fn(|_| Sums::default());
-        for pair in task * per_task..num_pairs.min((task + 1) * per_task) {
-            let columns = pair * pair_columns..width.min((pair + 1) * pair_columns);
+        let own_pairs = task * per_task..num_pairs.min((task + 1) * per_task);
+        if is_coded && num_tiles == 1 {
+            let num_rows = rows.num_rows;
+            let tile = TileRows { words: rows.tile(0, num_rows), num_rows };
+            let at_once = if num_rows > FEW_ROWS { 1 } else { MAX_PAIRS };
+            for first in own_pairs.clone().step_by(at_once) {
+                let pairs = [panels(first), panels((first + 1).min(num_pairs - 1))];
+                let num = at_once.min(own_pairs.end - first);
+                run_only_tile::<E>(tile, &pairs[..num], &mut sums);
+                let sums = sums.iter_mut().take(num);
+                sums.enumerate().for_each(|(at, sums)| finish(first + at, (0, num_rows), sums));
+            }
+            return;
+        }
+        let mut decoded = [[[E::Word::default(); LANES]; BLOCK_WORDS]; 2];
+        for pair in own_pairs {
             for first_tile in (0..num_tiles).step_by(MAX_TILES) {
                 let tiles = || tiles(rows.num_rows).skip(first_tile).take(MAX_TILES);
+                let num_turns = MAX_TILES.min(num_tiles - first_tile);
                 for start in (0..num_words).step_by(block_words) {
-                    let panels = block(pair, start);
+                    let stored = block(pair, start);
+                    let len = block_words.min(num_words - start);
                     let next = if start + block_words < num_words {
                         block(pair, start + block_words)
                     } else {
                         block((pair + 1).min(num_pairs - 1), 0)
                     };
-                    let num_turns = MAX_TILES.min(num_tiles - first_tile);
                     for (turn, ((first, num_rows), sums)) in tiles().zip(&mut sums).enumerate() {
                         let words = &rows.tile(first, num_rows)[start * num_rows..];
-                        let words = &words[..panels[0].len() / LANES * num_rows];
-                        let ahead = has_blocks.then_some(Ahead { panels: next, num_turns, turn });
-                        let rows = TileRows { words, num_rows };
-                        run_tile::<E>(isa, rows, panels, ahead, start > 0, sums);
-                    }
-                }
-                for ((first_row, tile_rows), sums) in tiles().zip(&mut sums) {
-                    if weight.is_gated() {
-                        isa.run(Gate { sums, tile_rows });
-                    }
-                    for row in 0..tile_rows {
-                        for (panel, first) in columns.clone().step_by(LANES).enumerate() {
-                            let len = LANES.min(columns.end - first);
-                            // SAFETY: the columns of a pair of panels are one task's.
-                            let output =
-                                unsafe { output.slice((first_row + row) * width + first, len) };
-                            store_sums(store, &sums.panels[panel][row], output);
+                        let rows = TileRows { words: &words[..len * num_rows], num_rows };
+                        let is_more = start > 0;
+                        if !is_coded {
+                            let ahead = Ahead { panels: next, num_turns, turn };
+                            let ahead = has_blocks.then_some(ahead);
+                            run_tile::<E>(isa, rows, stored, ahead, is_more, sums);
+                        } else if turn == 0 {
+                            run_first_tile::<E>(rows, stored, next, is_more, sums, &mut decoded);
+                        } else {
+                            let panels = [0, 1].map(|it| decoded[it][..len].as_flattened());
+                            let next = next.map(|next| &next[next.len() / CODED..]);
+                            let (num_turns, turn) = (num_turns - 1, turn - 1);
+                            let ahead = Some(Ahead { panels: next, num_turns, turn });
+                            run_tile::<E>(isa, rows, panels, ahead, is_more, sums);
                         }
                     }
                 }
+                tiles().zip(&mut sums).for_each(|(tile, sums)| finish(pair, tile, sums));
             }
         }
     });

@@ -38,6 +38,8 @@ pub struct CpuBackend<E: Element> {
     /// The step prepared last, written over when nobody else holds it.
     step: Rc<CpuStep>,
     spare: Rc<RefCell<Vec<Vec<f32>>>>,
+    /// Of all parameters.
+    packed_bytes: usize,
 }
 
 /// A parameter.
@@ -111,6 +113,7 @@ impl<E: Element> CpuBackend<E> {
             scratch: Scratch::default(),
             step: Rc::default(),
             spare: Rc::default(),
+            packed_bytes: 0,
         })
     }
 
@@ -149,27 +152,35 @@ impl<E: Element> CpuBackend<E> {
         is_gated: bool,
         values: Values<'_>,
     ) -> Result<CpuWeight<E>> {
-        let matrix = PackedMatrix::zeroed(rows, columns, is_gated);
-        let mut matrix = matrix
-            .map_err(|error| Error::NoMemory { what: "a parameter", reason: error.to_string() })?;
-        match values {
-            Values::Tensors(parts) => matrix.write(&mut self.pool, |row, elements| {
-                let mut row = row;
-                for part in parts {
-                    let part_rows = part.bytes.len() / (columns * part.dtype.num_bytes());
-                    if row < part_rows {
-                        return read_row(*part, row, elements);
+        let size = (rows, columns);
+        let matrix = match values {
+            Values::Tensors(parts) => {
+                PackedMatrix::pack(&mut self.pool, size, is_gated, |row, elements| {
+                    let mut row = row;
+                    for part in parts {
+                        let part_rows = part.bytes.len() / (columns * part.dtype.num_bytes());
+                        if row < part_rows {
+                            return read_row(*part, row, elements);
+                        }
+                        row -= part_rows;
                     }
-                    row -= part_rows;
-                }
-            }),
+                })
+            }
             Values::Dummy(dummy) => {
                 let dtype = if E::PER_WORD == 2 { Dtype::BFloat16 } else { Dtype::Float32 };
                 let bytes = &dummy.bytes(rows * columns, dtype);
                 let part = TensorBytes { dtype: dtype.into(), bytes };
-                matrix.write(&mut self.pool, |row, elements| read_row(part, row, elements));
+                PackedMatrix::pack(&mut self.pool, size, is_gated, |row, elements| {
+                    read_row(part, row, elements);
+                })
             }
-        }
+        };
+        let no_memory = |error: std::io::Error| Error::NoMemory {
+            what: "a parameter",
+            reason: error.to_string(),
+        };
+        let matrix = matrix.map_err(no_memory)?;
+        self.packed_bytes += matrix.num_bytes();
         Ok(CpuWeight::Matrix(matrix))
     }
 }
@@ -198,12 +209,17 @@ impl<E: Element> Backend for CpuBackend<E> {
         values: Option<TensorBytes<'_>>,
     ) -> Result<CpuWeight<E>> {
         let mut norm = vec![1.0; size];
+        self.packed_bytes += size_of_val(&norm[..]);
         if let Some(tensor) = values {
             let mut elements = vec![E::narrow(0.0); size];
             read_row(tensor, 0, &mut elements);
             norm.iter_mut().zip(elements).for_each(|(norm, element)| *norm = element.widen());
         }
         Ok(CpuWeight::Norm(norm))
+    }
+
+    fn packed_bytes(&self) -> Option<u64> {
+        Some(self.packed_bytes as u64)
     }
 
     fn prepare(&mut self, batch: &Batch) -> Result<Rc<CpuStep>> {

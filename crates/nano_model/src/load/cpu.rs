@@ -116,6 +116,8 @@ impl Checkpoint {
         let dummy = DummyWeights::new(options.seed);
         let source = map.as_ref().map_or(Source::Dummy(&dummy), Source::Checkpoint);
         let model = load_decoder(&spec, source, &mut backend)?;
-        Ok((backend, model, room.info(config, dtype, "cpu".to_owned(), options.limits(false))))
+        let (device, limits) = ("cpu".to_owned(), options.limits(false));
+        let info = room.info(config, dtype, device, limits, backend.packed_bytes());
+        Ok((backend, model, info))
     }
 }

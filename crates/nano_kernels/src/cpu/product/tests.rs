@@ -24,22 +24,32 @@ struct Case<E: Element> {
 
 impl<E: Element> Case<E> {
     fn new(pool: &mut Pool, num_rows: usize, rows: usize, columns: usize) -> Self {
+        Self::of(pool, num_rows, rows, columns, value)
+    }
+
+    fn of(
+        pool: &mut Pool,
+        num_rows: usize,
+        rows: usize,
+        columns: usize,
+        weight: impl Fn(usize) -> f32,
+    ) -> Self {
         let narrowed = |index| E::narrow(value(index)).widen();
         let inputs: Vec<f32> = (0..num_rows * columns).map(|it| narrowed(it + 5)).collect();
         let mut packed = PackedRows::default();
         packed.pack(pool, &inputs, columns, None);
-        let weights = (0..rows * columns).map(narrowed).collect();
+        let weights = (0..rows * columns).map(|index| E::narrow(weight(index)).widen()).collect();
         Self { packed, inputs, weights }
     }
 
-    fn write(&self, pool: &mut Pool, mut matrix: PackedMatrix<E>) -> PackedMatrix<E> {
-        let columns = matrix.columns();
-        matrix.write(pool, |row, elements| {
+    fn matrix(&self, pool: &mut Pool, columns: usize, is_gated: bool) -> PackedMatrix<E> {
+        let size = (self.weights.len() / columns, columns);
+        PackedMatrix::pack(pool, size, is_gated, |row, elements| {
             for (element, value) in elements.iter_mut().zip(&self.weights[row * columns..]) {
                 *element = E::narrow(*value);
             }
-        });
-        matrix
+        })
+        .unwrap()
     }
 
     fn expected(&self, columns: usize) -> Vec<Vec<f32>> {
@@ -61,7 +71,7 @@ fn check<E: Element>(pool: &mut Pool) {
     for (rows, columns) in [(1, 1), (16, 2), (17, 37), (33, 300), (48, 1031)] {
         for num_rows in [1, 2, 5, 6, 12, 13, 31, 49, 61] {
             let case = Case::<E>::new(pool, num_rows, rows, columns);
-            let matrix = case.write(pool, PackedMatrix::zeroed(rows, columns, false).unwrap());
+            let matrix = case.matrix(pool, columns, false);
             let expected = case.expected(columns).concat();
             let mut output = vec![f32::NAN; num_rows * rows];
             product(pool, &case.packed, &matrix, Store::Write, &mut output);
@@ -76,7 +86,7 @@ fn check<E: Element>(pool: &mut Pool) {
             assert_eq!(output, twice);
 
             if rows % 2 == 0 {
-                let gated = case.write(pool, PackedMatrix::zeroed(rows, columns, true).unwrap());
+                let gated = case.matrix(pool, columns, true);
                 let mut output = vec![f32::NAN; num_rows * rows / 2];
                 product(pool, &case.packed, &gated, Store::Write, &mut output);
                 let both = case.expected(columns);
@@ -99,6 +109,49 @@ fn sums_are_those_of_the_reference() {
     }
 }
 
+/// About normally distributed, and among them what no code is for: zeros, tiny numbers, large ones.
+fn weight(index: usize) -> f32 {
+    let hash = |salt: u64| (4 * index as u64 + salt).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let uniform = |salt: u64| {
+        ((hash(salt) ^ hash(salt) >> 29).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 40) as f32
+            / (1 << 24) as f32
+            - 0.5
+    };
+    match index % 3019 {
+        0 => 0.0,
+        1500 => 1e-20,
+        2700 => -3e4,
+        _ => 0.03 * (0..4).map(uniform).sum::<f32>(),
+    }
+}
+
+#[test]
+fn coded_parameters_are_the_same_bits_and_give_the_sums_of_the_reference() {
+    for pool in &mut pools() {
+        for (rows, columns) in [(1, 8), (33, 256), (64, 1032), (70, 2048)] {
+            for num_rows in [1, 3, 4, 5, 12, 13, 31, 49, 61] {
+                let case = Case::<bf16>::of(pool, num_rows, rows, columns, weight);
+                let matrix = case.matrix(pool, columns, false);
+                let is_coded = matrix.num_bytes() < rows.next_multiple_of(LANES) * columns * 2;
+                // The first parameter has no code, which is much of a matrix of eight.
+                assert_eq!(is_coded, pool.isa().has_bf16_products() && columns > 8, "{pool:?}");
+                let mut row = vec![0.0; columns];
+                for index in 0..rows {
+                    matrix.row(index, &mut row);
+                    assert_eq!(row, case.weights[index * columns..][..columns]);
+                }
+                let mut output = vec![f32::NAN; num_rows * rows];
+                product(pool, &case.packed, &matrix, Store::Write, &mut output);
+                for (found, expected) in output.iter().zip(case.expected(columns).concat()) {
+                    // A large parameter's product is rounded as such, whatever it is added to.
+                    let bound = 1e-5 * columns as f32 + 1e-5 * expected.abs();
+                    assert!((found - expected).abs() <= bound, "{found} {expected}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_row_has_the_same_bits_in_any_batch() {
     for is_gated in [false, true] {
@@ -108,11 +161,18 @@ fn a_row_has_the_same_bits_in_any_batch() {
 }
 
 fn check_bits<E: Element>(is_gated: bool) {
-    let (rows, columns) = (40, 700);
+    // Of 1000 columns parameters can be coded.
+    for columns in [700, 1000] {
+        check_bits_of::<E>(is_gated, columns);
+    }
+}
+
+fn check_bits_of<E: Element>(is_gated: bool, columns: usize) {
+    let rows = 80;
     let width = if is_gated { rows / 2 } else { rows };
     for pool in &mut pools() {
-        let case = Case::<E>::new(pool, 100, rows, columns);
-        let matrix = case.write(pool, PackedMatrix::zeroed(rows, columns, is_gated).unwrap());
+        let case = Case::<E>::of(pool, 100, rows, columns, weight);
+        let matrix = case.matrix(pool, columns, is_gated);
         let run = |num_rows: usize, pool: &mut Pool| {
             let mut packed = PackedRows::default();
             packed.pack(pool, &case.inputs[..num_rows * columns], columns, None);
