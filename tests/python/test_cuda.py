@@ -78,6 +78,24 @@ def test_the_embedded_model_chooses_the_cpus_tokens_but_for_ties(austen, open_gp
 
 
 @needs_gpu
+def test_bans_of_one_row_are_no_other_rows(open_gpu):
+    engine = open_gpu(deterministic=True)
+    prompts = ["Emma was", "THE END", "It is a truth", "THE END"]
+    # Without a ban the second and fourth may end at once; with it they may not for 60 tokens.
+    params = [
+        SamplingParams(temperature=0.8, seed=seed, max_tokens=60, min_tokens=60 * (seed % 2))
+        for seed in range(len(prompts))
+    ]
+    together = engine.generate(prompts, params, use_tqdm=False)
+    alone = [
+        engine.generate(*each, use_tqdm=False)[0] for each in zip(prompts, params, strict=True)
+    ]
+    for one, of_many, asked in zip(alone, together, params, strict=True):
+        assert one.outputs[0].token_ids == of_many.outputs[0].token_ids
+        assert len(one.outputs[0].token_ids) >= asked.min_tokens
+
+
+@needs_gpu
 def test_a_batch_leaves_the_path_of_a_lone_request_only_at_ties(open_gpu):
     """Without `deterministic`: sums of other batch shapes round otherwise."""
     engine = open_gpu(num_blocks=4096)

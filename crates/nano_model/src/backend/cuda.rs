@@ -4,6 +4,7 @@
 //! enqueue and a captured graph stays true. There is one residual stream, which `embed` begins and
 //! `product_add` adds to in place.
 
+mod bans;
 mod operators;
 mod step;
 
@@ -15,6 +16,7 @@ use nano_kernels::cuda::{Device, DeviceBuffer, Gemm, Kernels};
 use crate::config::DecoderSpec;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
+use bans::Bans;
 use step::StepBuffers;
 pub use step::{CudaStep, StepInput};
 
@@ -44,8 +46,7 @@ pub struct CudaBackend {
     activations: Activations,
     /// Of the step before: `[max_tokens]` u32.
     sampled: DeviceBuffer,
-    /// Banned tokens of the step launched last, grown as needed.
-    banned: DeviceBuffer,
+    bans: Bans,
     /// The numbers of dummy weights, while there are any to make.
     draws: Option<DeviceBuffer>,
     /// Logits on the host, of a step that keeps them.
@@ -152,7 +153,7 @@ impl CudaBackend {
             decode_plan: DecodePlan::new(device, heads, rows_of_memory(limits.max_sequences))?,
             activations,
             sampled: rows(limits.max_tokens, 1, size_of::<u32>())?,
-            banned: device.allocate(0)?,
+            bans: Bans::new(device)?,
             draws: None,
             kept: Vec::new(),
             room: None,
@@ -271,12 +272,8 @@ impl CudaBackend {
     pub fn sample(&mut self, step: &CudaStep, banned: &[u32]) -> Result<&DeviceBuffer> {
         let logits = self.activations.logits.address();
         let vocab_size = self.spec.vocab_size;
-        if !banned.is_empty() {
-            if self.banned.num_bytes() < size_of_val(banned) {
-                self.banned = self.kernels.device().allocate(2 * size_of_val(banned))?;
-            }
-            self.banned.upload(0, banned)?;
-        }
+        let bans =
+            if banned.is_empty() { 0 } else { self.bans.upload(self.kernels.device(), banned)? };
         let sample = Sample {
             chosen: self.sampled.address(),
             logits,
@@ -287,7 +284,7 @@ impl CudaBackend {
         // SAFETY: there are no more sampled rows than rows of logits, whose buffer lives as long as
         // this value, like that of the step and of the chosen tokens.
         unsafe {
-            self.kernels.ban_tokens(logits, self.banned.address(), banned.len() / 2, vocab_size)?;
+            self.kernels.ban_tokens(logits, bans, banned.len() / 2, vocab_size)?;
             self.kernels.sample(&sample)?;
         }
         Ok(&self.sampled)

@@ -18,6 +18,8 @@ use crate::error::{Error, Result};
 use crate::executor::cuda::{CudaExecutor, MAX_STEPS_IN_FLIGHT, graph_sizes};
 use crate::weights::WeightMap;
 
+/// Kept from the cache for what comes after it: a step's inputs, the graphs, the driver's own.
+const HEADROOM_BYTES: u64 = 512 << 20;
 /// What one side of a launch's grid can have.
 const MAX_ROWS: u32 = 65_535;
 
@@ -102,7 +104,8 @@ pub(super) fn load(
     let memory = device.memory()?;
     let used = memory.total_bytes - memory.free_bytes;
     let budget = (memory.total_bytes as f64 * options.gpu_memory_utilization) as u64;
-    let budget = budget.saturating_sub(used as u64);
+    let free = (memory.free_bytes as u64).saturating_sub(HEADROOM_BYTES);
+    let budget = budget.saturating_sub(used as u64).min(free);
     let cache_memory = CacheMemory {
         bytes: budget,
         unasked_bytes: budget,
