@@ -12,6 +12,7 @@ mod cuda_fixture;
 
 use cuda_fixture::{Random, assert_close, download, floats, kernels};
 use half::{bf16, f16};
+use nano_kernels::cuda::gated_product::GatedProduct;
 use nano_kernels::cuda::gemm::{Output, Product, Trial, rows_of_memory};
 use nano_kernels::cuda::row_product::{Epilogue, RowProduct};
 use nano_kernels::cuda::weights::NUM_DRAWS;
@@ -193,6 +194,62 @@ fn skinny_products_agree_with_the_reference() {
             let what = format!("skinny {:?}", case.shape);
             assert_close(&what, &found, &case.reference(), ROUNDING);
         }
+    }
+}
+
+#[test]
+fn gated_products_agree_with_the_references() {
+    let Some(kernels) = kernels() else { return };
+    let device = kernels.device();
+    if !kernels.has_gated_product() {
+        println!("skipped: the GPU is no Hopper");
+        return;
+    }
+    // Few rows; one row tile and one more; pairs of them, with a half that has no rows; more than
+    // stay in the cache together.
+    for (num_rows, intermediate_size, in_features) in [
+        (1, 512, 256),
+        (3, 1000, 96),
+        (8, 14336, 64),
+        (17, 264, 704),
+        (32, 4096, 264),
+        (5, 8, 8),
+        (33, 8, 8),
+        (128, 112, 4096),
+        (129, 136, 72),
+        (300, 1000, 264),
+        (385, 232, 1024),
+        (1537, 504, 136),
+        (2177, 120, 72),
+    ] {
+        let case = Case::new(num_rows, 2 * intermediate_size, in_features, Output::Bf16);
+        let input = device.allocate_from(&case.input).unwrap();
+        let weight = device.allocate_from(&case.weight).unwrap();
+        // One row more than is written.
+        let out = device.allocate((num_rows + 1) * intermediate_size * 2).unwrap();
+        let run = || {
+            out.fill(0xff).unwrap();
+            let launch = GatedProduct {
+                out: out.address(),
+                input: input.address(),
+                weight: weight.address(),
+                num_rows,
+                intermediate_size,
+                in_features,
+            };
+            // SAFETY: every buffer was allocated above with the size of its shape.
+            unsafe { kernels.gated_product(&launch) }.unwrap();
+            download(&out)
+        };
+        let found = run();
+        let (found, behind) = found.split_at(num_rows * intermediate_size);
+        let both = case.reference();
+        let expected: Vec<f32> =
+            both.chunks_exact(2 * intermediate_size).flat_map(silu_mul).collect();
+        let what = format!("gated {num_rows} x {intermediate_size} x {in_features}");
+        assert_close(&what, found, &expected, ROUNDING);
+        assert!(behind.iter().all(|value| value.is_nan()), "{what}: written behind its end");
+        assert!(run()[..found.len()] == *found, "{what}: other bits the second time");
     }
 }
 

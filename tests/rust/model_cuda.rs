@@ -330,6 +330,6 @@ fn a_cache_that_cannot_fit_is_refused_with_what_is_free_and_what_helps() {
     let message = load(dir.path(), &nothing).unwrap_err().to_string();
     assert!(message.contains("gpu_memory_utilization"), "{message}");
     let error = load(dir.path(), &limited(4, 1 << 30)).unwrap_err();
-    assert_eq!(error.code(), "gpu_out_of_memory");
+    assert_eq!(error.code(), "invalid_config");
     assert!(error.to_string().contains("max_num_batched_tokens"), "{error}");
 }

@@ -56,6 +56,34 @@ __device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int c
         ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(plane), "r"(barrier), "l"(policy)
         : "memory");
 }
+// Of a cluster of two blocks, whose shared memory is laid out alike: this one's place, both in step,
+// and what one does for both.
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ __forceinline__ void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// At either's barrier. Naming the cluster's scope would put a fence of the whole GPU before it.
+__device__ __forceinline__ void arrive_at(int rank, u32 barrier) {
+    asm volatile(
+        "{\n.reg .u32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
+        ::"r"(barrier), "r"(rank)
+        : "memory");
+}
+__device__ __forceinline__ void copy_box_to_both(u32 target, const TensorMap& map, int column,
+                                                 int row, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;"
+        ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)3),
+        "l"(policy)
+        : "memory");
+}
 // What this thread has stored in shared memory, seen by the copies and by wgmma.
 __device__ __forceinline__ void publish_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

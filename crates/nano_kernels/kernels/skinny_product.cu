@@ -2,20 +2,23 @@
 // at which memory gives the weights.
 //
 //   out = input weight^T                                    [num_tokens, out_features]
+//   out = silu(input gate^T) * (input up^T), GATED          [num_tokens, out_features / 2]
 //
 // The weights are the wide side: 64 of their rows are the M side of a wgmma, the tokens its N side.
 // A thread block takes whole tiles of tile_rows rows over all in_features, so no sum is cut and a
 // row's bits do not depend on the grid. One warp copies weights and input through a ring of stages
 // in shared memory (TMA, 128-byte swizzle); one or two warpgroups of 64 rows each multiply. The
 // ring fills with weights before the kernel in front of this one has ended: they depend on nothing.
+// With a gate, one half of a tile's rows are gate rows, the other the up rows of the same columns.
 //
 // Grid: any number of blocks. Block: 128 threads a warpgroup, and the copying warp.
 // Shared memory: 1024 + num_stages chunks_per_step 128 (tile_rows + NUM_TOKENS)
 //                + groups NUM_TOKENS STAGED 4 + 16 num_stages bytes, dynamic.
 //
 //   weight, input: tensor maps of [out_features, in_features] and [num_tokens, in_features] bf16,
-//                  with boxes of CHUNK columns and tile_rows or NUM_TOKENS rows
-//   out:           [num_tokens, out_features] bf16 or f32
+//                  with boxes of CHUNK columns and tile_rows or NUM_TOKENS rows; GATED, the gate
+//                  first, with boxes of half of tile_rows
+//   out:           [num_tokens, out_features] bf16 or f32; GATED, half as wide and rounded once
 //
 // Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions.
 #include "hopper.cuh"
@@ -28,7 +31,7 @@ constexpr int ROW_BYTES = CHUNK * sizeof(bf16);
 constexpr int GROUP_ROWS = 64, GROUP_THREADS = 128;
 constexpr int STAGED = 68;  // floats of a token's row in the staging memory, without bank conflicts
 
-enum Epilogue { STORE = 0, ADD = 1, STORE_F32 = 2 };
+enum Epilogue { STORE = 0, ADD = 1, STORE_F32 = 2, GATED = 3 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -53,8 +56,8 @@ __device__ __forceinline__ void multiply(float (&d)[NUM_TOKENS / 2], u64 a, u64 
         : "l"(a), "l"(b));
 #endif
 }
-__device__ __forceinline__ void sync_group(int group) {
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+__device__ __forceinline__ void sync(int barrier, int num_threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 #endif
 
@@ -75,6 +78,8 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
     const u32 empty = full + num_stages * 8;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int num_tiles = (out_features + tile_rows - 1) / tile_rows;
+    const bool is_gated = epilogue == GATED;
+    const int box_rows = is_gated ? tile_rows / 2 : tile_rows;
 
     let_next_begin();
     if (threadIdx.x == 0) {
@@ -97,8 +102,13 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
             const int column = at % num_steps * chunks_per_step * CHUNK;
             const u32 target = weights + stage * weight_bytes;
             for (int c = 0; c < chunks_per_step; c++) {
-                copy_box(target + c * tile_rows * ROW_BYTES, weight, column + c * CHUNK,
-                         tile * tile_rows, full + stage * 8, read_once);
+                const u32 rows = target + c * tile_rows * ROW_BYTES;
+                copy_box(rows, weight, column + c * CHUNK, tile * box_rows, full + stage * 8,
+                         read_once);
+                if (is_gated) {
+                    copy_box(rows + box_rows * ROW_BYTES, weight, column + c * CHUNK,
+                             out_features / 2 + tile * box_rows, full + stage * 8, read_once);
+                }
             }
         };
         const auto load_input = [&](int stage, int at) {
@@ -154,14 +164,31 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
         if (lane == 0) arrive(empty + before * 8);
 
         // From the layout of wgmma, features down and tokens across, to rows of the output.
-        sync_group(group);  // the last tile's has been read
+        const int barrier = is_gated ? 1 : 1 + group;
+        const int num_together = is_gated ? num_groups * GROUP_THREADS : GROUP_THREADS;
+        sync(barrier, num_together);  // the last tile's has been read
 #pragma unroll
         for (int i = 0; i < NUM_TOKENS / 2; i++) {
             const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
             const int row = thread / WARP * 16 + lane / 4 + i % 4 / 2 * 8;
             staged[token * STAGED + row] = sums[i];
         }
-        sync_group(group);
+        sync(barrier, num_together);
+        if (is_gated) {
+            const int first = tile * box_rows, width = out_features / 2;
+            for (int i = threadIdx.x; i < num_tokens * box_rows; i += num_together) {
+                const int token = i / box_rows, row = i % box_rows;
+                if (first + row >= width) continue;
+                const auto sum = [&](int row) {
+                    const int group = row / GROUP_ROWS;
+                    return staging[(group * NUM_TOKENS + token) * STAGED + row % GROUP_ROWS];
+                };
+                const float gate = sum(row), up = sum(box_rows + row);
+                ((bf16*)out)[(i64)token * width + first + row] =
+                    (bf16)pack_bf16(gate / (1.0f + __expf(-gate)) * up, 0.0f);
+            }
+            continue;
+        }
         const int first_row = tile * tile_rows + group * GROUP_ROWS;
         const int end_row = min((tile + 1) * tile_rows, out_features);
         for (int i = thread; i < num_tokens * GROUP_ROWS; i += GROUP_THREADS) {

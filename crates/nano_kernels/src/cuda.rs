@@ -8,6 +8,7 @@ pub mod activation;
 pub mod attention;
 pub mod compile;
 pub mod device;
+pub mod gated_product;
 pub mod gather;
 pub mod gemm;
 pub mod graph;

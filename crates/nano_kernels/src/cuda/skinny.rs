@@ -26,6 +26,15 @@ const MIN_STAGES: usize = 4;
 /// kernels between two products have room beside it.
 const MAX_SHARED_BYTES: usize = 200 << 10;
 
+/// What becomes of a product, as the kernel counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SkinnyEpilogue {
+    Bf16,
+    AddBf16,
+    F32,
+    Gated,
+}
+
 /// How a product is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Tiling {
@@ -89,6 +98,25 @@ impl Kernels {
         weight: u64,
     ) -> Result<()> {
         let Product { num_rows, out_features, in_features, output } = *product;
+        let epilogue = match output {
+            Output::Bf16 => SkinnyEpilogue::Bf16,
+            Output::AddBf16 => SkinnyEpilogue::AddBf16,
+            Output::F32 => SkinnyEpilogue::F32,
+        };
+        let shape = [num_rows, out_features, in_features];
+        // SAFETY: the caller's word.
+        unsafe { self.launch_skinny(shape, epilogue, out, input, weight) }
+    }
+
+    /// The same of `[num_rows, out_features, in_features]`; a gate makes the output half as wide.
+    pub(super) unsafe fn launch_skinny(
+        &self,
+        [num_rows, out_features, in_features]: [usize; 3],
+        epilogue: SkinnyEpilogue,
+        out: u64,
+        input: u64,
+        weight: u64,
+    ) -> Result<()> {
         let ok = self.has_skinny_product(num_rows, in_features);
         check(ok, "num_rows", "few enough for skinny_product, on Hopper", num_rows)?;
         if num_rows == 0 || out_features == 0 {
@@ -107,15 +135,12 @@ impl Kernels {
         // With one, a warpgroup would wait for what it has not let go of.
         let num_stages = tiling.num_stages;
         check(num_stages >= 2, "num_stages", "at least 2 for the shared memory", num_stages)?;
-        let weight =
-            TensorMap::new(weight, [in_features, out_features], [CHUNK, tiling.tile_rows])?;
+        let is_gated = epilogue == SkinnyEpilogue::Gated;
+        let box_rows = if is_gated { tiling.tile_rows / 2 } else { tiling.tile_rows };
+        let weight = TensorMap::new(weight, [in_features, out_features], [CHUNK, box_rows])?;
         let input = TensorMap::new(input, [in_features, num_rows], [CHUNK, num_tokens])?;
         let num_steps = in_features.div_ceil(CHUNK * tiling.chunks_per_step) as i32;
-        let epilogue = match output {
-            Output::Bf16 => 0,
-            Output::AddBf16 => 1,
-            Output::F32 => 2,
-        };
+        let epilogue = epilogue as i32;
         let (rows, features, tile_rows) =
             (num_rows as i32, out_features as i32, tiling.tile_rows as i32);
         let (chunks, num_stages) = (tiling.chunks_per_step as i32, tiling.num_stages as i32);

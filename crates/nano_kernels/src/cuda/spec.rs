@@ -29,6 +29,10 @@ pub enum Kernel {
     SkinnyProduct16,
     /// Products of up to 32 rows, on Hopper.
     SkinnyProduct32,
+    /// Products with a gate, on Hopper.
+    GatedProduct,
+    /// The same by pairs of thread blocks.
+    GatedProductPairs,
     /// Attention of one token a sequence, `head_dim` 64.
     DecodeAttention64,
     /// Attention of one token a sequence, `head_dim` 128.
@@ -75,6 +79,7 @@ const GATHER: &str = include_str!("../../kernels/gather.cu");
 const SAMPLE: &str = include_str!("../../kernels/sample.cu");
 const SKINNY_PRODUCT: &str = include_str!("../../kernels/skinny_product.cu");
 const ROW_PRODUCT: &str = include_str!("../../kernels/row_product.cu");
+const GATED_PRODUCT: &str = include_str!("../../kernels/gated_product.cu");
 const WEIGHTS: &str = include_str!("../../kernels/weights.cu");
 const DECODE_ATTENTION: &str = include_str!("../../kernels/decode_attention.cu");
 const PREFILL_ATTENTION: &str = include_str!("../../kernels/prefill_attention.cu");
@@ -85,7 +90,7 @@ const HEAD_DIM_128: &[&str] = &["-DHEAD_DIM=128"];
 
 /// Every kernel, in the order of [`Kernel`].
 #[rustfmt::skip]
-pub const KERNELS: [KernelSpec; 19] = [
+pub const KERNELS: [KernelSpec; 21] = [
     plain(Kernel::RmsNorm, "rms_norm", RMS_NORM),
     plain(Kernel::RopeWriteKv, "rope_write_kv", ROPE_WRITE_KV),
     plain(Kernel::SiluMul, "silu_mul", SILU_MUL),
@@ -99,6 +104,8 @@ pub const KERNELS: [KernelSpec; 19] = [
     skinny(Kernel::SkinnyProduct8, "skinny_product_8", &["-DNUM_TOKENS=8"]),
     skinny(Kernel::SkinnyProduct16, "skinny_product_16", &["-DNUM_TOKENS=16"]),
     skinny(Kernel::SkinnyProduct32, "skinny_product_32", &["-DNUM_TOKENS=32"]),
+    gated(Kernel::GatedProduct, "gated_product", &["-DCLUSTER=1"]),
+    gated(Kernel::GatedProductPairs, "gated_product_pairs", &["-DCLUSTER=2"]),
     decode(Kernel::DecodeAttention64, "decode_attention_64", HEAD_DIM_64, 64),
     decode(Kernel::DecodeAttention128, "decode_attention_128", HEAD_DIM_128, 128),
     prefill(Kernel::PrefillAttention64, "prefill_attention_64", HEAD_DIM_64, 64, 64),
@@ -122,6 +129,13 @@ const fn product(kernel: Kernel, name: &'static str, source: &'static str) -> Ke
 const fn skinny(kernel: Kernel, name: &'static str, defines: Defines) -> KernelSpec {
     let spec = product(kernel, "skinny_product", SKINNY_PRODUCT);
     KernelSpec { name, defines, ..spec }
+}
+
+/// 5 stages of 128 rows of the input and 112 of gate and up each.
+const fn gated(kernel: Kernel, name: &'static str, defines: Defines) -> KernelSpec {
+    let dynamic_shared_bytes = 1024 + 5 * (128 + 2 * 112) * 64 * 2;
+    let spec = plain(kernel, "gated_product", GATED_PRODUCT);
+    KernelSpec { name, defines, dynamic_shared_bytes, ..spec }
 }
 
 /// 4 warps with 3 stages each of a block's keys and values.

@@ -40,6 +40,8 @@ pub struct CudaBackend {
     heads: Heads,
     limits: StepLimits,
     is_deterministic: bool,
+    /// The gate is part of its product, whose own output then takes no memory.
+    fuses_gate: bool,
     gemm: Gemm,
     kernels: Kernels,
     decode_plan: DecodePlan,
@@ -134,6 +136,7 @@ impl CudaBackend {
         let rows = |num_rows: usize, width: usize, element_bytes: usize| {
             device.allocate(rows_of_memory(num_rows) * width * element_bytes)
         };
+        let fuses_gate = kernels.has_gated_product() && !is_deterministic;
         let tokens = |width| rows(limits.max_tokens.max(limits.max_sequences), width, BF16_BYTES);
         let activations = Activations {
             residual: tokens(spec.hidden_size)?,
@@ -141,7 +144,7 @@ impl CudaBackend {
             qkv: tokens(spec.qkv_size())?,
             query: tokens(query_size)?,
             context: tokens(query_size)?,
-            gate_up: tokens(2 * spec.intermediate_size)?,
+            gate_up: tokens(if fuses_gate { 0 } else { 2 * spec.intermediate_size })?,
             gated: tokens(spec.intermediate_size)?,
             gathered: tokens(spec.hidden_size)?,
             logits: rows(limits.max_sequences, spec.vocab_size, size_of::<f32>())?,
@@ -150,6 +153,7 @@ impl CudaBackend {
             heads,
             limits,
             is_deterministic,
+            fuses_gate,
             decode_plan: DecodePlan::new(device, heads, rows_of_memory(limits.max_sequences))?,
             activations,
             sampled: rows(limits.max_tokens, 1, size_of::<u32>())?,
@@ -211,7 +215,9 @@ impl CudaBackend {
             let layers = &model.layers;
             add(layers.iter().map(|it| &it.qkv).collect(), qkv, normed, Output::Bf16);
             add(layers.iter().map(|it| &it.output).collect(), residual, context, Output::AddBf16);
-            add(layers.iter().map(|it| &it.gate_up).collect(), gate_up, normed, Output::Bf16);
+            if !self.fuses_gate {
+                add(layers.iter().map(|it| &it.gate_up).collect(), gate_up, normed, Output::Bf16);
+            }
             add(layers.iter().map(|it| &it.down).collect(), residual, gated, Output::AddBf16);
             if num_rows <= self.limits.max_sequences {
                 add(vec![lm_head], logits, normed, Output::F32);

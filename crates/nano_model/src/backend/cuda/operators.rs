@@ -4,6 +4,7 @@ use half::bf16;
 use nano_kernels::cuda::DeviceBuffer;
 use nano_kernels::cuda::activation::SiluMul;
 use nano_kernels::cuda::attention::{AttentionInput, DecodeRows, Heads, PrefillRows};
+use nano_kernels::cuda::gated_product::GatedProduct;
 use nano_kernels::cuda::gather::{Gather, TokenIds};
 use nano_kernels::cuda::gemm::{Output, Product};
 use nano_kernels::cuda::norm::RmsNorm;
@@ -284,6 +285,20 @@ impl Backend for CudaBackend {
         let out = self.activations.gated.address();
         if let Some(gated) = self.row_product(out, *hidden, Some(norm), gate_up, Epilogue::Gated)? {
             return Ok(gated);
+        }
+        if self.fuses_gate {
+            let input = self.norm(*hidden, norm)?;
+            let launch = GatedProduct {
+                out,
+                input: input.address,
+                weight: gate_up.buffer.address(),
+                num_rows: input.num_rows,
+                intermediate_size: self.spec.intermediate_size,
+                in_features: gate_up.columns,
+            };
+            // SAFETY: as in `norm`; weights were written long before any step.
+            unsafe { self.kernels.gated_product(&launch) }?;
+            return Ok(CudaHidden { address: out, ..input });
         }
         let both = self.activations.gate_up.address();
         let both = self.product(both, *hidden, Some(norm), gate_up, Output::Bf16)?;

@@ -1,0 +1,230 @@
+// SwiGLU's gate within the product with both its inputs, for many rows on a Hopper GPU.
+//
+//   out = silu(input gate^T) * (input up^T)                 [num_tokens, intermediate_size]
+//
+// A tile is TOKENS rows of the input and FEATURES columns of the output. Its gate rows and its up
+// rows of the weight lie one below the other in shared memory and are the wide side of one wgmma,
+// so that a thread holds a column's gate and its up: they are multiplied in float32 and rounded
+// once, where two kernels would round gate and up to bf16 in between.
+//
+// A thread block takes one tile after the other. One warp copies through a ring of STAGES stages of
+// shared memory (TMA, 128-byte swizzle), into the next tile while this one's is stored; two
+// warpgroups of 64 rows each multiply. With CLUSTER = 2 the two blocks of a cluster have the same
+// columns and different rows, and each copies one half of the weights for both. All columns of
+// GROUP row tiles come before those of the next, so that their input stays in the L2 cache. The
+// ring fills with weights before the kernel in front of this one has ended.
+//
+// Grid: any number of clusters. Block: NUM_THREADS.
+// Shared memory: 1024 + STAGES STAGE_BYTES, dynamic.
+//
+//   weight: tensor map of [2 intermediate_size, hidden_size] bf16, the gate first, with boxes of
+//           CHUNK columns and FEATURES rows
+//   input:  tensor map of [num_tokens, hidden_size] bf16, with boxes of CHUNK columns and TOKENS
+//           rows
+//   out:    [num_tokens, intermediate_size] bf16
+//
+// intermediate_size is a multiple of 8.
+//
+// Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions; NVIDIA, CUTLASS, its
+// persistent cooperative kernels; Shazeer, GLU Variants Improve Transformer, 2020.
+#include "hopper.cuh"
+
+#ifndef CLUSTER
+#error "CLUSTER is 1 or 2"
+#endif
+// 112 columns cut Mistral's 14336 into 128 tiles, which fill the 132 multiprocessors of an H100.
+constexpr int TOKENS = 128, FEATURES = 112, STAGES = 5;
+constexpr int GROUP = 16 / CLUSTER;  // row tiles: 2048 rows, 16 MB of input
+constexpr int CHUNK = 64;            // columns: 128 bytes, the width of the swizzle
+constexpr int ROW_BYTES = CHUNK * sizeof(bf16);
+constexpr int GROUP_ROWS = 64, GROUP_THREADS = 128, NUM_THREADS = 3 * GROUP_THREADS;
+constexpr int INPUT_BYTES = TOKENS * ROW_BYTES, HALF_BYTES = FEATURES * ROW_BYTES;
+constexpr int STAGE_BYTES = INPUT_BYTES + 2 * HALF_BYTES;
+// Of a thread, by setmaxnreg: 128 x 40 + 256 x 232 are what a launch of 384 x 168 holds.
+#define COPYING_REGISTERS "40"
+#define MULTIPLYING_REGISTERS "232"
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
+// d = a b^T over 16 columns, or d += where `adds`.
+__device__ __forceinline__ void multiply(float (&d)[FEATURES], u64 a, u64 b, int adds) {
+    asm volatile(
+        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %114, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n224k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+        "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, "
+        "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, "
+        "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, "
+        "%103, %104, %105, %106, %107, %108, %109, %110, %111}, "
+        "%112, %113, adds, 1, 1, 0, 0;\n}"
+        : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64), SIXTEEN(80), SIXTEEN(96)
+        : "l"(a), "l"(b), "r"(adds));
+}
+
+__device__ __forceinline__ void sync_blocks() {
+#if CLUSTER == 2
+    sync_cluster();
+#else
+    __syncthreads();
+#endif
+}
+
+// The tiles of a cluster, in the order in which all clusters take them.
+struct Tiles {
+    int row_tiles, column_tiles;
+    __device__ Tiles(int num_tokens, int intermediate_size) {
+        row_tiles = (num_tokens + CLUSTER * TOKENS - 1) / (CLUSTER * TOKENS);
+        column_tiles = (intermediate_size + FEATURES - 1) / FEATURES;
+    }
+    __device__ int count() const { return row_tiles * column_tiles; }
+    __device__ void find(int at, int& row, int& column) const {
+        const int first = at / (GROUP * column_tiles) * GROUP;
+        const int height = min(GROUP, row_tiles - first);
+        const int rest = at - first * column_tiles;
+        row = (first + rest % height) * CLUSTER * TOKENS;
+        column = rest / height * FEATURES;
+    }
+};
+#endif
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
+#if CLUSTER == 2 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__cluster_dims__(2, 1, 1)
+#endif
+gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap input,
+              bf16* out, int num_tokens, int intermediate_size, int num_steps) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ unsigned char unaligned[];
+    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    const u32 stages = (shared_address(unaligned) + 1023) & ~1023u;
+    const u32 full = shared_address(barriers), empty = full + STAGES * 8;
+    const int lane = threadIdx.x % WARP;
+    const int rank = CLUSTER == 2 ? cluster_rank() : 0;
+    const Tiles tiles(num_tokens, intermediate_size);
+    const int first_tile = blockIdx.x / CLUSTER, num_clusters = gridDim.x / CLUSTER;
+
+    let_next_begin();
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            init_barrier(full + s * 8, 1);
+            init_barrier(empty + s * 8, CLUSTER * 2 * GROUP_THREADS / WARP);
+        }
+        publish_barriers();
+    }
+    sync_blocks();
+
+    if (threadIdx.x < GROUP_THREADS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 " COPYING_REGISTERS ";");
+        if (threadIdx.x == 0) {
+            const u64 keep = keep_policy(), reads = CLUSTER == 2 ? keep : read_once_policy();
+            const auto load_weight = [&](int stage, int step, int column) {
+                const u32 target = stages + stage * STAGE_BYTES + INPUT_BYTES;
+                expect_bytes(full + stage * 8, STAGE_BYTES);
+                if (CLUSTER == 2) {
+                    copy_box_to_both(target + rank * HALF_BYTES, weight, step * CHUNK,
+                                     rank * intermediate_size + column, full + stage * 8, reads);
+                } else {
+                    for (int h = 0; h < 2; h++) {
+                        copy_box(target + h * HALF_BYTES, weight, step * CHUNK,
+                                 h * intermediate_size + column, full + stage * 8, reads);
+                    }
+                }
+            };
+            const auto load_input = [&](int stage, int step, int row) {
+                copy_box(stages + stage * STAGE_BYTES, input, step * CHUNK, row + rank * TOKENS,
+                         full + stage * 8, keep);
+            };
+            Turn turn;
+            int ahead = 0;
+            for (int at = first_tile; at < tiles.count(); at += num_clusters) {
+                int row, column;
+                tiles.find(at, row, column);
+                if (at == first_tile) {
+                    ahead = min(num_steps, STAGES);
+                    for (int step = 0; step < ahead; step++) load_weight(step, step, column);
+                    wait_for_previous();
+                    publish_stores();  // those of the kernel in front
+                }
+                for (int step = 0; step < num_steps; step++) {
+                    if (ahead > 0) {
+                        ahead--;
+                    } else {
+                        wait(empty + turn.stage * 8, turn.phase ^ 1);
+                        load_weight(turn.stage, step, column);
+                    }
+                    load_input(turn.stage, step, row);
+                    turn.next(STAGES);
+                }
+            }
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 " MULTIPLYING_REGISTERS ";");
+        wait_for_previous();
+        const int warpgroup = threadIdx.x / GROUP_THREADS - 1;
+        const int my_row = warpgroup * GROUP_ROWS + threadIdx.x / WARP % 4 * 16 + lane / 4;
+        const bool is_odd = lane % 2 == 1;
+        const auto release = [&](int stage) {
+            if (CLUSTER == 2) {
+                if (lane < 2) arrive_at(lane, empty + stage * 8);
+            } else if (lane == 0) {
+                arrive(empty + stage * 8);
+            }
+        };
+        Turn turn;
+        for (int at = first_tile; at < tiles.count(); at += num_clusters) {
+            int row, column;
+            tiles.find(at, row, column);
+            float sums[FEATURES];
+            int before = 0;
+            for (int step = 0; step < num_steps; step++) {
+                wait(full + turn.stage * 8, turn.phase);
+                const u32 rows = stages + turn.stage * STAGE_BYTES;
+                const u64 a = descriptor(rows + warpgroup * GROUP_ROWS * ROW_BYTES);
+                const u64 b = descriptor(rows + INPUT_BYTES);
+                begin_products();
+#pragma unroll
+                for (int k = 0; k < ROW_BYTES; k += 32) {
+                    multiply(sums, a + (k >> 4), b + (k >> 4), step + k > 0);
+                }
+                commit_products();
+                wait_products<1>();
+                if (step > 0) release(before);
+                before = turn.stage;
+                turn.next(STAGES);
+            }
+            wait_products<0>();
+            pin(sums);
+            release(before);
+
+            // Neighbours swap, so that a lane has four columns in a row and four lanes 32 bytes.
+            const auto gated = [&](int i) {
+                const float gate = sums[i], up = sums[i + FEATURES / 2];
+                return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+            };
+            const int my_column = column + lane % 4 / 2 * 4 + (is_odd ? 8 : 0);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int token = row + rank * TOKENS + my_row + h * 8;
+                bf16* target = out + (i64)token * intermediate_size + my_column;
+#pragma unroll
+                for (int j = 0; j < FEATURES / 8; j += 2) {
+                    const int i = 4 * j + 2 * h;
+                    const u32 low = pack_bf16(gated(i), gated(i + 1));
+                    const u32 high = pack_bf16(gated(i + 4), gated(i + 5));
+                    const u32 swapped = __shfl_xor_sync(ALL_LANES, is_odd ? low : high, 1);
+                    if (token < num_tokens && my_column + j * 8 < intermediate_size) {
+                        *(uint2*)(target + j * 8) =
+                            is_odd ? make_uint2(swapped, high) : make_uint2(low, swapped);
+                    }
+                }
+            }
+        }
+    }
+    // Neither block ends while the other may still write into it.
+    __syncwarp();
+    sync_blocks();
+#endif
+}
