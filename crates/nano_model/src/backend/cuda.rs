@@ -197,7 +197,9 @@ impl CudaBackend {
             let mut add =
                 |weights: Vec<&CudaWeight>, out: &DeviceBuffer, input: &DeviceBuffer, output| {
                     let Some(first) = weights.first() else { return };
-                    if !is_deterministic && kernels.has_row_product(num_rows, first.columns) {
+                    let is_own = kernels.has_row_product(num_rows, first.columns)
+                        || kernels.has_skinny_product(num_rows, first.columns);
+                    if !is_deterministic && is_own {
                         return;
                     }
                     trials.push(Trial {
