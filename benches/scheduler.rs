@@ -89,7 +89,8 @@ fn answer(step: &ScheduleOutput) -> StepOutput {
 
 /// All sequences have run their prompts; the next step is the one of the case.
 fn scheduler(case: Case) -> Scheduler {
-    let config = SchedulerConfig { max_num_seqs: 512, max_num_batched_tokens: 1 << 20 };
+    let config =
+        SchedulerConfig { max_num_seqs: 512, max_num_batched_tokens: 1 << 20, max_itl: None };
     let Case { num_blocks, .. } = case;
     let capacity = Capacity { num_blocks, block_size: BLOCK_SIZE, max_steps_in_flight: 1 };
     let mut scheduler = Scheduler::new(config, capacity).unwrap();

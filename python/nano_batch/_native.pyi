@@ -72,6 +72,7 @@ class Engine:
         num_blocks: int | None,
         kv_cache_bytes: int | None,
         num_threads: int | None,
+        max_itl_ns: int | None,
         deterministic: bool,
         seed: int,
         dummy_weights: bool,

@@ -25,6 +25,10 @@ _ENGINE: dict[str, dict[str, Any]] = {
     "num_blocks": {"type": int, "help": "blocks of the KV cache"},
     "kv_cache_gib": {"type": float, "help": "size of the KV cache"},
     "num_threads": {"type": int, "help": "threads of a step (default: one per core)"},
+    "max_itl_ms": {
+        "type": float,
+        "help": "time between a stream's tokens to aim at while prompts join",
+    },
     "deterministic": {
         "action": "store_true",
         "help": "the same bits in any batch, slower on a GPU",

@@ -49,8 +49,12 @@ class Engine:
         num_threads: Threads of a CPU step, at most 1024; None is one per core.
         deterministic: Whether a request's tokens are exactly the same in any batch: on a GPU at
             the cost of speed, on the CPU always.
-        enable_prefix_caching, quantization, tensor_parallel_size, max_itl_ms: Not supported yet
-            beyond their defaults.
+        enable_prefix_caching, quantization, tensor_parallel_size: Not supported yet beyond their
+            defaults.
+        max_itl_ms: The time between two tokens of a running stream to aim at when prompts join:
+            a step that also decodes takes only so many tokens of them. None gives them the whole
+            step. Where chunks end then depends on time, and on a GPU without `deterministic` so
+            may the last bits of logits.
         seed: What the seeds of unseeded requests derive from.
         load_format: "auto", or "dummy" for random weights of the config's shapes.
         revision: The hub's branch, tag or commit, for a hub id.
@@ -95,7 +99,6 @@ class Engine:
             "enable_prefix_caching": (enable_prefix_caching, False),
             "quantization": (quantization, None),
             "tensor_parallel_size": (tensor_parallel_size, 1),
-            "max_itl_ms": (max_itl_ms, None),
         }
         for name, (value, only) in neutral.items():
             if value != only:
@@ -129,6 +132,9 @@ class Engine:
                     f"kv_cache_gib {kv_cache_gib} and num_blocks {num_blocks} exclude each other"
                 )
                 raise InvalidRequestError(message, code)
+        if max_itl_ms is not None and not 1e-3 <= check_number("max_itl_ms", max_itl_ms) <= 1e6:
+            message = f"max_itl_ms must be in [0.001, 1000000], got {max_itl_ms}"
+            raise InvalidRequestError(message, code)
         self.model_dir = _find_model(model, revision)
         if device != "cpu":
             map_cuda_libraries()
@@ -144,6 +150,7 @@ class Engine:
             num_blocks=num_blocks,
             kv_cache_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
             num_threads=num_threads,
+            max_itl_ns=None if max_itl_ms is None else int(max_itl_ms * 1e6),
             deterministic=deterministic,
             seed=seed,
             dummy_weights=load_format == "dummy",

@@ -182,7 +182,10 @@ OPTIONS = {
     "prefix caching": ({"enable_prefix_caching": True}, ["enable_prefix_caching", "supported yet"]),
     "quantization": ({"quantization": "int8"}, ["quantization", "int8", "not supported yet"]),
     "tensor parallelism": ({"tensor_parallel_size": 2}, ["tensor_parallel_size", "supported yet"]),
-    "max_itl_ms": ({"max_itl_ms": 20}, ["max_itl_ms", "not supported yet"]),
+    "max_itl_ms 0": ({"max_itl_ms": 0}, ["max_itl_ms", 0.001, 0]),
+    "max_itl_ms negative": ({"max_itl_ms": -2.5}, ["max_itl_ms", "-2.5"]),
+    "max_itl_ms without end": ({"max_itl_ms": float("inf")}, ["max_itl_ms", 1000000, "inf"]),
+    "max_itl_ms no number": ({"max_itl_ms": float("nan")}, ["max_itl_ms", "nan"]),
     "more than a GPU": ({"gpu_memory_utilization": 1.1}, ["gpu_memory_utilization", 1, 1.1]),
     "max_num_seqs 0": ({"max_num_seqs": 0}, ["max_num_seqs", 1, 0]),
     "max_num_seqs negative": ({"max_num_seqs": -4}, ["max_num_seqs", "-4"]),
@@ -216,7 +219,13 @@ def test_an_option_that_does_not_hold_is_refused(name, reciting_dir, open_engine
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_num_seqs": "3"}, {"num_blocks": 1.5}, {"seed": "x"}, {"max_sequences": 3}],
+    [
+        {"max_num_seqs": "3"},
+        {"num_blocks": 1.5},
+        {"seed": "x"},
+        {"max_itl_ms": "12"},
+        {"max_sequences": 3},
+    ],
     ids=str,
 )
 def test_an_option_of_another_type_or_name_is_refused(options, reciting_dir, open_engine):

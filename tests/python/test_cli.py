@@ -147,5 +147,5 @@ def test_it_tells_its_version(command):
 
 def test_help_names_every_option_in_the_constructors_words():
     text = run(COMMANDS["nano-batch"], "generate", "--help").stdout
-    for flag in ("--device", "--dtype", "--max-model-len", "--num-blocks", "--num-threads"):
+    for flag in ("--device", "--dtype", "--max-model-len", "--num-blocks", "--max-itl-ms"):
         assert flag in text

@@ -126,6 +126,25 @@ def test_a_late_request_finds_the_same_tokens(name, kind, alone, model_dir, open
         assert tokens == alone[index]
 
 
+def test_a_long_prompt_joins_running_streams_at_any_pace(name, kind, model_dir, open_exact):
+    """No step is as quick as the first pace asks, every one as the second."""
+    prompts = [*PROMPTS[:4], random_tokens(300, 151, 99)]
+    params = parameters(kind)
+
+    def tokens(**options):
+        engine = open_exact(model_dir(name), **options)
+        streams = []
+        for prompt, its_params in zip(prompts, params, strict=False):
+            stream = engine.stream(prompt, its_params)
+            streams.append((stream, list(next(stream).outputs[0].token_ids)))
+        return [start + list(stream.collect().outputs[0].token_ids) for stream, start in streams]
+
+    expected = tokens()
+    assert [len(answer) for answer in expected] == [NUM_TOKENS] * 5
+    assert tokens(max_itl_ms=0.001) == expected
+    assert tokens(max_itl_ms=1e6) == expected
+
+
 def test_logits_do_not_depend_on_the_chunks(name, model_dir, open_exact):
     tokens = random_tokens(100, 151, 99)
     whole = open_exact(model_dir(name)).logits(tokens)

@@ -16,7 +16,7 @@ pub(crate) const VOCAB_SIZE: u32 = 50;
 
 /// Limits of a step that no test reaches by accident.
 pub(crate) const WIDE: SchedulerConfig =
-    SchedulerConfig { max_num_seqs: 100, max_num_batched_tokens: 1000 };
+    SchedulerConfig { max_num_seqs: 100, max_num_batched_tokens: 1000, max_itl: None };
 
 pub(crate) fn prompt(id: u64, len: u32) -> Vec<TokenId> {
     (0..len).map(|position| TokenId((id as u32 * 7 + position) % VOCAB_SIZE)).collect()

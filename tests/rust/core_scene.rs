@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
+use std::time::Duration;
 
 use nano_core::executor::fake::{FakeExecutor, Fault};
 use nano_core::step::{LogitRows, ScheduledSequence, StepOutput, TokenMasks, TokenSource};
@@ -49,16 +50,19 @@ pub(crate) enum Op {
 
 pub(crate) fn machine() -> impl Strategy<Value = Machine> {
     let capacity = (2_u32..=12, 1_u32..=4, 1_u32..=3);
-    let config = (1_u32..=5, 1_u32..=9);
+    // Steps large enough for a pace to cut them are few: small ones show more.
+    let max_num_batched_tokens = prop_oneof![4 => 1_u32..=9, 1 => 17_u32..=40];
+    let max_itl = prop_oneof![Just(1), Just(3_600_000_000_000)].prop_map(Duration::from_nanos);
+    let config = (1_u32..=5, max_num_batched_tokens, prop::option::of(max_itl));
     let eos = prop::collection::vec(0_u32..6, 0..=2);
     let fault = prop_oneof![Just(Fault::Error), Just(Fault::Row)];
     let fault = prop::option::weighted(0.2, (1_u64..100, fault));
     (capacity, config, 2_u32..=5, eos, fault).prop_map(|(capacity, config, vocab, eos, fault)| {
         let (num_blocks, block_size, max_steps_in_flight) = capacity;
-        let (max_num_seqs, max_num_batched_tokens) = config;
+        let (max_num_seqs, max_num_batched_tokens, max_itl) = config;
         Machine {
             capacity: Capacity { num_blocks, block_size, max_steps_in_flight },
-            config: SchedulerConfig { max_num_seqs, max_num_batched_tokens },
+            config: SchedulerConfig { max_num_seqs, max_num_batched_tokens, max_itl },
             vocab_size: vocab,
             eos: eos.into_iter().filter(|eos| *eos < vocab).collect(),
             fault,
@@ -171,7 +175,7 @@ struct Watched {
 
 impl Watched {
     fn check(&self, step: &ScheduleOutput) {
-        let SchedulerConfig { max_num_seqs, max_num_batched_tokens } = self.config;
+        let SchedulerConfig { max_num_seqs, max_num_batched_tokens, .. } = self.config;
         assert_eq!(step.step, self.last_step + 1);
         assert!((1..=max_num_batched_tokens).contains(&step.num_tokens), "over the budget");
         assert!((1..=max_num_seqs as usize).contains(&step.sequences.len()), "too many run");

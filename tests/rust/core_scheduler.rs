@@ -2,7 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 mod core_outcome;
+mod core_pace;
 mod core_run;
+
+use std::time::Duration;
 
 use nano_core::step::{LogitRows, TokenSource};
 use nano_core::{
@@ -15,13 +18,20 @@ use core_run::{Run, WIDE, continuation, generate, parts, prompt, request};
 fn a_limit_of_zero_is_refused() {
     let capacity = Capacity { num_blocks: 1, block_size: 1, max_steps_in_flight: 1 };
     let message = |max_num_seqs, max_num_batched_tokens| {
-        let config = SchedulerConfig { max_num_seqs, max_num_batched_tokens };
+        let config = SchedulerConfig { max_num_seqs, max_num_batched_tokens, ..WIDE };
         Scheduler::new(config, capacity).unwrap_err().to_string()
     };
     assert_eq!(message(0, 1), "max_num_seqs must be at least 1, got 0");
     assert_eq!(message(1, 0), "max_num_batched_tokens must be at least 1, got 0");
-    let smallest = SchedulerConfig { max_num_seqs: 1, max_num_batched_tokens: 1 };
+    let smallest = SchedulerConfig {
+        max_num_seqs: 1,
+        max_num_batched_tokens: 1,
+        max_itl: Some(Duration::from_nanos(1)),
+    };
     assert!(Scheduler::new(smallest, capacity).is_ok());
+    let none = SchedulerConfig { max_itl: Some(Duration::ZERO), ..smallest };
+    let error = Scheduler::new(none, capacity).unwrap_err();
+    assert_eq!(error.to_string(), "max_itl_ms must be above 0, got 0");
 }
 
 #[test]

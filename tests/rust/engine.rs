@@ -21,7 +21,7 @@ fn capacity(max_steps_in_flight: u32) -> Capacity {
 
 fn spawn(executor: FakeExecutor) -> Engine {
     let config = SpawnConfig { seed: 0, tokenizer: None };
-    let limits = SchedulerConfig { max_num_seqs: 8, max_num_batched_tokens: 32 };
+    let limits = SchedulerConfig { max_num_seqs: 8, max_num_batched_tokens: 32, max_itl: None };
     let served =
         Served { vocab_size: VOCAB_SIZE, max_model_len: 200, eos_token_ids: vec![], limits };
     Engine::spawn(config, || Ok((executor, served))).unwrap()

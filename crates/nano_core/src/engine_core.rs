@@ -1,6 +1,7 @@
 //! The loop that everything turns on: schedule, launch, collect, update.
 
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 use crate::error::Result;
 use crate::executor::Executor;
@@ -14,7 +15,9 @@ use crate::step::{ScheduleOutput, TokenEvent};
 pub struct EngineCore<E> {
     executor: E,
     scheduler: Scheduler,
-    in_flight: VecDeque<ScheduleOutput>,
+    /// With the times of their launches.
+    in_flight: VecDeque<(ScheduleOutput, Instant)>,
+    last_collect: Instant,
     max_steps_in_flight: usize,
 }
 
@@ -28,6 +31,7 @@ impl<E: Executor> EngineCore<E> {
         Ok(Self {
             scheduler: Scheduler::new(config, capacity)?,
             in_flight: VecDeque::new(),
+            last_collect: Instant::now(),
             max_steps_in_flight: capacity.max_steps_in_flight.max(1) as usize,
             executor,
         })
@@ -64,15 +68,19 @@ impl<E: Executor> EngineCore<E> {
         if launched {
             let (sequences, preempted) = (step.sequences.len(), step.num_preempted);
             tracing::debug!(step = step.step, tokens = step.num_tokens, sequences, preempted);
+            let start = Instant::now();
             self.executor.launch(&step)?;
             self.executor.sample(&self.scheduler.token_masks(&step))?;
-            self.in_flight.push_back(step);
+            self.in_flight.push_back((step, start));
         }
         if launched && self.in_flight.len() < self.max_steps_in_flight {
             return Ok(Vec::new());
         }
-        let Some(oldest) = self.in_flight.pop_front() else { return Ok(Vec::new()) };
+        let Some((oldest, start)) = self.in_flight.pop_front() else { return Ok(Vec::new()) };
         let output = self.executor.collect()?;
+        let end = Instant::now();
+        self.scheduler.observe(&oldest, step_time(start, self.last_collect, end));
+        self.last_collect = end;
         self.scheduler.update(&oldest, output)
     }
 
@@ -86,13 +94,13 @@ impl<E: Executor> EngineCore<E> {
     }
 }
 
+/// How long a step took that was launched at `start`: while the one before it ran, it had to wait.
+fn step_time(start: Instant, last_collect: Instant, end: Instant) -> Duration {
+    end - start.max(last_collect)
+}
+
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, Ordering};
-    use std::time::{Duration, Instant};
-
     use super::*;
     use crate::error::Error;
     use crate::executor::Capacity;
@@ -100,7 +108,10 @@ mod tests {
     use crate::ids::TokenId;
     use crate::request::{RequestKind, RequestLimits};
     use crate::sampling_params::SamplingParams;
-    use crate::step::FinishReason;
+    use crate::step::{FinishReason, StepOutput, TokenMasks};
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     const VOCAB_SIZE: u32 = 40;
 
@@ -110,19 +121,20 @@ mod tests {
     }
 
     fn engine(executor: FakeExecutor) -> EngineCore<FakeExecutor> {
-        let config = SchedulerConfig { max_num_seqs: 4, max_num_batched_tokens: 8 };
+        let config = SchedulerConfig { max_num_seqs: 4, max_num_batched_tokens: 8, max_itl: None };
         EngineCore::new(config, executor).unwrap()
     }
 
     fn prompt(id: u64) -> Vec<TokenId> {
-        (0..3 + id as u32).map(|position| TokenId(position + id as u32)).collect()
+        let token = |position| TokenId((position + id as u32) % VOCAB_SIZE);
+        (0..3 + id as u32).map(token).collect()
     }
 
     fn request(id: u64, params: SamplingParams) -> Request {
         let limits = RequestLimits {
             vocab_size: VOCAB_SIZE,
-            max_model_len: 100,
-            num_blocks: 100,
+            max_model_len: 1000,
+            num_blocks: 1000,
             block_size: 1,
             eos_token_ids: Arc::from([]),
             seed: 0,
@@ -142,7 +154,7 @@ mod tests {
     const MAX_STEPS: usize = 200;
 
     /// Steps until nothing is left, and the tokens of every request.
-    fn run(engine: &mut EngineCore<FakeExecutor>) -> BTreeMap<u64, Vec<TokenId>> {
+    fn run<E: Executor>(engine: &mut EngineCore<E>) -> BTreeMap<u64, Vec<TokenId>> {
         let mut tokens: BTreeMap<u64, Vec<TokenId>> = BTreeMap::new();
         for _ in 0..MAX_STEPS {
             if engine.is_idle() {
@@ -258,8 +270,79 @@ mod tests {
     }
 
     #[test]
+    fn a_step_lasts_from_its_launch_or_the_collect_before_it() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        assert_eq!(step_time(at(3), at(1), at(10)), Duration::from_millis(7));
+        assert_eq!(step_time(at(3), at(8), at(10)), Duration::from_millis(2));
+        let mut engine = engine(fake(1, 20).with_step_time(Duration::from_millis(1)));
+        let built = Instant::now();
+        engine.add(generate(0, 1));
+        engine.step().unwrap();
+        assert!(engine.last_collect > built);
+    }
+
+    /// Notes the prompt tokens of each step that has any.
+    #[derive(Debug)]
+    struct Noting {
+        fake: FakeExecutor,
+        chunks: Vec<u32>,
+    }
+
+    impl Executor for Noting {
+        fn capacity(&self) -> Capacity {
+            self.fake.capacity()
+        }
+
+        fn launch(&mut self, step: &ScheduleOutput) -> Result<()> {
+            self.chunks.extend((step.num_prompt_tokens > 0).then_some(step.num_prompt_tokens));
+            self.fake.launch(step)
+        }
+
+        fn sample(&mut self, masks: &TokenMasks) -> Result<()> {
+            self.fake.sample(masks)
+        }
+
+        fn collect(&mut self) -> Result<StepOutput> {
+            self.fake.collect()
+        }
+    }
+
+    /// The chunks of a prompt of 3 tokens and, once that request decodes, of one of 603; steps
+    /// take 3 ms or more.
+    fn chunks(depth: u32, max_itl: Option<Duration>) -> Vec<u32> {
+        let config = SchedulerConfig { max_num_seqs: 4, max_num_batched_tokens: 1000, max_itl };
+        let fake = fake(depth, 1000).with_step_time(Duration::from_millis(3));
+        let mut engine = EngineCore::new(config, Noting { fake, chunks: Vec::new() }).unwrap();
+        engine.add(generate(0, 60));
+        assert!(engine.step().unwrap().len() <= 1);
+        engine.add(generate(600, 2));
+        let tokens = run(&mut engine);
+        assert_eq!(tokens[&600], continuation(600, 2));
+        assert!(continuation(0, 60).ends_with(&tokens[&0]));
+        engine.executor.chunks
+    }
+
+    #[test]
+    fn without_a_pace_a_prompt_takes_the_whole_step() {
+        assert_eq!(chunks(1, None), [3, 603]);
+        assert_eq!(chunks(2, None), [3, 603]);
+    }
+
+    #[test]
+    fn a_prompt_gets_less_of_each_step_that_is_too_long_and_more_of_one_that_is_not() {
+        let ms = |ms| Some(Duration::from_millis(ms));
+        let least = vec![16; 23];
+        assert_eq!(chunks(1, ms(1)), [&[3, 128, 64, 32][..], &least, &[11]].concat());
+        assert_eq!(chunks(1, ms(3_600_000)), [3, 128, 256, 219]);
+        // With two in flight the second goes out before the first one's time is known.
+        assert_eq!(chunks(2, ms(1))[..4], [3, 128, 128, 64]);
+        assert_eq!(chunks(2, ms(3_600_000)), [3, 128, 128, 256, 91]);
+    }
+
+    #[test]
     fn a_limit_of_zero_is_refused() {
-        let config = SchedulerConfig { max_num_seqs: 0, max_num_batched_tokens: 1 };
+        let config = SchedulerConfig { max_num_seqs: 0, max_num_batched_tokens: 1, max_itl: None };
         let error = EngineCore::new(config, fake(1, 1)).map(|_| ()).unwrap_err();
         assert!(matches!(error, Error::InvalidConfig { name: "max_num_seqs", .. }));
     }

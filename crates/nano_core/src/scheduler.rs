@@ -3,13 +3,17 @@
 //! There is no prefill phase and no decode phase. Each sequence has `num_computed_tokens` and
 //! `num_tokens`, and a step gives each sequence some of the tokens between the two, oldest
 //! sequence first, within `max_num_batched_tokens` and `max_num_seqs`. Chunked prefill, decoding
-//! and the way back after a preemption are all this one rule.
+//! and the way back after a preemption are all this one rule. Whoever sets `max_itl` lowers the
+//! budget of prompts where a step also decodes: see [`Pace`].
 //!
 //! The scheduler sees token ids and block numbers only. It is called by
 //! [`EngineCore`](crate::EngineCore) alone.
 
+mod pace;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use smallvec::SmallVec;
 
@@ -19,6 +23,8 @@ use crate::ids::{RequestId, SequenceId};
 use crate::kv_cache::KvCacheManager;
 use crate::request::Request;
 use crate::sequence::{InFlightToken, Sequence};
+
+pub use pace::Pace;
 
 use crate::step::{
     BannedTokens, FinishReason, LogitRows, SampledRow, ScheduleOutput, ScheduledSequence,
@@ -32,10 +38,13 @@ pub struct SchedulerConfig {
     pub max_num_seqs: u32,
     /// Tokens of one step, over all sequences. May be smaller than `max_num_seqs`.
     pub max_num_batched_tokens: u32,
+    /// The time between two tokens of a running stream that prompts shall leave; `None` gives
+    /// them the whole step.
+    pub max_itl: Option<Duration>,
 }
 
 impl SchedulerConfig {
-    /// Checks both limits.
+    /// Checks each limit.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] names the first one that is 0.
@@ -49,6 +58,10 @@ impl SchedulerConfig {
                 let (range, value) = ("at least 1", limit.to_string());
                 return Err(Error::InvalidConfig { name, range, value });
             }
+        }
+        if self.max_itl == Some(Duration::ZERO) {
+            let (name, range, value) = ("max_itl_ms", "above 0", "0".to_owned());
+            return Err(Error::InvalidConfig { name, range, value });
         }
         Ok(())
     }
@@ -71,6 +84,9 @@ pub struct SchedulerStats {
 #[derive(Debug)]
 pub struct Scheduler {
     config: SchedulerConfig,
+    pace: Option<Pace>,
+    /// Prompt tokens that the step being scheduled may take.
+    prompt_budget: u32,
     cache: KvCacheManager,
     /// Ascending by id, that is by arrival, and each older than every one in `waiting`: whoever
     /// joins was the oldest there, and whoever is preempted was the newest here. All hold blocks.
@@ -91,6 +107,8 @@ impl Scheduler {
         config.validate()?;
         Ok(Self {
             config,
+            pace: config.max_itl.map(|target| Pace::new(target, config.max_num_batched_tokens)),
+            prompt_budget: config.max_num_batched_tokens,
             cache: KvCacheManager::new(capacity.num_blocks, capacity.block_size),
             running: Vec::new(),
             waiting: VecDeque::new(),
@@ -138,6 +156,13 @@ impl Scheduler {
     /// and waits to be computed again, so the oldest always goes on.
     pub fn schedule(&mut self) -> ScheduleOutput {
         let mut step = ScheduleOutput { step: self.step + 1, ..ScheduleOutput::default() };
+        // A stream whose next token is in flight waits for it, too: it counts as one that decodes.
+        self.prompt_budget = match &self.pace {
+            Some(pace) if self.running.iter().any(Sequence::is_decoding) => {
+                pace.num_prompt_tokens()
+            }
+            _ => self.config.max_num_batched_tokens,
+        };
         let everyone_has_room = self.schedule_running(&mut step);
         if everyone_has_room {
             self.admit_waiting(&mut step);
@@ -146,6 +171,14 @@ impl Scheduler {
             self.step = step.step;
         }
         step
+    }
+
+    /// Learns how long `step` took, for the next one's length.
+    pub fn observe(&mut self, step: &ScheduleOutput, duration: Duration) {
+        let has_both = (1..step.num_tokens).contains(&step.num_prompt_tokens);
+        if let Some(pace) = self.pace.as_mut().filter(|_| has_both) {
+            pace.observe(step.num_prompt_tokens, duration);
+        }
     }
 
     /// Gives the running sequences their tokens; returns false if blocks ran out on the way.
@@ -222,7 +255,10 @@ impl Scheduler {
         if unnameable {
             return 0;
         }
-        let budget = self.config.max_num_batched_tokens - step.num_tokens;
+        let mut budget = self.config.max_num_batched_tokens - step.num_tokens;
+        if !sequence.is_decoding() {
+            budget = budget.min(self.prompt_budget - step.num_prompt_tokens);
+        }
         sequence.num_uncomputed_tokens().min(budget)
     }
 
@@ -368,6 +404,9 @@ fn push_scheduled(step: &mut ScheduleOutput, sequence: &mut Sequence, num_tokens
         seed: sequence.seed,
     });
     step.num_tokens += num_tokens;
+    if !sequence.is_decoding() {
+        step.num_prompt_tokens += num_tokens;
+    }
     sequence.num_computed_tokens = end;
     sequence.last_step = step.step;
     if logit_rows == LogitRows::Last(1) {
@@ -414,7 +453,7 @@ mod tests {
             eos_token_ids: Arc::from([]),
             seed: 0,
         };
-        let config = SchedulerConfig { max_num_seqs: 1, max_num_batched_tokens: 8 };
+        let config = SchedulerConfig { max_num_seqs: 1, max_num_batched_tokens: 8, max_itl: None };
         let capacity = Capacity { num_blocks: 4, block_size: 1, max_steps_in_flight: 1 };
         let mut scheduler = Scheduler::new(config, capacity).unwrap();
         for id in (0..2).map(RequestId) {

@@ -88,6 +88,11 @@ impl Sequence {
         self.num_tokens() - self.num_computed_tokens
     }
 
+    /// Whether all that may run is the newest token, and that one was generated.
+    pub fn is_decoding(&self) -> bool {
+        self.num_output_tokens() > 0 && self.num_uncomputed_tokens() == 1
+    }
+
     /// Whether an end-of-sequence or stop token may not be chosen as the token in flight.
     pub fn newest_in_flight_is_before_min_tokens(&self) -> bool {
         self.num_output_tokens() <= self.params.min_tokens
@@ -167,6 +172,22 @@ mod tests {
         assert_eq!(sequence.num_uncomputed_tokens(), 0);
         assert_eq!(sequence.append(TokenId(1)), None);
         assert_eq!(sequence.append(TokenId(1)), Some(FinishReason::Length));
+    }
+
+    #[test]
+    fn whoever_has_one_generated_token_to_run_decodes() {
+        let mut sequence = generate(SamplingParams { max_tokens: 2, ..SamplingParams::default() });
+        assert!(!sequence.is_decoding());
+        sequence.num_computed_tokens = 2;
+        assert!(!sequence.is_decoding(), "the prompt's last token");
+        launch(&mut sequence);
+        assert!(sequence.is_decoding(), "in flight");
+        assert_eq!(sequence.append(TokenId(1)), None);
+        assert!(sequence.is_decoding());
+        sequence.preempt();
+        assert!(!sequence.is_decoding(), "all over again");
+        launch(&mut sequence);
+        assert!(!sequence.is_decoding(), "the last token is not run");
     }
 
     #[test]

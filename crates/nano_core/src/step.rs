@@ -93,6 +93,9 @@ pub struct ScheduleOutput {
     pub block_ids: Vec<BlockId>,
     /// Tokens of the whole step.
     pub num_tokens: u32,
+    /// Those of them that belong to prompts, or to what a preemption has to compute again; every
+    /// other one is the newest token of a sequence that decodes.
+    pub num_prompt_tokens: u32,
     /// Sequences that lost their blocks to make room for this step.
     pub num_preempted: u32,
 }

@@ -94,6 +94,7 @@ fn run(dir: &Path) -> Result<(), Box<dyn Error>> {
         deterministic: false,
         max_num_seqs: 64,
         max_num_batched_tokens: Some(512),
+        max_itl: None,
         dtype: DtypeChoice::Auto,
         load_format: LoadFormat::Dummy,
         block_size: BLOCK_SIZE,

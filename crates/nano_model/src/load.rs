@@ -5,6 +5,7 @@ mod cuda;
 mod memory;
 
 use std::path::Path;
+use std::time::Duration;
 
 use nano_core::executor::Executor;
 use nano_core::{SchedulerConfig, TokenId};
@@ -65,6 +66,8 @@ pub struct ModelOptions {
     pub max_num_seqs: u32,
     /// Tokens of one step; `None` is 2,048 on the CPU and 8,192 on a GPU.
     pub max_num_batched_tokens: Option<u32>,
+    /// The time between a running stream's tokens that prompts shall leave.
+    pub max_itl: Option<Duration>,
     /// The data type.
     pub dtype: DtypeChoice,
     /// Where weights come from.
@@ -93,6 +96,7 @@ impl ModelOptions {
         SchedulerConfig {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(unasked),
+            max_itl: self.max_itl,
         }
     }
 }

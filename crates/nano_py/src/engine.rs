@@ -3,6 +3,7 @@
 use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::thread;
+use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, bounded};
 use nano_core::{RequestId, TokenId};
@@ -30,8 +31,8 @@ pub(crate) struct Engine(nano_engine::Engine);
 impl Engine {
     #[new]
     #[pyo3(signature = (model_dir, *, device, dtype, max_model_len, gpu_memory_utilization, max_num_seqs,
-        max_num_batched_tokens, block_size, num_blocks, kv_cache_bytes, num_threads, deterministic,
-        seed, dummy_weights))]
+        max_num_batched_tokens, block_size, num_blocks, kv_cache_bytes, num_threads, max_itl_ns,
+        deterministic, seed, dummy_weights))]
     #[expect(clippy::too_many_arguments, reason = "the keywords of a Python constructor")]
     fn new(
         py: Python<'_>,
@@ -46,6 +47,7 @@ impl Engine {
         num_blocks: Option<u32>,
         kv_cache_bytes: Option<u64>,
         num_threads: Option<usize>,
+        max_itl_ns: Option<u64>,
         deterministic: bool,
         seed: i64,
         dummy_weights: bool,
@@ -77,6 +79,7 @@ impl Engine {
                 deterministic,
                 max_num_seqs,
                 max_num_batched_tokens,
+                max_itl: max_itl_ns.map(Duration::from_nanos),
                 dtype,
                 load_format: if dummy_weights { LoadFormat::Dummy } else { LoadFormat::Auto },
                 block_size,

@@ -105,6 +105,7 @@ pub(crate) fn options() -> ModelOptions {
         deterministic: false,
         max_num_seqs: 64,
         max_num_batched_tokens: Some(512),
+        max_itl: None,
         dtype: DtypeChoice::Auto,
         load_format: LoadFormat::Auto,
         block_size: BLOCK_SIZE,

@@ -248,6 +248,7 @@ mod tests {
             token_ids: tokens(ids),
             block_ids: table.iter().copied().map(BlockId).collect(),
             num_tokens: ids.len() as u32,
+            num_prompt_tokens: ids.len() as u32,
             num_preempted: 0,
         }
     }
