@@ -196,7 +196,7 @@ def test_a_command_is_kept_without_folders():
 
 def test_words_name_every_load_that_was_computed_and_every_change():
     assert "at 8 and 32: computed from 4 a run" in tables.queued(COMMITTED["cpu-latency"])
-    assert "at 32: computed from 8 a run" in tables.queued(COMMITTED["cuda-latency"])
+    assert "at 8 and 32: computed from 6 a run" in tables.queued(COMMITTED["cuda-latency"])
     dirty = COMMITTED["cpu-latency"] | {"commit": f"{'a' * 40} with changes"}
     assert "commit aaaaaaaaaaaa with changes;" in tables.describe(dirty)
 

@@ -66,6 +66,7 @@ pub trait Element: AnyBits {
 
     /// As [`tile`](Self::tile), over whole coded panels.
     fn only_tile<const ROWS: usize, const PANELS: usize>(
+        _isa: Isa,
         _rows: &[[Self::Word; ROWS]],
         _panels: [&[[Self::Word; LANES]]; PANELS],
         _sums: [&mut [[f32; LANES]; MAX_TILE_ROWS]; PANELS],
@@ -75,6 +76,7 @@ pub trait Element: AnyBits {
 
     /// As [`tile`](Self::tile), over a coded block, whose words it keeps.
     fn first_tile<const ROWS: usize>(
+        _isa: Isa,
         _rows: &[[Self::Word; ROWS]],
         _panels: [&[[Self::Word; LANES]]; 2],
         _next: [&[Self::Word]; 2],
@@ -191,22 +193,26 @@ impl Element for bf16 {
 
     #[cfg(target_arch = "x86_64")]
     fn only_tile<const ROWS: usize, const PANELS: usize>(
+        isa: Isa,
         rows: &[[u32; ROWS]],
         panels: [&[[u32; LANES]]; PANELS],
         sums: [&mut [[f32; LANES]; MAX_TILE_ROWS]; PANELS],
     ) {
-        // SAFETY: there are codes only where the processor has the instructions.
+        assert!(isa.has_bf16_products(), "codes are for processors that multiply them");
+        // SAFETY: the processor has the instructions, see `Isa`.
         unsafe { only_tile_avx512(rows, panels, sums) };
     }
 
     #[cfg(target_arch = "x86_64")]
     fn first_tile<const ROWS: usize>(
+        isa: Isa,
         rows: &[[u32; ROWS]],
         panels: [&[[u32; LANES]]; 2],
         next: [&[u32]; 2],
         sums: &mut [[[f32; LANES]; MAX_TILE_ROWS]; 2],
         decoded: &mut Decoded<u32>,
     ) {
+        assert!(isa.has_bf16_products(), "codes are for processors that multiply them");
         // SAFETY: as above.
         unsafe { first_tile_avx512(rows, panels, next, sums, decoded) };
     }

@@ -37,9 +37,24 @@ impl<E: Element> PackedMatrix<E> {
         is_gated: bool,
         read: impl Fn(usize, &mut [E]) + Sync,
     ) -> std::io::Result<Self> {
+        if let Some(code) = Code::fitting(pool.isa(), rows, columns, &read) {
+            let coded = Self::pack_as(pool, (rows, columns), is_gated, &read, Some(code))?;
+            if coded.code.as_ref().is_some_and(|code| code.is_worth_it(rows * columns)) {
+                return Ok(coded);
+            }
+        }
+        Self::pack_as(pool, (rows, columns), is_gated, &read, None)
+    }
+
+    fn pack_as(
+        pool: &mut Pool,
+        (rows, columns): (usize, usize),
+        is_gated: bool,
+        read: &(impl Fn(usize, &mut [E]) + Sync),
+        mut code: Option<Code>,
+    ) -> std::io::Result<Self> {
         let num_parts = 1 + usize::from(is_gated);
         let num_panels = num_parts * (rows / num_parts).div_ceil(LANES);
-        let mut code = Code::fitting(pool.isa(), rows, columns, &read);
         let num_vectors = Code::num_vectors(code.as_ref(), columns.div_ceil(E::PER_WORD));
         let words = Memory::zeroed(num_panels * num_vectors * LANES)?;
         let mut matrix = Self { words, rows, columns, is_gated, code: None };
@@ -48,7 +63,7 @@ impl<E: Element> PackedMatrix<E> {
         let mut panels: Vec<_> = panels.map(|panel| (panel, Vec::new())).collect();
         let base = code.as_ref().map(Code::base);
         pool.each(&mut panels, |panel, (words, patches)| {
-            *patches = pack_panel(&rows_of[panel], columns, base, &read, words);
+            *patches = pack_panel(&rows_of[panel], columns, base, read, words);
         });
         if let Some(code) = &mut code {
             code.set_patches(panels.into_iter().map(|(_, patches)| patches));
@@ -91,7 +106,7 @@ impl<E: Element> PackedMatrix<E> {
 
     /// Bytes that a product reads.
     pub fn num_bytes(&self) -> usize {
-        size_of_val(self.words.as_slice())
+        size_of_val(self.words.as_slice()) + self.code.as_ref().map_or(0, Code::num_bytes)
     }
 
     /// What says how it is stored, if not plainly.

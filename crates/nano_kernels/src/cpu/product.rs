@@ -210,7 +210,7 @@ pub fn product<E: Element>(
     assert_eq!((output.len(), num_words), (rows.num_rows * width, rows.num_words));
     let output = SharedMut::new(output);
     let num_pairs = num_panels.div_ceil(2);
-    let pair_bytes = 2 * num_words * LANES * size_of::<E::Word>();
+    let pair_bytes = if num_panels > 0 { 2 * size_of_val(weight.panel(0)) } else { 0 };
     let least = MIN_TASK_BYTES.div_ceil(pair_bytes.max(1));
     let per_task = (num_pairs / (TASKS_PER_THREAD * pool.num_threads())).max(least);
     let num_tiles = rows.num_rows.div_ceil(MAX_TILE_ROWS);
@@ -227,8 +227,8 @@ pub fn product<E: Element>(
     let finish = |pair: usize, (first_row, tile_rows): (usize, usize), sums: &mut Sums| {
         if let Some(code) = weight.code() {
             let words = rows.tile(first_row, tile_rows);
-            for (index, sums) in sums.panels.iter_mut().enumerate() {
-                let panel = (2 * pair + index).min(num_panels - 1);
+            // The last pair may have one panel.
+            for (panel, sums) in (2 * pair..num_panels).zip(&mut sums.panels) {
                 isa.run(Correct::<E> { code, panel, words, sums: &mut sums[..tile_rows] });
             }
         }
@@ -255,7 +255,7 @@ pub fn product<E: Element>(
             for first in own_pairs.clone().step_by(at_once) {
                 let pairs = [panels(first), panels((first + 1).min(num_pairs - 1))];
                 let num = at_once.min(own_pairs.end - first);
-                run_only_tile::<E>(tile, &pairs[..num], &mut sums);
+                run_only_tile::<E>(isa, tile, &pairs[..num], &mut sums);
                 let sums = sums.iter_mut().take(num);
                 sums.enumerate().for_each(|(at, sums)| finish(first + at, (0, num_rows), sums));
             }
@@ -283,7 +283,15 @@ pub fn product<E: Element>(
                             let ahead = has_blocks.then_some(ahead);
                             run_tile::<E>(isa, rows, stored, ahead, is_more, sums);
                         } else if turn == 0 {
-                            run_first_tile::<E>(rows, stored, next, is_more, sums, &mut decoded);
+                            run_first_tile::<E>(
+                                isa,
+                                rows,
+                                stored,
+                                next,
+                                is_more,
+                                sums,
+                                &mut decoded,
+                            );
                         } else {
                             let panels = [0, 1].map(|it| decoded[it][..len].as_flattened());
                             let next = next.map(|next| &next[next.len() / CODED..]);

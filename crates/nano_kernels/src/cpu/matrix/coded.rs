@@ -25,7 +25,7 @@ pub(in crate::cpu) const DECODED_BASE: u32 = 0x70;
 /// Rows whose exponents are counted to choose a base.
 const NUM_SAMPLES: usize = 256;
 /// Of so many parameters no more than one may lack a code.
-const MIN_PER_PATCH: u32 = 512;
+const MIN_PER_PATCH: usize = 512;
 
 /// How a matrix is coded.
 #[derive(Debug)]
@@ -56,11 +56,8 @@ impl Code {
         columns: usize,
         read: &impl Fn(usize, &mut [E]),
     ) -> Option<Self> {
-        if std::env::var("PLAIN").is_ok()
-            || !E::HAS_CODE
-            || !isa.has_bf16_products()
-            || !columns.is_multiple_of(PLAIN * E::PER_WORD)
-        {
+        let is_whole = columns > 0 && columns.is_multiple_of(PLAIN * E::PER_WORD);
+        if !E::HAS_CODE || !isa.has_bf16_products() || !is_whole {
             return None;
         }
         let mut counts = [0_u32; 256];
@@ -76,8 +73,11 @@ impl Code {
         // From 1: what has exponent 0 is no normal number.
         let base = (1..256 - NUM_EXPONENTS).max_by_key(|&base| covered(base))?;
         let total: u32 = counts.iter().sum();
-        let fits = (total - covered(base)) * MIN_PER_PATCH <= total;
-        fits.then(|| Self { base, patches: Vec::new(), starts: Vec::new() })
+        is_worth_it((total - covered(base)) as usize, total as usize).then(|| Self {
+            base,
+            patches: Vec::new(),
+            starts: Vec::new(),
+        })
     }
 
     /// Vectors of a panel.
@@ -97,6 +97,16 @@ impl Code {
         }
     }
 
+    /// Whether few enough parameters of a matrix of that size lack a code: a sample may not tell.
+    pub(super) fn is_worth_it(&self, num_parameters: usize) -> bool {
+        is_worth_it(self.patches.len(), num_parameters)
+    }
+
+    /// Bytes of the patches.
+    pub(super) fn num_bytes(&self) -> usize {
+        size_of_val(&self.patches[..]) + size_of_val(&self.starts[..])
+    }
+
     /// Those of a panel.
     pub(in crate::cpu) fn patches(&self, panel: usize) -> &[Patch] {
         &self.patches[self.starts[panel] as usize..self.starts[panel + 1] as usize]
@@ -113,7 +123,8 @@ impl Code {
     }
 
     /// Makes sums of decoded words, of rows with a panel, those of the parameters; `words` are the
-    /// rows' inputs, `[num_words, num_rows]`.
+    /// rows' inputs, `[num_words, num_rows]`. Where one is infinite and its parameter has a patch, the
+    /// sum is no number.
     #[inline(always)]
     pub(in crate::cpu) fn correct<E: Element>(
         &self,
@@ -134,6 +145,11 @@ impl Code {
             }
         }
     }
+}
+
+/// Whether so many parameters may lack a code among so many.
+fn is_worth_it(num_patches: usize, num_parameters: usize) -> bool {
+    num_patches * MIN_PER_PATCH <= num_parameters
 }
 
 fn exponent<E: Element>(element: E) -> u32 {

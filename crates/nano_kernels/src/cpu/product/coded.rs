@@ -15,6 +15,7 @@ use super::tile::{Sums, TileRows};
 use super::{BLOCK_WORDS, MAX_TILE_ROWS};
 use crate::cpu::LANES;
 use crate::cpu::element::Element;
+use crate::cpu::isa::Isa;
 use crate::cpu::matrix::coded::{CODED, DECODED_BASE, PLAIN};
 
 /// Pairs of panels that few rows go over together: a sum waits for the one before it, and that of
@@ -31,6 +32,7 @@ pub(in crate::cpu) type Decoded<W> = [[[W; LANES]; BLOCK_WORDS]; 2];
 
 /// The only tile of a step over whole panels, one or more pairs of them, to each its sums.
 pub(super) fn run_only_tile<E: Element>(
+    isa: Isa,
     rows: TileRows<'_, E::Word>,
     pairs: &[[&[E::Word]; 2]],
     sums: &mut [Sums],
@@ -43,18 +45,18 @@ pub(super) fn run_only_tile<E: Element>(
                     match (pairs, sums) {
                         ([[a, b]], [sums, ..]) => {
                             let panels = [a, b].map(|it| it.as_chunks().0);
-                            E::only_tile(rows, panels, sums.panels.each_mut());
+                            E::only_tile(isa, rows, panels, sums.panels.each_mut());
                         }
                         ([[a, b], [c, d]], [first, second, ..]) => {
                             let panels = [a, b, c, d].map(|it| it.as_chunks().0);
                             let ([a, b], [c, d]) =
                                 (first.panels.each_mut(), second.panels.each_mut());
-                            E::only_tile(rows, panels, [a, b, c, d]);
+                            E::only_tile(isa, rows, panels, [a, b, c, d]);
                         }
-                        _ => {}
+                        _ => unreachable!("a tile has 1 to 12 rows, and one or two pairs of panels")
                     }
                 })*
-                _ => {}
+                _ => unreachable!("a tile has 1 to 12 rows, and one or two pairs of panels")
             }
         };
     }
@@ -64,6 +66,7 @@ pub(super) fn run_only_tile<E: Element>(
 /// The first of several tiles over a block of two panels: leaves its words in `decoded`, and asks
 /// for a third of the codes that come `next`.
 pub(super) fn run_first_tile<E: Element>(
+    isa: Isa,
     rows: TileRows<'_, E::Word>,
     panels: [&[E::Word]; 2],
     next: [&[E::Word]; 2],
@@ -80,9 +83,9 @@ pub(super) fn run_first_tile<E: Element>(
                         sums.panels.iter_mut().for_each(|sums| sums[..$rows].fill([0.0; LANES]));
                     }
                     let panels = panels.map(|it| it.as_chunks().0);
-                    E::first_tile(rows, panels, next, &mut sums.panels, decoded);
+                    E::first_tile(isa, rows, panels, next, &mut sums.panels, decoded);
                 })*
-                _ => {}
+                _ => unreachable!("a tile has 1 to 12 rows, and one or two pairs of panels")
             }
         };
     }

@@ -153,6 +153,22 @@ fn coded_parameters_are_the_same_bits_and_give_the_sums_of_the_reference() {
 }
 
 #[test]
+fn too_many_parameters_without_a_code_that_no_sample_shows_are_stored_plainly() {
+    let (rows, columns) = (2048, 64);
+    for pool in &mut pools() {
+        // Every eighth row is looked at.
+        for (zero_rows, is_coded) in [(0, pool.isa().has_bf16_products()), (6, false)] {
+            let is_zero = |row: usize| (1..=zero_rows).contains(&(row % 8));
+            let matrix = PackedMatrix::<bf16>::pack(pool, (rows, columns), false, |row, it| {
+                it.fill(bf16::from_f32(if is_zero(row) { 0.0 } else { 0.5 }));
+            });
+            let num_bytes = matrix.unwrap().num_bytes();
+            assert_eq!(num_bytes < 2 * rows * columns, is_coded, "{pool:?} {num_bytes}");
+        }
+    }
+}
+
+#[test]
 fn a_row_has_the_same_bits_in_any_batch() {
     for is_gated in [false, true] {
         check_bits::<f32>(is_gated);
