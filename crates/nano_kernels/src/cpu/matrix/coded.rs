@@ -38,7 +38,7 @@ pub struct Code {
     starts: Vec<u32>,
 }
 
-/// A parameter without a code, in whose place [`Code::hole`] is stored.
+/// A parameter without a code, in whose place the number of base and code 0 is stored.
 #[derive(Clone, Copy, Debug)]
 pub struct Patch {
     /// Of the panel.
