@@ -27,7 +27,7 @@ _ENGINE: dict[str, dict[str, Any]] = {
     "num_threads": {"type": int, "help": "threads of a step (default: one per core)"},
     "max_itl_ms": {
         "type": float,
-        "help": "time between a stream's tokens to aim at while prompts join",
+        "help": "time between a stream's tokens to aim at while prompts join (0.001 to 1000000)",
     },
     "deterministic": {
         "action": "store_true",

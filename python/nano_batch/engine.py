@@ -54,7 +54,7 @@ class Engine:
         max_itl_ms: The time between two tokens of a running stream to aim at when prompts join:
             a step that also decodes takes only so many tokens of them. None gives them the whole
             step. Where chunks end then depends on time, and on a GPU without `deterministic` so
-            may the last bits of logits.
+            may the last bits of logits. From 0.001 to 1,000,000.
         seed: What the seeds of unseeded requests derive from.
         load_format: "auto", or "dummy" for random weights of the config's shapes.
         revision: The hub's branch, tag or commit, for a hub id.

@@ -68,6 +68,9 @@ fn the_peak_is_near_the_weights_and_the_part_of_the_cache_that_is_used() {
     let written = NUM_PROMPTS * u64::from((PROMPT_LEN + MAX_TOKENS).div_ceil(BLOCK_SIZE));
     let cache = written * ((1 << 30) / u64::from(num_blocks));
     let ratio = peak as f64 / (info.weight_bytes + cache) as f64;
-    println!("peak {} MiB, {ratio:.3} of weights and cache", peak >> 20);
-    assert!(ratio <= 1.2, "{ratio}");
+    println!("peak {} MiB, {ratio:.3} of the checkpoint's weights and the cache", peak >> 20);
+    // Beyond what weights take in memory, which is less where they are coded.
+    let beyond = peak.saturating_sub(info.packed_bytes + cache);
+    let share = beyond as f64 / (info.weight_bytes + cache) as f64;
+    assert!(share <= 0.2, "{share}");
 }

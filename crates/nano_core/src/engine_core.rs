@@ -25,7 +25,7 @@ impl<E: Executor> EngineCore<E> {
     /// An idle engine on `executor`.
     ///
     /// # Errors
-    /// If a limit in `config` is 0.
+    /// If a limit or `max_itl` in `config` is 0.
     pub fn new(config: SchedulerConfig, executor: E) -> Result<Self> {
         let capacity = executor.capacity();
         Ok(Self {

@@ -102,7 +102,7 @@ impl Scheduler {
     /// A scheduler for an executor of the given capacity.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if a limit is 0.
+    /// [`Error::InvalidConfig`] if a limit or `max_itl` is 0.
     pub fn new(config: SchedulerConfig, capacity: Capacity) -> Result<Self> {
         config.validate()?;
         Ok(Self {

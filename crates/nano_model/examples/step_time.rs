@@ -106,7 +106,7 @@ fn run(dir: &Path) -> Result<(), Box<dyn Error>> {
     };
     let start = Instant::now();
     let (mut executor, info) = nano_model::load(dir, &options)?;
-    let mib = info.weight_bytes >> 20;
+    let mib = info.packed_bytes >> 20;
     println!("{} of {mib} MiB, made in {:.2} s", info.dtype, start.elapsed().as_secs_f64());
     println!("{:40} {:>8} {:>8} {:>8} {:>8}", "milliseconds", "forward", "sample", "step", "best");
     let cases = [

@@ -13,7 +13,7 @@ const LEAST: u32 = 16;
 ///
 /// Were a step's time `t0 + p * s` for `p` prompt tokens, then `p * target / time` would lie between
 /// `p` and the number whose step lasts just as long as the target. So the budget comes closer from
-/// either side with every step and never passes it.
+/// either side with every step and passes it by no more than rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pace {
     target: Duration,

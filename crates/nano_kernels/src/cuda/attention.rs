@@ -1,4 +1,5 @@
-//! Paged attention: `kernels/decode_attention.cu` and `kernels/prefill_attention.cu`.
+//! Paged attention: `kernels/decode_attention.cu`, `prefill_attention.cu` and
+//! `prefill_attention_wgmma.cu`.
 
 use std::f32::consts::LOG2_E;
 
@@ -144,7 +145,8 @@ impl Kernels {
     /// Every address names as much memory as its shape says, 16-byte aligned, alive until the
     /// stream has come to the launch; lengths fit the table and `cos_sin`, and the table's blocks
     /// within the window are blocks of the cache, the last one of no other sequence. Launches that
-    /// share a plan go through one stream.
+    /// share a plan go through one stream. No kernel that is still in the stream writes lengths,
+    /// table, angles or the cache's older rows: they are read before it has ended.
     pub unsafe fn decode_attention(
         &self,
         plan: &DecodePlan,

@@ -37,7 +37,8 @@ impl Kernels {
     /// # Safety
     /// Every address names as much memory as its shape says, 16-byte aligned, alive until the
     /// stream has come to the launch; positions are below `max_position`, slots below
-    /// `num_blocks * 16` and distinct.
+    /// `num_blocks * 16` and distinct. No kernel that is still in the stream writes positions or
+    /// slots: they are read before it has ended.
     pub unsafe fn rope_write_kv(&self, launch: &RopeWriteKv) -> Result<()> {
         let RopeWriteKv { query, cache, qkv, cos_sin, position, slot, .. } = *launch;
         let RopeWriteKv { num_tokens, num_heads, num_kv_heads, head_dim, .. } = *launch;

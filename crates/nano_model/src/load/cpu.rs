@@ -95,6 +95,7 @@ impl Checkpoint {
     ) -> Result<(B, Decoder<B>, ModelInfo)> {
         let Self { config, map, dtype } = self;
         let element_bytes = dtype.num_bytes() as u64;
+        // At most: what can be coded takes a quarter less.
         let weight_bytes = config.spec.num_parameters() as u64 * element_bytes;
         let available = available_bytes();
         let Some(free) = available.checked_sub(weight_bytes) else {
