@@ -7,7 +7,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
-    __m512bh, __m512i, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm512_dpbf16_ps, _mm512_loadu_ps,
+    __m512bh, __m512i, _MM_HINT_NTA, _MM_HINT_T1, _mm_prefetch, _mm512_dpbf16_ps, _mm512_loadu_ps,
     _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_storeu_si512,
 };
 
@@ -24,7 +24,7 @@ pub(super) const MAX_PAIRS: usize = 2;
 /// Rows that are few.
 pub(super) const FEW_ROWS: usize = 4;
 /// Bytes ahead that are asked for while codes are decoded: the processor looks less far by itself
-/// than where it has nothing but sums to work out.
+/// than where it has nothing but sums to work out. They are read once, so no outer cache keeps them.
 const AHEAD_BYTES: usize = 3072;
 
 /// The words of two panels in a block, decoded.
@@ -149,7 +149,7 @@ pub(in crate::cpu) fn only_tile_avx512<const ROWS: usize, const PANELS: usize>(
             let Some(codes) = panels[panel][offset..].first_chunk::<CODED>() else { break };
             for line in codes {
                 // Advice: an address that is not there does no harm.
-                _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_byte_add(ahead).cast());
+                _mm_prefetch::<_MM_HINT_NTA>(line.as_ptr().wrapping_byte_add(ahead).cast());
             }
             words[panel] = decode_avx512(codes);
         }
