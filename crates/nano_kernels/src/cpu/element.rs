@@ -4,7 +4,7 @@ use half::bf16;
 
 use super::LANES;
 use super::isa::{Isa, mul_add};
-use super::matrix::coded::{self, CODED, PLAIN};
+use super::matrix::coded::{self, CODED, PLAIN, Step};
 use super::memory::AnyBits;
 use super::product::MAX_TILE_ROWS;
 use super::product::coded::Decoded;
@@ -64,12 +64,12 @@ pub trait Element: AnyBits {
         unreachable!("a type without a code")
     }
 
-    /// As [`tile`](Self::tile), over whole coded panels.
-    fn only_tile<const ROWS: usize, const PANELS: usize>(
+    /// As [`tile`](Self::tile), over a whole coded pair of panels.
+    fn only_tile<const ROWS: usize>(
         _isa: Isa,
         _rows: &[[Self::Word; ROWS]],
-        _panels: [&[[Self::Word; LANES]]; PANELS],
-        _sums: [&mut [[f32; LANES]; MAX_TILE_ROWS]; PANELS],
+        _pair: &[Step<Self::Word>],
+        _sums: &mut [[[f32; LANES]; MAX_TILE_ROWS]; 2],
     ) {
         unreachable!("a type without a code")
     }
@@ -78,8 +78,8 @@ pub trait Element: AnyBits {
     fn first_tile<const ROWS: usize>(
         _isa: Isa,
         _rows: &[[Self::Word; ROWS]],
-        _panels: [&[[Self::Word; LANES]]; 2],
-        _next: [&[Self::Word]; 2],
+        _block: &[Step<Self::Word>],
+        _next: &[Self::Word],
         _sums: &mut [[[f32; LANES]; MAX_TILE_ROWS]; 2],
         _decoded: &mut Decoded<Self::Word>,
     ) {
@@ -192,29 +192,29 @@ impl Element for bf16 {
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn only_tile<const ROWS: usize, const PANELS: usize>(
+    fn only_tile<const ROWS: usize>(
         isa: Isa,
         rows: &[[u32; ROWS]],
-        panels: [&[[u32; LANES]]; PANELS],
-        sums: [&mut [[f32; LANES]; MAX_TILE_ROWS]; PANELS],
+        pair: &[Step<u32>],
+        sums: &mut [[[f32; LANES]; MAX_TILE_ROWS]; 2],
     ) {
         assert!(isa.has_bf16_products(), "codes are for processors that multiply them");
         // SAFETY: the processor has the instructions, see `Isa`.
-        unsafe { only_tile_avx512(rows, panels, sums) };
+        unsafe { only_tile_avx512(rows, pair, sums) };
     }
 
     #[cfg(target_arch = "x86_64")]
     fn first_tile<const ROWS: usize>(
         isa: Isa,
         rows: &[[u32; ROWS]],
-        panels: [&[[u32; LANES]]; 2],
-        next: [&[u32]; 2],
+        block: &[Step<u32>],
+        next: &[u32],
         sums: &mut [[[f32; LANES]; MAX_TILE_ROWS]; 2],
         decoded: &mut Decoded<u32>,
     ) {
         assert!(isa.has_bf16_products(), "codes are for processors that multiply them");
         // SAFETY: as above.
-        unsafe { first_tile_avx512(rows, panels, next, sums, decoded) };
+        unsafe { first_tile_avx512(rows, block, next, sums, decoded) };
     }
 }
 

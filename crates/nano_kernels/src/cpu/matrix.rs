@@ -1,9 +1,9 @@
 //! A parameter matrix in the order in which products read it.
 //!
 //! Outputs lie in panels of `LANES`, the lanes of the widest vector. A panel holds, for each word
-//! of the inputs in turn, that word of its `LANES` outputs: a product reads it from end to end,
-//! and a vector holds the same inputs of neighbouring outputs. What is missing in the last panel
-//! and the last word is zero. Where it pays, vectors are stored in fewer bits, see [`coded`].
+//! of the inputs in turn, that word of its `LANES` outputs: a vector holds the same inputs of
+//! neighbouring outputs. Products take panels in pairs, from end to end. What is missing in the last
+//! pair and the last word is zero. Where it pays, vectors are stored in fewer bits, see [`coded`].
 
 pub mod coded;
 
@@ -11,11 +11,12 @@ use std::ops::Range;
 
 use super::LANES;
 use super::element::Element;
-use super::memory::Memory;
+use super::memory::{Arena, Memory};
 use super::pool::Pool;
 use coded::{CODED, Code, PLAIN, Patch};
 
-/// `[num_panels, num_words, LANES]` words of a matrix `[rows, columns]`, or their codes.
+/// The words of a matrix `[rows, columns]`, `[num_pairs, 2, num_words, LANES]`, or their codes, in
+/// which a pair's panels take turns: `[num_pairs, num_words / PLAIN, 2, CODED, LANES]`.
 #[derive(Debug)]
 pub struct PackedMatrix<E: Element> {
     words: Memory<E::Word>,
@@ -27,46 +28,53 @@ pub struct PackedMatrix<E: Element> {
 
 impl<E: Element> PackedMatrix<E> {
     /// Takes over all rows; `read` gives one of them, `(row, elements)`. A gated matrix has two
-    /// halves, gate and up, whose panels take turns: a gate's sums are ready with those of its up.
+    /// halves, gate and up, whose panels are pairs: a gate's sums are ready with those of its up.
     ///
     /// # Errors
     /// The system's, if it has no memory of that size.
     pub fn pack(
         pool: &mut Pool,
+        arena: &mut Arena,
         (rows, columns): (usize, usize),
         is_gated: bool,
         read: impl Fn(usize, &mut [E]) + Sync,
     ) -> std::io::Result<Self> {
+        let size = (rows, columns);
         if let Some(code) = Code::fitting(pool.isa(), rows, columns, &read) {
-            let coded = Self::pack_as(pool, (rows, columns), is_gated, &read, Some(code))?;
+            let coded = Self::pack_as(pool, arena, size, is_gated, &read, Some(code))?;
             if coded.code.as_ref().is_some_and(|code| code.is_worth_it(rows * columns)) {
                 return Ok(coded);
             }
+            arena.take_back(coded.words);
         }
-        Self::pack_as(pool, (rows, columns), is_gated, &read, None)
+        Self::pack_as(pool, arena, size, is_gated, &read, None)
     }
 
     fn pack_as(
         pool: &mut Pool,
+        arena: &mut Arena,
         (rows, columns): (usize, usize),
         is_gated: bool,
         read: &(impl Fn(usize, &mut [E]) + Sync),
         mut code: Option<Code>,
     ) -> std::io::Result<Self> {
-        let num_parts = 1 + usize::from(is_gated);
-        let num_panels = num_parts * (rows / num_parts).div_ceil(LANES);
-        let num_vectors = Code::num_vectors(code.as_ref(), columns.div_ceil(E::PER_WORD));
-        let words = Memory::zeroed(num_panels * num_vectors * LANES)?;
+        let num_pairs =
+            if is_gated { (rows / 2).div_ceil(LANES) } else { rows.div_ceil(2 * LANES) };
+        let pair_len = pair_len(code.as_ref(), columns.div_ceil(E::PER_WORD));
+        let words = arena.zeroed(num_pairs * pair_len)?;
         let mut matrix = Self { words, rows, columns, is_gated, code: None };
-        let rows_of: Vec<_> = (0..num_panels).map(|panel| matrix.rows_of(panel)).collect();
-        let panels = matrix.words.as_mut_slice().chunks_exact_mut((num_vectors * LANES).max(1));
-        let mut panels: Vec<_> = panels.map(|panel| (panel, Vec::new())).collect();
+        let rows_of: Vec<_> = (0..num_pairs).map(|pair| matrix.rows_of(pair)).collect();
+        let pairs = matrix.words.as_mut_slice().chunks_exact_mut(pair_len.max(1));
+        let mut pairs: Vec<_> = pairs.map(|pair| (pair, [Vec::new(), Vec::new()])).collect();
         let base = code.as_ref().map(Code::base);
-        pool.each(&mut panels, |panel, (words, patches)| {
-            *patches = pack_panel(&rows_of[panel], columns, base, read, words);
+        pool.each(&mut pairs, |pair, (words, patches)| {
+            for panel in 0..2 {
+                let rows = &rows_of[pair][panel];
+                patches[panel] = pack_panel(rows, columns, base, read, panel, words);
+            }
         });
         if let Some(code) = &mut code {
-            code.set_patches(panels.into_iter().map(|(_, patches)| patches));
+            code.set_patches(pairs.into_iter().flat_map(|(_, patches)| patches));
         }
         Ok(Self { code, ..matrix })
     }
@@ -76,11 +84,16 @@ impl<E: Element> PackedMatrix<E> {
         self.is_gated
     }
 
-    /// The rows of a panel, which are neighbours.
-    fn rows_of(&self, panel: usize) -> Range<usize> {
-        let (num_parts, part) = if self.is_gated { (2, panel % 2) } else { (1, 0) };
-        let (part_rows, first) = (self.rows / num_parts, panel / num_parts * LANES);
-        part * part_rows + first..part * part_rows + part_rows.min(first + LANES)
+    /// The rows of a pair's panels, those of a panel neighbours.
+    fn rows_of(&self, pair: usize) -> [Range<usize>; 2] {
+        let panel_rows = |end: usize, first: usize| first.min(end)..end.min(first + LANES);
+        if self.is_gated {
+            let half = self.rows / 2;
+            let gate = panel_rows(half, pair * LANES);
+            [gate.clone(), half + gate.start..half + gate.end]
+        } else {
+            [0, 1].map(|panel| panel_rows(self.rows, (2 * pair + panel) * LANES))
+        }
     }
 
     /// Outputs.
@@ -98,10 +111,9 @@ impl<E: Element> PackedMatrix<E> {
         self.columns.div_ceil(E::PER_WORD)
     }
 
-    /// Panels of outputs.
-    pub fn num_panels(&self) -> usize {
-        let num_vectors = Code::num_vectors(self.code.as_ref(), self.num_words());
-        self.words.as_slice().len() / (num_vectors * LANES).max(1)
+    /// Pairs of panels.
+    pub fn num_pairs(&self) -> usize {
+        self.words.as_slice().len() / pair_len(self.code.as_ref(), self.num_words()).max(1)
     }
 
     /// Bytes that a product reads.
@@ -114,11 +126,12 @@ impl<E: Element> PackedMatrix<E> {
         self.code.as_ref()
     }
 
-    /// One panel as it is stored: `[num_words, LANES]`, or its codes.
+    /// A pair of panels as it is stored: `[2, num_words, LANES]`, or its codes. Behind it lies the
+    /// next one.
     #[inline]
-    pub fn panel(&self, panel: usize) -> &[E::Word] {
-        let len = Code::num_vectors(self.code.as_ref(), self.num_words()) * LANES;
-        &self.words.as_slice()[panel * len..][..len]
+    pub fn pair(&self, pair: usize) -> &[E::Word] {
+        let len = pair_len(self.code.as_ref(), self.num_words());
+        &self.words.as_slice()[pair * len..][..len]
     }
 
     /// Copies one row: an embedding is read like this.
@@ -128,7 +141,7 @@ impl<E: Element> PackedMatrix<E> {
     pub fn row(&self, row: usize, output: &mut [f32]) {
         assert!(!self.is_gated, "rows in their order");
         let (panel, lane) = (row / LANES, row % LANES);
-        let vectors = self.panel(panel).as_chunks::<LANES>().0;
+        let words = self.pair(panel / 2);
         let mut put = |word: usize, value: E::Word, scale: f32| {
             let elements = output[word * E::PER_WORD..].iter_mut().take(E::PER_WORD);
             for (index, element) in elements.enumerate() {
@@ -136,12 +149,14 @@ impl<E: Element> PackedMatrix<E> {
             }
         };
         let Some(code) = &self.code else {
-            vectors.iter().enumerate().for_each(|(word, lanes)| put(word, lanes[lane], 1.0));
+            let words = words[panel % 2 * words.len() / 2..].as_chunks::<LANES>().0;
+            let words = words.iter().take(self.num_words()).enumerate();
+            words.for_each(|(word, lanes)| put(word, lanes[lane], 1.0));
             return;
         };
-        for (four, codes) in vectors.as_chunks::<CODED>().0.iter().enumerate() {
-            for (word, lanes) in E::decode(codes).iter().enumerate() {
-                put(PLAIN * four + word, lanes[lane], code.scale());
+        for (step, pair) in coded::steps(words).iter().enumerate() {
+            for (word, lanes) in E::decode(&pair[panel % 2]).iter().enumerate() {
+                put(PLAIN * step + word, lanes[lane], code.scale());
             }
         }
         for patch in code.patches(panel).iter().filter(|patch| patch.lane == lane as u32) {
@@ -150,21 +165,25 @@ impl<E: Element> PackedMatrix<E> {
     }
 }
 
-/// Writes the words of some rows, or their codes if there is a base.
+/// Words that a pair of panels takes.
+fn pair_len(code: Option<&Code>, num_words: usize) -> usize {
+    2 * LANES * if code.is_some() { num_words / PLAIN * CODED } else { num_words }
+}
+
+/// Writes the words of some rows, or their codes if there is a base, as one panel of a pair.
 fn pack_panel<E: Element>(
     rows: &Range<usize>,
     columns: usize,
     base: Option<u32>,
     read: &(impl Fn(usize, &mut [E]) + Sync),
-    words: &mut [E::Word],
+    panel: usize,
+    pair: &mut [E::Word],
 ) -> Vec<Patch> {
     let mut patches = Vec::new();
     let mut elements = vec![E::narrow(0.0); columns.next_multiple_of(E::PER_WORD)];
-    let mut plain = Vec::new();
-    if base.is_some() {
-        plain.resize(columns.div_ceil(E::PER_WORD) * LANES, E::Word::default());
-    }
-    let target = if base.is_some() { &mut plain[..] } else { &mut *words };
+    let len = columns.div_ceil(E::PER_WORD) * LANES;
+    let mut plain = vec![E::Word::default(); if base.is_some() { len } else { 0 }];
+    let target = if base.is_some() { &mut plain[..] } else { &mut pair[panel * len..][..len] };
     for (lane, row) in rows.clone().enumerate() {
         read(row, &mut elements[..columns]);
         if let Some(base) = base {
@@ -177,8 +196,9 @@ fn pack_panel<E: Element>(
     }
     if let Some(base) = base {
         let fours = plain.as_chunks::<LANES>().0.as_chunks::<PLAIN>().0;
-        let codes = words.as_chunks_mut::<LANES>().0.as_chunks_mut::<CODED>().0;
-        fours.iter().zip(codes).for_each(|(four, codes)| *codes = E::encode(four, base));
+        for (four, step) in fours.iter().zip(coded::steps_mut(pair)) {
+            step[panel] = E::encode(four, base);
+        }
     }
     patches
 }

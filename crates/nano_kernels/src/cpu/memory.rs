@@ -2,9 +2,10 @@
 
 use std::fmt::Debug;
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use half::bf16;
-use memmap2::{Advice, MmapMut};
+use memmap2::{Advice, MmapMut, MmapRaw};
 
 /// A type of which any bits are a value.
 ///
@@ -19,41 +20,127 @@ unsafe impl AnyBits for bf16 {}
 // SAFETY: numbers.
 unsafe impl AnyBits for u32 {}
 
-/// `len` elements at the start of a page; in large pages, where the system has them, for a walk
-/// through gigabytes misses the table of small ones all the time.
+/// Bytes of a large page.
+const LARGE_PAGE: usize = 2 << 20;
+/// Bytes that an arena asks for at once, at least. What is never written takes none.
+const ARENA_BYTES: usize = 256 << 20;
+
+/// `len` elements, in large pages, where the system has them: a walk through gigabytes misses the
+/// table of small ones all the time.
 #[derive(Debug)]
 pub struct Memory<T> {
-    map: MmapMut,
+    map: Arc<MmapRaw>,
+    /// Bytes before the first element, a multiple of [`Memory::ALIGN`].
+    start: usize,
     len: usize,
     elements: PhantomData<T>,
 }
 
 impl<T: AnyBits> Memory<T> {
-    /// Zeros.
+    /// What an element's place is a multiple of: a line of any cache.
+    const ALIGN: usize = 64;
+
+    /// Zeros, at the start of a page.
     ///
     /// # Errors
     /// The system's, if it has no such range.
     pub fn zeroed(len: usize) -> std::io::Result<Self> {
-        let num_bytes = len.checked_mul(size_of::<T>()).ok_or(std::io::ErrorKind::OutOfMemory)?;
-        let map = MmapMut::map_anon(num_bytes.max(1))?;
-        #[cfg(target_os = "linux")]
-        // Advice that is not taken costs time, nothing else.
-        drop(map.advise(Advice::HugePage));
-        Ok(Self { map, len, elements: PhantomData })
+        let map = map(num_bytes::<T>(len)?)?;
+        Ok(Self { map, start: 0, len, elements: PhantomData })
     }
 
     /// All of it.
     #[inline]
     pub fn as_slice(&self) -> &[T] {
-        // SAFETY: the map holds `len` elements from the start of a page, zeroed or written through
-        // `as_mut_slice`; any bits are a value.
-        unsafe { std::slice::from_raw_parts(self.map.as_ptr().cast(), self.len) }
+        // SAFETY: the map holds `len` elements there that are this memory's alone, zeroed or written
+        // through `as_mut_slice`; any bits are a value.
+        unsafe { std::slice::from_raw_parts(self.map.as_ptr().add(self.start).cast(), self.len) }
     }
 
     /// All of it.
     #[inline]
     pub fn as_mut_slice(&mut self) -> &mut [T] {
         // SAFETY: as in `as_slice`, and the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.map.as_mut_ptr().cast(), self.len) }
+        unsafe {
+            std::slice::from_raw_parts_mut(self.map.as_mut_ptr().add(self.start).cast(), self.len)
+        }
+    }
+}
+
+/// Hands out memory for what lives as long as a model, side by side: large pages have no room in
+/// what is smaller, nor at the ends of what is not.
+#[derive(Debug, Default)]
+pub struct Arena {
+    map: Option<Arc<MmapRaw>>,
+    /// Bytes of it that are given out.
+    used: usize,
+}
+
+impl Arena {
+    /// Zeros.
+    ///
+    /// # Errors
+    /// The system's, if it has no such range.
+    pub fn zeroed<T: AnyBits>(&mut self, len: usize) -> std::io::Result<Memory<T>> {
+        let num_bytes = num_bytes::<T>(len)?;
+        let map = match &self.map {
+            Some(map) if map.len() - self.used >= num_bytes => map,
+            _ => {
+                let new = map(num_bytes.saturating_add(LARGE_PAGE).max(ARENA_BYTES))?;
+                self.used = new.as_ptr().align_offset(LARGE_PAGE);
+                self.map.insert(new)
+            }
+        };
+        let (map, start) = (Arc::clone(map), self.used);
+        self.used += num_bytes;
+        Ok(Memory { map, start, len, elements: PhantomData })
+    }
+
+    /// Takes back what it gave last.
+    pub(super) fn take_back<T: AnyBits>(&mut self, mut last: Memory<T>) {
+        last.as_mut_slice().fill(T::default());
+        self.used = last.start;
+    }
+}
+
+/// Bytes of `len` elements, whole lines of a cache.
+fn num_bytes<T: AnyBits>(len: usize) -> std::io::Result<usize> {
+    let num_bytes = len.checked_mul(size_of::<T>());
+    let lines = num_bytes.and_then(|it| it.max(1).checked_next_multiple_of(Memory::<T>::ALIGN));
+    lines.ok_or_else(|| std::io::ErrorKind::OutOfMemory.into())
+}
+
+fn map(num_bytes: usize) -> std::io::Result<Arc<MmapRaw>> {
+    let map = MmapMut::map_anon(num_bytes)?;
+    #[cfg(target_os = "linux")]
+    // Advice that is not taken costs time, nothing else.
+    drop(map.advise(Advice::HugePage));
+    Ok(Arc::new(map.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_arena_hands_out_zeros_that_are_nobody_elses() {
+        let mut arena = Arena::default();
+        let lens = [0, 1, 17, 1000, ARENA_BYTES / 4 + 1, 3];
+        let mut all: Vec<Memory<u32>> = lens.map(|len| arena.zeroed(len).unwrap()).into();
+        for (index, memory) in all.iter_mut().enumerate() {
+            assert!(memory.as_slice().iter().all(|&it| it == 0));
+            memory.as_mut_slice().fill(index as u32 + 1);
+        }
+        for (index, (memory, len)) in all.iter().zip(lens).enumerate() {
+            assert_eq!(memory.as_slice().len(), len);
+            assert!(memory.as_slice().iter().all(|&it| it == index as u32 + 1));
+            assert!(memory.as_slice().as_ptr().addr().is_multiple_of(Memory::<u32>::ALIGN));
+        }
+        let last = all.pop().unwrap();
+        let place = last.as_slice().as_ptr();
+        arena.take_back(last);
+        let again = arena.zeroed::<u32>(3).unwrap();
+        assert_eq!((again.as_slice(), again.as_slice().as_ptr()), (&[0; 3][..], place));
+        assert!(arena.zeroed::<u32>(usize::MAX / 2).is_err());
     }
 }

@@ -19,7 +19,7 @@ use super::matrix::coded::{CODED, Code, PLAIN};
 use super::norm::Norm;
 use super::pool::Pool;
 use super::shared::SharedMut;
-use coded::{FEW_ROWS, MAX_PAIRS, run_first_tile, run_only_tile};
+use coded::{run_first_tile, run_only_tile};
 use tile::{Ahead, Sums, TileRows, run_tile};
 
 /// Rows whose sums with two panels, one word of each panel and one input fit into 32 registers.
@@ -31,12 +31,11 @@ const BLOCK_WORDS: usize = 128;
 /// Numbers of rows at which blocks pay: fewer wait for memory alone, whose stream the processor
 /// sees by itself; more wait for arithmetic alone.
 const BLOCK_ROWS: Range<usize> = 6..MAX_TILES * MAX_TILE_ROWS + 1;
-/// Bytes of parameters that one task reads, at least: claiming it costs nothing beside that.
-const MIN_TASK_BYTES: usize = 1 << 16;
 /// Words that are packed at once, in memory of a fixed size.
 const PACK_WORDS: usize = 256;
-/// Tasks for each thread, so that one that is held up is waited for briefly.
-const TASKS_PER_THREAD: usize = 8;
+/// Tasks for each thread, each time half of what is left: long ones first, since memory is read
+/// best in one go, and short ones last, so that a thread that is held up is waited for briefly.
+const ROUNDS: usize = 4;
 
 /// The rows of a step in the order in which tiles read them: `[num_tiles, num_words, tile_rows]`.
 #[derive(Debug, Default)]
@@ -204,31 +203,31 @@ pub fn product<E: Element>(
     store: Store,
     output: &mut [f32],
 ) {
-    let (isa, num_panels, num_words) = (pool.isa(), weight.num_panels(), weight.num_words());
+    let (isa, num_pairs, num_words) = (pool.isa(), weight.num_pairs(), weight.num_words());
     let (width, pair_columns) =
         if weight.is_gated() { (weight.rows() / 2, LANES) } else { (weight.rows(), 2 * LANES) };
     assert_eq!((output.len(), num_words), (rows.num_rows * width, rows.num_words));
     let output = SharedMut::new(output);
-    let num_pairs = num_panels.div_ceil(2);
-    let pair_bytes = if num_panels > 0 { 2 * size_of_val(weight.panel(0)) } else { 0 };
-    let least = MIN_TASK_BYTES.div_ceil(pair_bytes.max(1));
-    let per_task = (num_pairs / (TASKS_PER_THREAD * pool.num_threads())).max(least);
     let num_tiles = rows.num_rows.div_ceil(MAX_TILE_ROWS);
     let is_coded = weight.code().is_some();
     let has_blocks = if is_coded { num_tiles > 1 } else { BLOCK_ROWS.contains(&rows.num_rows) };
     let block_words = if has_blocks { BLOCK_WORDS } else { num_words.max(1) };
-    let panels =
-        |pair: usize| [2 * pair, 2 * pair + 1].map(|panel| weight.panel(panel.min(num_panels - 1)));
+    // The words of each panel, or the codes of both, for the inputs from `start` on.
     let block = |pair: usize, start: usize| {
-        let stored = |word: usize| LANES * if is_coded { word / PLAIN * CODED } else { word };
-        panels(pair).map(|it| &it[stored(start)..stored(num_words.min(start + block_words))])
+        let (words, end) = (weight.pair(pair), num_words.min(start + block_words));
+        if is_coded {
+            let place = |word: usize| 2 * LANES * (word / PLAIN * CODED);
+            [&words[place(start)..place(end)], &[]]
+        } else {
+            let (first, second) = words.split_at(num_words * LANES);
+            [first, second].map(|panel| &panel[start * LANES..end * LANES])
+        }
     };
     // Sums of a pair's panels, ready, become output.
     let finish = |pair: usize, (first_row, tile_rows): (usize, usize), sums: &mut Sums| {
         if let Some(code) = weight.code() {
             let words = rows.tile(first_row, tile_rows);
-            // The last pair may have one panel.
-            for (panel, sums) in (2 * pair..num_panels).zip(&mut sums.panels) {
+            for (panel, sums) in (2 * pair..).zip(&mut sums.panels) {
                 isa.run(Correct::<E> { code, panel, words, sums: &mut sums[..tile_rows] });
             }
         }
@@ -245,19 +244,16 @@ pub fn product<E: Element>(
             }
         }
     };
-    pool.run(num_pairs.div_ceil(per_task), &|task| {
+    let num_threads = pool.num_threads();
+    pool.run(ROUNDS * num_threads, &|task| {
         let mut sums: [Sums; MAX_TILES] = std::array::from_fn(|_| Sums::default());
-        let own_pairs = task * per_task..num_pairs.min((task + 1) * per_task);
+        let own_pairs = task_pairs(task, num_threads, num_pairs);
         if is_coded && num_tiles == 1 {
             let num_rows = rows.num_rows;
             let tile = TileRows { words: rows.tile(0, num_rows), num_rows };
-            let at_once = if num_rows > FEW_ROWS { 1 } else { MAX_PAIRS };
-            for first in own_pairs.clone().step_by(at_once) {
-                let pairs = [panels(first), panels((first + 1).min(num_pairs - 1))];
-                let num = at_once.min(own_pairs.end - first);
-                run_only_tile::<E>(isa, tile, &pairs[..num], &mut sums);
-                let sums = sums.iter_mut().take(num);
-                sums.enumerate().for_each(|(at, sums)| finish(first + at, (0, num_rows), sums));
+            for pair in own_pairs {
+                run_only_tile::<E>(isa, tile, weight.pair(pair), &mut sums[0]);
+                finish(pair, (0, num_rows), &mut sums[0]);
             }
             return;
         }
@@ -283,10 +279,11 @@ pub fn product<E: Element>(
                             let ahead = has_blocks.then_some(ahead);
                             run_tile::<E>(isa, rows, stored, ahead, is_more, sums);
                         } else if turn == 0 {
+                            let ([codes, _], [next, _]) = (stored, next);
                             run_first_tile::<E>(
                                 isa,
                                 rows,
-                                stored,
+                                codes,
                                 next,
                                 is_more,
                                 sums,
@@ -294,7 +291,8 @@ pub fn product<E: Element>(
                             );
                         } else {
                             let panels = [0, 1].map(|it| decoded[it][..len].as_flattened());
-                            let next = next.map(|next| &next[next.len() / CODED..]);
+                            let rest = &next[0][next[0].len() / CODED..];
+                            let next = rest.split_at(rest.len() / 2).into();
                             let (num_turns, turn) = (num_turns - 1, turn - 1);
                             let ahead = Some(Ahead { panels: next, num_turns, turn });
                             run_tile::<E>(isa, rows, panels, ahead, is_more, sums);
@@ -305,6 +303,15 @@ pub fn product<E: Element>(
             }
         }
     });
+}
+
+/// The pairs of panels of a task.
+fn task_pairs(task: usize, num_threads: usize, num_pairs: usize) -> Range<usize> {
+    let (round, thread) = (task / num_threads, task % num_threads);
+    let taken =
+        |rounds: usize| if rounds < ROUNDS { num_pairs - (num_pairs >> rounds) } else { num_pairs };
+    let (start, len) = (taken(round), taken(round + 1) - taken(round));
+    start + len * thread / num_threads..start + len * (thread + 1) / num_threads
 }
 
 #[inline]

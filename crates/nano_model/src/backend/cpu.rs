@@ -10,7 +10,7 @@ use nano_kernels::cpu::attention::{
     AttentionInput, KvShape, Scratch, Tile, paged_attention, tiles,
 };
 use nano_kernels::cpu::matrix::PackedMatrix;
-use nano_kernels::cpu::memory::Memory;
+use nano_kernels::cpu::memory::{Arena, Memory};
 use nano_kernels::cpu::norm::Norm;
 use nano_kernels::cpu::product::{PackedRows, Store, product};
 use nano_kernels::cpu::rope::{RopeRows, rope_write_kv};
@@ -27,6 +27,7 @@ use crate::weights::TensorBytes;
 pub struct CpuBackend<E: Element> {
     spec: DecoderSpec,
     pool: Pool,
+    arena: Arena,
     shape: KvShape,
     /// `[layer, block, ...]`, see [`KvShape`].
     cache: Memory<E::Word>,
@@ -106,6 +107,7 @@ impl<E: Element> CpuBackend<E> {
         Ok(Self {
             spec,
             pool,
+            arena: Arena::default(),
             shape,
             cache,
             layer_len,
@@ -154,8 +156,12 @@ impl<E: Element> CpuBackend<E> {
     ) -> Result<CpuWeight<E>> {
         let size = (rows, columns);
         let matrix = match values {
-            Values::Tensors(parts) => {
-                PackedMatrix::pack(&mut self.pool, size, is_gated, |row, elements| {
+            Values::Tensors(parts) => PackedMatrix::pack(
+                &mut self.pool,
+                &mut self.arena,
+                size,
+                is_gated,
+                |row, elements| {
                     let mut row = row;
                     for part in parts {
                         let part_rows = part.bytes.len() / (columns * part.dtype.num_bytes());
@@ -164,15 +170,21 @@ impl<E: Element> CpuBackend<E> {
                         }
                         row -= part_rows;
                     }
-                })
-            }
+                },
+            ),
             Values::Dummy(dummy) => {
                 let dtype = if E::PER_WORD == 2 { Dtype::BFloat16 } else { Dtype::Float32 };
                 let bytes = &dummy.bytes(rows * columns, dtype);
                 let part = TensorBytes { dtype: dtype.into(), bytes };
-                PackedMatrix::pack(&mut self.pool, size, is_gated, |row, elements| {
-                    read_row(part, row, elements);
-                })
+                PackedMatrix::pack(
+                    &mut self.pool,
+                    &mut self.arena,
+                    size,
+                    is_gated,
+                    |row, elements| {
+                        read_row(part, row, elements);
+                    },
+                )
             }
         };
         let no_memory = |error: std::io::Error| Error::NoMemory {

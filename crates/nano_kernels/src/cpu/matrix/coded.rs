@@ -2,9 +2,11 @@
 //!
 //! A decode step is as quick as memory gives the parameters, and of their 16 bits the exponent's 8
 //! say little: 16 neighbouring exponents cover all but about one normally distributed parameter in
-//! ten thousand. So four vectors of words become three: two of signs and mantissas, one of 4 bits
-//! of exponent above a base that the matrix has. The rest is listed as [`Patch`]es, which a product
-//! adds behind its sums. What is read back is the parameter, bit by bit.
+//! ten thousand. So a code keeps sign, mantissa and the lower 4 bits of an exponent that is counted
+//! from a base of the matrix, each where bfloat16 has them: one instruction puts the upper bits, the
+//! same for all, in their place. Where they would be, three vectors hold a fourth one's bits, at
+//! distances that let three rotations gather them. Parameters without a code are listed as
+//! [`Patch`]es, which a product adds behind its sums. What is read back is the parameter, bit by bit.
 //!
 //! # Source
 //! Zhang et al., 70 % Size, 100 % Accuracy (`DFloat11`), 2025, which codes exponents by Huffman's
@@ -20,12 +22,24 @@ pub const PLAIN: usize = 4;
 pub const CODED: usize = 3;
 /// Exponents that have a code.
 const NUM_EXPONENTS: u32 = 16;
-/// What a decoded exponent is `NUM_EXPONENTS` numbers from, all of them normal.
-pub(in crate::cpu) const DECODED_BASE: u32 = 0x70;
+/// The decoded exponent of code 0; its lower 4 bits are those of the code.
+const DECODED_BASE: u32 = 0x70;
+/// Upper bits of the exponents of a decoded word, which a code lacks.
+pub(in crate::cpu) const BASES: u32 = (DECODED_BASE << 7) * 0x0001_0001;
+/// Where they lie: bits that a code has to spare.
+pub(in crate::cpu) const SPARE: u32 = 0x7800_7800;
+/// Which bits of the fourth vector each of the three keeps; the first ones as many bits to the left
+/// as one part has, the next ones twice, then three times as many, around the end of the word.
+pub(in crate::cpu) const PARTS: [u32; CODED] = [0x0780_0780, 0x0078_0078, 0x8007_8007];
+/// Bits of a part in one number.
+pub(in crate::cpu) const PART_BITS: u32 = 4;
 /// Rows whose exponents are counted to choose a base.
 const NUM_SAMPLES: usize = 256;
 /// Of so many parameters no more than one may lack a code.
 const MIN_PER_PATCH: usize = 512;
+
+/// The codes of a pair of panels for `PLAIN` words of inputs.
+pub type Step<W> = [[[W; LANES]; CODED]; 2];
 
 /// How a matrix is coded.
 #[derive(Debug)]
@@ -78,11 +92,6 @@ impl Code {
             patches: Vec::new(),
             starts: Vec::new(),
         })
-    }
-
-    /// Vectors of a panel.
-    pub(super) fn num_vectors(code: Option<&Self>, num_words: usize) -> usize {
-        if code.is_some() { num_words / PLAIN * CODED } else { num_words }
     }
 
     pub(super) fn base(&self) -> u32 {
@@ -147,6 +156,16 @@ impl Code {
     }
 }
 
+/// The codes of a pair of panels, or of a part of it.
+pub(in crate::cpu) fn steps<W>(pair: &[W]) -> &[Step<W>] {
+    pair.as_chunks().0.as_chunks().0.as_chunks().0
+}
+
+/// As [`steps`].
+pub(super) fn steps_mut<W>(pair: &mut [W]) -> &mut [Step<W>] {
+    pair.as_chunks_mut().0.as_chunks_mut().0.as_chunks_mut().0
+}
+
 /// Whether so many parameters may lack a code among so many.
 fn is_worth_it(num_patches: usize, num_parameters: usize) -> bool {
     num_patches * MIN_PER_PATCH <= num_parameters
@@ -179,47 +198,33 @@ pub(super) fn find_patches<E: Element>(
 
 /// Codes of pairs of bfloat16.
 pub(in crate::cpu) fn encode(four: &[[u32; LANES]; PLAIN], base: u32) -> [[u32; LANES]; CODED] {
-    let mut codes = [[0; LANES]; CODED];
-    for lane in 0..LANES {
-        for (word, lanes) in four.iter().enumerate() {
-            for half in [0, 16] {
-                let bits = lanes[lane] >> half & 0xFFFF;
-                let exponent = (bits >> 7 & 0xFF).wrapping_sub(base);
-                let has_code = u32::from(exponent < NUM_EXPONENTS);
-                let rest = has_code * (bits >> 8 & 0x80 | bits & 0x7F);
-                codes[word / 2][lane] |= rest << (half + 8 * (word as u32 % 2));
-                codes[2][lane] |= (has_code * exponent) << (half + 4 * word as u32);
-            }
-        }
-    }
-    codes
+    let short = |word: u32| short(word & 0xFFFF, base) | short(word >> 16, base) << 16;
+    std::array::from_fn(|vector| {
+        std::array::from_fn(|lane| {
+            let part = short(four[CODED][lane]) & PARTS[vector];
+            short(four[vector][lane]) | part.rotate_left(PART_BITS * (vector as u32 + 1))
+        })
+    })
+}
+
+/// The bits of a bfloat16 with its exponent counted from `base`; 0 if it has no code.
+fn short(bits: u32, base: u32) -> u32 {
+    let exponent = (bits >> 7 & 0xFF).wrapping_sub(base);
+    if exponent < NUM_EXPONENTS { bits & 0x807F | exponent << 7 } else { 0 }
 }
 
 /// Pairs of bfloat16 from their codes, but for a power of two.
 pub(in crate::cpu) fn decode(codes: &[[u32; LANES]; CODED]) -> [[u32; LANES]; PLAIN] {
-    let [first, second, exponents] = codes;
-    [
-        decode_word::<8, 0, 7, 0>(first, exponents),
-        decode_word::<0, 8, 3, 0>(first, exponents),
-        decode_word::<8, 0, 0, 1>(second, exponents),
-        decode_word::<0, 8, 0, 5>(second, exponents),
-    ]
-}
-
-/// By where sign, mantissa and exponent are shifted to: the sign to the left, the mantissa to the
-/// right, the exponent to the left or right.
-fn decode_word<const SIGN: u32, const MANTISSA: u32, const LEFT: u32, const RIGHT: u32>(
-    rest: &[u32; LANES],
-    exponents: &[u32; LANES],
-) -> [u32; LANES] {
-    let mut word = [0; LANES];
-    for ((word, rest), exponent) in word.iter_mut().zip(rest).zip(exponents) {
-        let (sign, mantissa) = (rest << SIGN, rest >> MANTISSA);
-        let exponent = exponent << LEFT >> RIGHT;
-        *word = (sign & 0x8000_8000)
-            | (mantissa & 0x007F_007F)
-            | (exponent & 0x0780_0780)
-            | ((DECODED_BASE << 7) * 0x0001_0001);
-    }
-    word
+    std::array::from_fn(|vector| {
+        std::array::from_fn(|lane| {
+            let part = |(at, part): (usize, u32)| {
+                codes[at][lane].rotate_right(PART_BITS * (at as u32 + 1)) & part
+            };
+            let short = match codes.get(vector) {
+                Some(codes) => codes[lane] & !SPARE,
+                None => PARTS.into_iter().enumerate().map(part).fold(0, |all, it| all | it),
+            };
+            short | BASES
+        })
+    })
 }

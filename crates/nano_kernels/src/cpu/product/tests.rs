@@ -4,6 +4,7 @@ use half::bf16;
 
 use super::*;
 use crate::cpu::isa::Isa;
+use crate::cpu::memory::Arena;
 use crate::reference;
 
 fn value(index: usize) -> f32 {
@@ -44,7 +45,7 @@ impl<E: Element> Case<E> {
 
     fn matrix(&self, pool: &mut Pool, columns: usize, is_gated: bool) -> PackedMatrix<E> {
         let size = (self.weights.len() / columns, columns);
-        PackedMatrix::pack(pool, size, is_gated, |row, elements| {
+        PackedMatrix::pack(pool, &mut Arena::default(), size, is_gated, |row, elements| {
             for (element, value) in elements.iter_mut().zip(&self.weights[row * columns..]) {
                 *element = E::narrow(*value);
             }
@@ -132,7 +133,7 @@ fn coded_parameters_are_the_same_bits_and_give_the_sums_of_the_reference() {
             for num_rows in [1, 3, 4, 5, 12, 13, 31, 49, 61] {
                 let case = Case::<bf16>::of(pool, num_rows, rows, columns, weight);
                 let matrix = case.matrix(pool, columns, false);
-                let is_coded = matrix.num_bytes() < rows.next_multiple_of(LANES) * columns * 2;
+                let is_coded = matrix.num_bytes() < rows.next_multiple_of(2 * LANES) * columns * 2;
                 // The first parameter has no code, which is much of a matrix of eight.
                 assert_eq!(is_coded, pool.isa().has_bf16_products() && columns > 8, "{pool:?}");
                 let mut row = vec![0.0; columns];
@@ -158,10 +159,12 @@ fn too_many_parameters_without_a_code_that_no_sample_shows_are_stored_plainly() 
     for pool in &mut pools() {
         // Every eighth row is looked at.
         for (zero_rows, is_coded) in [(0, pool.isa().has_bf16_products()), (6, false)] {
+            let arena = &mut Arena::default();
             let is_zero = |row: usize| (1..=zero_rows).contains(&(row % 8));
-            let matrix = PackedMatrix::<bf16>::pack(pool, (rows, columns), false, |row, it| {
-                it.fill(bf16::from_f32(if is_zero(row) { 0.0 } else { 0.5 }));
-            });
+            let matrix =
+                PackedMatrix::<bf16>::pack(pool, arena, (rows, columns), false, |row, it| {
+                    it.fill(bf16::from_f32(if is_zero(row) { 0.0 } else { 0.5 }));
+                });
             let num_bytes = matrix.unwrap().num_bytes();
             assert_eq!(num_bytes < 2 * rows * columns, is_coded, "{pool:?} {num_bytes}");
         }
