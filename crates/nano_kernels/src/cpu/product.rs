@@ -19,7 +19,7 @@ use super::matrix::coded::{CODED, Code, PLAIN};
 use super::norm::Norm;
 use super::pool::Pool;
 use super::shared::SharedMut;
-use coded::{run_first_tile, run_only_tile};
+use coded::{Decoded, run_first_tile, run_only_tile};
 use tile::{Ahead, Sums, TileRows, run_tile};
 
 /// Rows whose sums with two panels, one word of each panel and one input fit into 32 registers.
@@ -173,14 +173,14 @@ impl<E: Element> Kernel for Correct<'_, E> {
 /// Writes `silu(gate) * up` over the sums of the first panel.
 struct Gate<'a> {
     sums: &'a mut Sums,
-    tile_rows: usize,
+    num_rows: usize,
 }
 
 impl Kernel for Gate<'_> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
         let [gates, ups] = &mut self.sums.panels;
-        for (gates, ups) in gates.iter_mut().zip(ups).take(self.tile_rows) {
+        for (gates, ups) in gates.iter_mut().zip(ups).take(self.num_rows) {
             for (gate, up) in gates.iter_mut().zip(ups) {
                 *gate = silu::<FMA>(*gate) * *up;
             }
@@ -191,9 +191,6 @@ impl Kernel for Gate<'_> {
 /// `output = rows · weightᵀ`, or added to it: `[num_rows, weight.rows()]`. With a gated matrix the
 /// sums are `silu(gate) * up`: `[num_rows, weight.rows() / 2]`.
 ///
-/// A block of a pair of panels stays in the first cache while a few tiles go over it, and meanwhile
-/// they ask for the next one: between them the processor sees no stream to read ahead in.
-///
 /// # Panics
 /// If the sizes do not match.
 pub fn product<E: Element>(
@@ -203,106 +200,163 @@ pub fn product<E: Element>(
     store: Store,
     output: &mut [f32],
 ) {
-    let (isa, num_pairs, num_words) = (pool.isa(), weight.num_pairs(), weight.num_words());
-    let (width, pair_columns) =
-        if weight.is_gated() { (weight.rows() / 2, LANES) } else { (weight.rows(), 2 * LANES) };
-    assert_eq!((output.len(), num_words), (rows.num_rows * width, rows.num_words));
+    let width = if weight.is_gated() { weight.rows() / 2 } else { weight.rows() };
+    let sizes = (rows.num_rows * width, rows.num_words);
+    assert_eq!((output.len(), weight.num_words()), sizes);
     let output = SharedMut::new(output);
-    let num_tiles = rows.num_rows.div_ceil(MAX_TILE_ROWS);
-    let is_coded = weight.code().is_some();
-    let has_blocks = if is_coded { num_tiles > 1 } else { BLOCK_ROWS.contains(&rows.num_rows) };
-    let block_words = if has_blocks { BLOCK_WORDS } else { num_words.max(1) };
-    // The words of each panel, or the codes of both, for the inputs from `start` on.
-    let block = |pair: usize, start: usize| {
-        let (words, end) = (weight.pair(pair), num_words.min(start + block_words));
-        if is_coded {
-            let place = |word: usize| 2 * LANES * (word / PLAIN * CODED);
-            [&words[place(start)..place(end)], &[]]
-        } else {
-            let (first, second) = words.split_at(num_words * LANES);
-            [first, second].map(|panel| &panel[start * LANES..end * LANES])
-        }
-    };
-    // Sums of a pair's panels, ready, become output.
-    let finish = |pair: usize, (first_row, tile_rows): (usize, usize), sums: &mut Sums| {
-        if let Some(code) = weight.code() {
-            let words = rows.tile(first_row, tile_rows);
-            for (panel, sums) in (2 * pair..).zip(&mut sums.panels) {
-                isa.run(Correct::<E> { code, panel, words, sums: &mut sums[..tile_rows] });
-            }
-        }
-        if weight.is_gated() {
-            isa.run(Gate { sums, tile_rows });
-        }
-        let columns = pair * pair_columns..width.min((pair + 1) * pair_columns);
-        for row in 0..tile_rows {
-            for (panel, first) in columns.clone().step_by(LANES).enumerate() {
-                let len = LANES.min(columns.end - first);
-                // SAFETY: the columns of a pair of panels are one task's.
-                let output = unsafe { output.slice((first_row + row) * width + first, len) };
-                store_sums(store, &sums.panels[panel][row], output);
-            }
-        }
-    };
+    let product = Product { isa: pool.isa(), rows, weight, store, width, output };
     let num_threads = pool.num_threads();
     pool.run(ROUNDS * num_threads, &|task| {
-        let mut sums: [Sums; MAX_TILES] = std::array::from_fn(|_| Sums::default());
-        let own_pairs = task_pairs(task, num_threads, num_pairs);
-        if is_coded && num_tiles == 1 {
-            let num_rows = rows.num_rows;
-            let tile = TileRows { words: rows.tile(0, num_rows), num_rows };
-            for pair in own_pairs {
-                run_only_tile::<E>(isa, tile, weight.pair(pair), &mut sums[0]);
-                finish(pair, (0, num_rows), &mut sums[0]);
-            }
-            return;
-        }
-        let mut decoded = [[[E::Word::default(); LANES]; BLOCK_WORDS]; 2];
-        for pair in own_pairs {
-            for first_tile in (0..num_tiles).step_by(MAX_TILES) {
-                let tiles = || tiles(rows.num_rows).skip(first_tile).take(MAX_TILES);
-                let num_turns = MAX_TILES.min(num_tiles - first_tile);
-                for start in (0..num_words).step_by(block_words) {
-                    let stored = block(pair, start);
-                    let len = block_words.min(num_words - start);
-                    let next = if start + block_words < num_words {
-                        block(pair, start + block_words)
-                    } else {
-                        block((pair + 1).min(num_pairs - 1), 0)
-                    };
-                    for (turn, ((first, num_rows), sums)) in tiles().zip(&mut sums).enumerate() {
-                        let words = &rows.tile(first, num_rows)[start * num_rows..];
-                        let rows = TileRows { words: &words[..len * num_rows], num_rows };
-                        let is_more = start > 0;
-                        if !is_coded {
-                            let ahead = Ahead { panels: next, num_turns, turn };
-                            let ahead = has_blocks.then_some(ahead);
-                            run_tile::<E>(isa, rows, stored, ahead, is_more, sums);
-                        } else if turn == 0 {
-                            let ([codes, _], [next, _]) = (stored, next);
-                            run_first_tile::<E>(
-                                isa,
-                                rows,
-                                codes,
-                                next,
-                                is_more,
-                                sums,
-                                &mut decoded,
-                            );
-                        } else {
-                            let panels = [0, 1].map(|it| decoded[it][..len].as_flattened());
-                            let rest = &next[0][next[0].len() / CODED..];
-                            let next = rest.split_at(rest.len() / 2).into();
-                            let (num_turns, turn) = (num_turns - 1, turn - 1);
-                            let ahead = Some(Ahead { panels: next, num_turns, turn });
-                            run_tile::<E>(isa, rows, panels, ahead, is_more, sums);
-                        }
-                    }
-                }
-                tiles().zip(&mut sums).for_each(|(tile, sums)| finish(pair, tile, sums));
-            }
+        let pairs = task_pairs(task, num_threads, weight.num_pairs());
+        if weight.code().is_some() && (1..=MAX_TILE_ROWS).contains(&rows.num_rows) {
+            let mut sums = Sums::default();
+            pairs.for_each(|pair| product.only_tile(pair, &mut sums));
+        } else {
+            let mut sums = std::array::from_fn(|_| Sums::default());
+            let mut decoded = [[[E::Word::default(); LANES]; BLOCK_WORDS]; 2];
+            pairs.for_each(|pair| product.tiles(pair, &mut sums, &mut decoded));
         }
     });
+}
+
+/// What is asked of [`product`].
+struct Product<'a, E: Element> {
+    isa: Isa,
+    rows: &'a PackedRows<E>,
+    weight: &'a PackedMatrix<E>,
+    store: Store,
+    /// Outputs of a row.
+    width: usize,
+    output: SharedMut<'a, f32>,
+}
+
+impl<E: Element> Product<'_, E> {
+    /// The outputs of a coded pair of panels for rows that are one tile.
+    fn only_tile(&self, pair: usize, sums: &mut Sums) {
+        let tile = (0, self.rows.num_rows);
+        let rows = self.tile(tile, 0..self.rows.num_words);
+        run_only_tile::<E>(self.isa, rows, self.weight.pair(pair), sums);
+        self.finish(pair, tile, sums);
+    }
+
+    /// The outputs of a pair of panels. A block of the pair stays in the first cache while a few
+    /// tiles go over it, and meanwhile they ask for the next one: between them the processor sees no
+    /// stream to read ahead in.
+    fn tiles(&self, pair: usize, sums: &mut [Sums; MAX_TILES], decoded: &mut Decoded<E::Word>) {
+        let (num_rows, num_words) = (self.rows.num_rows, self.rows.num_words);
+        let is_coded = self.weight.code().is_some();
+        let has_blocks = is_coded || BLOCK_ROWS.contains(&num_rows);
+        let block_words = if has_blocks { BLOCK_WORDS } else { num_words.max(1) };
+        let mut groups = tiles(num_rows).peekable();
+        while groups.peek().is_some() {
+            let mut tiles = [(0, 0); MAX_TILES];
+            let num_tiles =
+                tiles.iter_mut().zip(&mut groups).map(|(place, it)| *place = it).count();
+            let tiles = &tiles[..num_tiles];
+            for start in (0..num_words).step_by(block_words) {
+                let words = start..num_words.min(start + block_words);
+                if is_coded {
+                    self.coded_block(pair, words, tiles, sums, decoded);
+                } else {
+                    self.plain_block(pair, words, tiles, sums, has_blocks);
+                }
+            }
+            tiles.iter().zip(&mut *sums).for_each(|(tile, sums)| self.finish(pair, *tile, sums));
+        }
+    }
+
+    /// The inputs of a tile, some words of them.
+    fn tile(
+        &self,
+        (first, num_rows): (usize, usize),
+        words: Range<usize>,
+    ) -> TileRows<'_, E::Word> {
+        let tile = self.rows.tile(first, num_rows);
+        TileRows { words: &tile[words.start * num_rows..words.end * num_rows], num_rows }
+    }
+
+    /// Where the block behind one lies, if it is not the last.
+    fn next(&self, pair: usize, words: &Range<usize>) -> (usize, Range<usize>) {
+        let num_words = self.rows.num_words;
+        let behind = words.end..num_words.min(words.end + words.len());
+        let last = self.weight.num_pairs() - 1;
+        if behind.is_empty() { (last.min(pair + 1), 0..words.len()) } else { (pair, behind) }
+    }
+
+    fn plain_block(
+        &self,
+        pair: usize,
+        words: Range<usize>,
+        tiles: &[(usize, usize)],
+        sums: &mut [Sums],
+        asks: bool,
+    ) {
+        let panels = |pair: usize, words: Range<usize>| {
+            let panels = self.weight.pair(pair).split_at(self.rows.num_words * LANES);
+            <[_; 2]>::from(panels).map(|panel| &panel[words.start * LANES..words.end * LANES])
+        };
+        let (next_pair, next_words) = self.next(pair, &words);
+        let (block, next) = (panels(pair, words.clone()), panels(next_pair, next_words));
+        for (turn, (tile, sums)) in tiles.iter().zip(sums).enumerate() {
+            let rows = self.tile(*tile, words.clone());
+            let ahead = asks.then_some(Ahead { panels: next, num_turns: tiles.len(), turn });
+            run_tile::<E>(self.isa, rows, block, ahead, words.start > 0, sums);
+        }
+    }
+
+    /// As [`plain_block`](Self::plain_block); the first tile decodes for the others.
+    fn coded_block(
+        &self,
+        pair: usize,
+        words: Range<usize>,
+        tiles: &[(usize, usize)],
+        sums: &mut [Sums],
+        decoded: &mut Decoded<E::Word>,
+    ) {
+        let place = |word: usize| 2 * LANES * (word / PLAIN * CODED);
+        let codes = |pair: usize, words: Range<usize>| {
+            &self.weight.pair(pair)[place(words.start)..place(words.end)]
+        };
+        let (next_pair, next_words) = self.next(pair, &words);
+        let (block, next) = (codes(pair, words.clone()), codes(next_pair, next_words));
+        let is_more = words.start > 0;
+        let [first_sums, other_sums @ ..] = sums else { return };
+        let rows = self.tile(tiles[0], words.clone());
+        run_first_tile::<E>(self.isa, rows, block, next, is_more, first_sums, decoded);
+        let panels = decoded.each_ref().map(|panel| panel[..words.len()].as_flattened());
+        // The first tile asked for a third.
+        let rest = &next[next.len() / 3..];
+        let (next, num_turns) = (rest.split_at(rest.len() / 2).into(), tiles.len() - 1);
+        for (turn, (tile, sums)) in tiles[1..].iter().zip(other_sums).enumerate() {
+            let ahead = Some(Ahead { panels: next, num_turns, turn });
+            run_tile::<E>(self.isa, self.tile(*tile, words.clone()), panels, ahead, is_more, sums);
+        }
+    }
+
+    /// Sums of a pair's panels, ready, become output.
+    fn finish(&self, pair: usize, (first_row, num_rows): (usize, usize), sums: &mut Sums) {
+        if let Some(code) = self.weight.code() {
+            let words = self.rows.tile(first_row, num_rows);
+            for (panel, sums) in (2 * pair..).zip(&mut sums.panels) {
+                self.isa.run(Correct::<E> { code, panel, words, sums: &mut sums[..num_rows] });
+            }
+        }
+        let is_gated = self.weight.is_gated();
+        if is_gated {
+            self.isa.run(Gate { sums, num_rows });
+        }
+        let pair_columns = if is_gated { LANES } else { 2 * LANES };
+        let columns = pair * pair_columns..self.width.min((pair + 1) * pair_columns);
+        for row in 0..num_rows {
+            for (panel, first) in columns.clone().step_by(LANES).enumerate() {
+                let len = LANES.min(columns.end - first);
+                let place = (first_row + row) * self.width + first;
+                // SAFETY: the columns of a pair of panels are one task's.
+                let output = unsafe { self.output.slice(place, len) };
+                store_sums(self.store, &sums.panels[panel][row], output);
+            }
+        }
+    }
 }
 
 /// The pairs of panels of a task.
