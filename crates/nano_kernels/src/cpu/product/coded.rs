@@ -11,7 +11,7 @@ use std::arch::x86_64::{
     _mm512_loadu_ps, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_storeu_si512,
 };
 
-use super::tile::{Sums, TileRows};
+use super::tile::{Sums, TileRows, by_rows};
 use super::{BLOCK_WORDS, MAX_TILE_ROWS};
 use crate::cpu::LANES;
 use crate::cpu::element::Element;
@@ -32,18 +32,7 @@ pub(super) fn run_only_tile<E: Element>(
     pair: &[E::Word],
     sums: &mut Sums,
 ) {
-    macro_rules! by_rows {
-        ($($rows:literal)*) => {
-            match rows.num_rows {
-                $($rows => {
-                    let rows = rows.words.as_chunks::<$rows>().0;
-                    E::only_tile(isa, rows, steps(pair), &mut sums.panels);
-                })*
-                _ => unreachable!("a tile has 1 to 12 rows")
-            }
-        };
-    }
-    by_rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+    by_rows!(rows, words => E::only_tile(isa, words, steps(pair), &mut sums.panels));
 }
 
 /// The first of several tiles over a block of a pair of panels: leaves its words in `decoded`, and
@@ -57,21 +46,12 @@ pub(super) fn run_first_tile<E: Element>(
     sums: &mut Sums,
     decoded: &mut Decoded<E::Word>,
 ) {
-    macro_rules! by_rows {
-        ($($rows:literal)*) => {
-            match rows.num_rows {
-                $($rows => {
-                    let rows = rows.words.as_chunks::<$rows>().0;
-                    if !is_more {
-                        sums.panels.iter_mut().for_each(|sums| sums[..$rows].fill([0.0; LANES]));
-                    }
-                    E::first_tile(isa, rows, steps(block), next, &mut sums.panels, decoded);
-                })*
-                _ => unreachable!("a tile has 1 to 12 rows")
-            }
-        };
+    if !is_more {
+        sums.panels.iter_mut().for_each(|sums| sums[..rows.num_rows].fill([0.0; LANES]));
     }
-    by_rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+    by_rows!(rows, words => {
+        E::first_tile(isa, words, steps(block), next, &mut sums.panels, decoded);
+    });
 }
 
 /// [`decode`](crate::cpu::matrix::coded::decode).

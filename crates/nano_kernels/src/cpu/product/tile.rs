@@ -19,6 +19,24 @@ pub(in crate::cpu) struct TileRows<'a, W> {
     pub(in crate::cpu) num_rows: usize,
 }
 
+/// Evaluates an expression with the words of a tile as arrays of its number of rows, which then is a
+/// constant.
+macro_rules! by_rows {
+    ($tile:expr, $words:ident => $body:expr) => {
+        by_rows!($tile, $words => $body, 1 2 3 4 5 6 7 8 9 10 11 12)
+    };
+    ($tile:expr, $words:ident => $body:expr, $($rows:literal)*) => {
+        match $tile.num_rows {
+            $($rows => {
+                let $words = $tile.words.as_chunks::<$rows>().0;
+                $body
+            })*
+            num_rows => unreachable!("a tile of {num_rows} rows"),
+        }
+    };
+}
+pub(super) use by_rows;
+
 /// Words of the two panels that are wanted next, asked for in turns by several tiles.
 #[derive(Clone, Copy)]
 pub struct Ahead<'a, W> {
@@ -37,24 +55,15 @@ pub(in crate::cpu) fn run_tile<E: Element>(
     is_more: bool,
     sums: &mut Sums,
 ) {
-    macro_rules! by_rows {
-        ($($rows:literal)*) => {
-            match rows.num_rows {
-                $($rows => {
-                    let rows = rows.words.as_chunks::<$rows>().0;
-                    let panels = panels.map(|panel| panel.as_chunks::<LANES>().0);
-                    if !is_more {
-                        sums.panels.iter_mut().for_each(|sums| sums[..$rows].fill([0.0; LANES]));
-                    }
-                    if !E::tile(isa, rows, panels, ahead, &mut sums.panels) {
-                        isa.run(Plain::<E, $rows> { rows, panels, sums });
-                    }
-                })*
-                _ => {}
-            }
-        };
+    if !is_more {
+        sums.panels.iter_mut().for_each(|sums| sums[..rows.num_rows].fill([0.0; LANES]));
     }
-    by_rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+    let panels = panels.map(|panel| panel.as_chunks::<LANES>().0);
+    by_rows!(rows, words => {
+        if !E::tile(isa, words, panels, ahead, &mut sums.panels) {
+            isa.run(Plain::<E, _> { rows: words, panels, sums });
+        }
+    });
 }
 
 /// For any set of instructions.
