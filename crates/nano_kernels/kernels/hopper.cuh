@@ -88,9 +88,9 @@ __device__ __forceinline__ void copy_box_to_both(u32 target, const TensorMap& ma
 __device__ __forceinline__ void publish_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-// The same, wherever it lies.
+// The same in the device's memory. Without naming it the fence would be one of the whole GPU too.
 __device__ __forceinline__ void publish_stores() {
-    asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 // Makes barriers just initialised known to the copies.
 __device__ __forceinline__ void publish_barriers() {
