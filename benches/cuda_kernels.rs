@@ -7,6 +7,7 @@
 
 #![allow(clippy::print_stdout, reason = "a bench prints its table")]
 
+mod cuda_few_rows;
 mod cuda_timing;
 
 use half::bf16;
@@ -20,7 +21,6 @@ use nano_kernels::cuda::gather::{Gather, TokenIds};
 use nano_kernels::cuda::gemm::{Output, Product, Trial};
 use nano_kernels::cuda::norm::RmsNorm;
 use nano_kernels::cuda::rope::RopeWriteKv;
-use nano_kernels::cuda::row_product::{Epilogue, RowProduct};
 use nano_kernels::cuda::sampling::{RowSampling, Sample};
 use nano_kernels::cuda::weights::NUM_DRAWS;
 use nano_kernels::cuda::{Device, DeviceBuffer, Gemm, Kernels, Result};
@@ -79,7 +79,7 @@ fn main() -> Result<()> {
     .into_iter()
     .filter(|_| wants("products"))
     {
-        bench.product(name, out_features, in_features)?;
+        bench.few_rows(name, out_features, in_features)?;
     }
     if wants("gated") {
         bench.gated_products(&[4, 16, 32, 48, 128, 256, 384, 512, 1024, 2048, 8192])?;
@@ -300,47 +300,6 @@ impl Bench {
             // SAFETY: both buffers were allocated above with the size of their shapes.
             unsafe { self.kernels.round_to_bf16(out, source, num_elements, false) }
         })
-    }
-
-    /// One row with its norm, and several without, where there are such kernels.
-    fn product(&self, name: &str, out_features: usize, in_features: usize) -> Result<()> {
-        let weight_len = out_features * in_features;
-        let sets = num_sets(weight_len * 2);
-        let weights = self.values(weight_len, sets)?;
-        let (input, norm) = (self.values(32 * in_features, 1)?, self.values(in_features, 1)?);
-        let out = self.device().allocate(32 * out_features * 2)?;
-        let weight = |launch: usize| weights.address() + (launch % sets * weight_len * 2) as u64;
-        for num_rows in [1, 4, 16, 32] {
-            let kernel = if num_rows == 1 { "row_product" } else { "skinny_product" };
-            if num_rows > 1 && !self.kernels.has_skinny_product(num_rows, in_features) {
-                continue;
-            }
-            let bytes = (weight_len + num_rows * (in_features + out_features)) * 2;
-            let flops = 2.0 * (num_rows * weight_len) as f64;
-            self.report(&format!("{kernel} {name}, {num_rows} rows"), bytes, flops, |i| {
-                let (out, input, weight) = (out.address(), input.address(), weight(i));
-                let row = RowProduct {
-                    out,
-                    input,
-                    norm: Some(norm.address()),
-                    weight,
-                    out_features,
-                    in_features,
-                    epilogue: Epilogue::Bf16,
-                    eps: 1e-5,
-                };
-                let rows = Product { num_rows, out_features, in_features, output: Output::Bf16 };
-                // SAFETY: every buffer was allocated above with the size of its shape.
-                unsafe {
-                    if num_rows == 1 {
-                        self.kernels.row_product(&row)
-                    } else {
-                        self.kernels.skinny_product(&rows, out, input, weight)
-                    }
-                }
-            })?;
-        }
-        Ok(())
     }
 
     /// With the gate, and beside it cuBLASLt's product and the gate behind it.

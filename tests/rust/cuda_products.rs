@@ -15,6 +15,7 @@ use half::{bf16, f16};
 use nano_kernels::cuda::gated_product::GatedProduct;
 use nano_kernels::cuda::gemm::{Output, Product, Trial, rows_of_memory};
 use nano_kernels::cuda::row_product::{Epilogue, RowProduct};
+use nano_kernels::cuda::skinny::SkinnyProduct;
 use nano_kernels::cuda::weights::NUM_DRAWS;
 use nano_kernels::cuda::{Device, DeviceBuffer, Gemm};
 use nano_kernels::reference::activation::silu_mul;
@@ -169,27 +170,42 @@ fn a_row_product_with_norm_gate_and_residual_agrees_with_the_references() {
 fn skinny_products_agree_with_the_reference() {
     let Some(kernels) = kernels() else { return };
     let device = kernels.device();
-    if !kernels.has_skinny_product(1, 8) {
+    if !kernels.has_skinny_product(1, 64) {
         println!("skipped: the GPU is no Hopper");
         return;
     }
     for (num_rows, out_features, in_features) in [
         (1, 512, 256),
-        (3, 151, 96),
+        (3, 151, 192),
         (8, 6144, 512),
         (9, 97, 64),
         (16, 4096, 4096),
         (17, 264, 704),
-        (32, 17024, 264),
+        (32, 17024, 256),
         (32, 4096, 1024),
         (31, 1024, 14336),
-        (5, 40, 8),
+        (5, 40, 64),
     ] {
         for output in OUTPUTS {
             let case = Case::new(num_rows, out_features, in_features, output);
             let found = case.run_with(device, |out, input, weight| {
+                let launch = SkinnyProduct {
+                    out,
+                    input,
+                    weight,
+                    num_rows,
+                    out_features,
+                    in_features,
+                    epilogue: match output {
+                        Output::Bf16 => Epilogue::Bf16,
+                        Output::AddBf16 => Epilogue::AddBf16,
+                        Output::F32 => Epilogue::F32,
+                    },
+                    norm_before: None,
+                    norm_behind: None,
+                };
                 // SAFETY: `run_with` allocates every buffer with the size of its shape.
-                unsafe { kernels.skinny_product(&case.shape, out, input, weight) }.unwrap();
+                unsafe { kernels.skinny_product(&launch) }.unwrap();
             });
             let what = format!("skinny {:?}", case.shape);
             assert_close(&what, &found, &case.reference(), ROUNDING);
@@ -212,6 +228,7 @@ fn gated_products_agree_with_the_references() {
         (3, 1000, 96),
         (8, 14336, 64),
         (17, 264, 704),
+        (20, 1000, 192),
         (32, 4096, 264),
         (5, 8, 8),
         (33, 8, 8),

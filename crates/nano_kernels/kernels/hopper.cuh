@@ -40,6 +40,10 @@ __device__ __forceinline__ u64 keep_policy() {
     asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
+// Before a copy that must not wait for the map itself.
+__device__ __forceinline__ void prefetch(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 __device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int column, int row,
                                          u32 barrier, u64 policy) {
     asm volatile(
@@ -54,6 +58,15 @@ __device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int c
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;"
         ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(plane), "r"(barrier), "l"(policy)
+        : "memory");
+}
+__device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int column, int row,
+                                         int half, int group, int plane, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;"
+        ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(half), "r"(group), "r"(plane),
+        "r"(barrier), "l"(policy)
         : "memory");
 }
 // Of a cluster of two blocks, whose shared memory is laid out alike: this one's place, both in step,
@@ -88,9 +101,9 @@ __device__ __forceinline__ void copy_box_to_both(u32 target, const TensorMap& ma
 __device__ __forceinline__ void publish_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-// The same, wherever it lies.
+// The same in the device's memory. Without naming it the fence would be one of the whole GPU too.
 __device__ __forceinline__ void publish_stores() {
-    asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 // Makes barriers just initialised known to the copies.
 __device__ __forceinline__ void publish_barriers() {

@@ -1,26 +1,42 @@
 // Products of up to 32 rows with a weight matrix on the tensor cores of a Hopper GPU, at the rate
 // at which memory gives the weights.
 //
-//   out = input weight^T                                    [num_tokens, out_features]
-//   out = silu(input gate^T) * (input up^T), GATED          [num_tokens, out_features / 2]
+//   x = input, or with squares to read: input / sqrt(mean square of its row of the residual + eps)
+//   out = x weight^T                                    [num_tokens, out_features]
+//   out = out + x weight^T                              the same, ADD
+//   out = silu(x gate^T) * (x up^T), GATED              [num_tokens, out_features / 2]
+//
+// So two products share an RMSNorm. The one that adds to the residual leaves residual * norm behind
+// and, of each row, sums of the residual's squares. The next one takes residual * norm as its input
+// and scales its own sums, to all of whose terms the root mean square is common.
 //
 // The weights are the wide side: 64 of their rows are the M side of a wgmma, the tokens its N side.
-// A thread block takes whole tiles of tile_rows rows over all in_features, so no sum is cut and a
-// row's bits do not depend on the grid. One warp copies weights and input through a ring of stages
-// in shared memory (TMA, 128-byte swizzle); one or two warpgroups of 64 rows each multiply. The
-// ring fills with weights before the kernel in front of this one has ended: they depend on nothing.
-// With a gate, one half of a tile's rows are gate rows, the other the up rows of the same columns.
+// A thread block takes whole tiles of tile_rows rows over all in_features, so a row's bits do not
+// depend on the grid. One warp copies weights and another inputs through a ring of stages in shared
+// memory (TMA, 128-byte swizzle). Two warpgroups multiply: each takes 64 rows of a tile or, where a
+// tile has no more, half of a step's columns. The ring fills with weights before the kernel in front
+// of this one has ended: they depend on nothing.
 //
-// Grid: any number of blocks. Block: 128 threads a warpgroup, and the copying warp.
+// Grid: any number of blocks. Block: 320.
 // Shared memory: 1024 + num_stages chunks_per_step 128 (tile_rows + NUM_TOKENS)
-//                + groups NUM_TOKENS STAGED 4 + 16 num_stages bytes, dynamic.
+//                + 2 NUM_TOKENS STAGED 4 + NUM_TOKENS 4 + 16 num_stages + 8 bytes, dynamic.
 //
-//   weight, input: tensor maps of [out_features, in_features] and [num_tokens, in_features] bf16,
-//                  with boxes of CHUNK columns and tile_rows or NUM_TOKENS rows; GATED, the gate
-//                  first, with boxes of half of tile_rows
+//   weight, input: tensor maps of [out_features, in_features] and [num_tokens, in_features] bf16 as
+//                  [in_features / CHUNK, rows, CHUNK], with boxes of chunks_per_step and tile_rows
+//                  or NUM_TOKENS; GATED, the weight, whose first half is the gate, as
+//                  [in_features / CHUNK, out_features / 16, 2, 8, CHUNK], with boxes of
+//                  chunks_per_step and tile_rows / 16: eight rows of the gate and eight of up in turn
 //   out:           [num_tokens, out_features] bf16 or f32; GATED, half as wide and rounded once
+//   norm:          [out_features] bf16, or null: no norm behind
+//   scaled:        [num_tokens, out_features] bf16, written with a norm behind
+//   squares:       [32, MAX_SQUARES] f32, written with a norm behind, a sum for each 32 rows or fewer
+//                  of a tile; read with a norm before, num_squares of a row (0: no norm before)
 //
-// Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions.
+// in_features is a multiple of CHUNK, and chunks_per_step is even.
+//
+// Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions; Zhang and Sennrich,
+// Root Mean Square Layer Normalization, 2019 (the norm); Shazeer, GLU Variants Improve Transformer,
+// 2020 (the gate).
 #include "hopper.cuh"
 
 #ifndef NUM_TOKENS
@@ -28,8 +44,12 @@
 #endif
 constexpr int CHUNK = 64;  // columns: 128 bytes, the width of the swizzle
 constexpr int ROW_BYTES = CHUNK * sizeof(bf16);
-constexpr int GROUP_ROWS = 64, GROUP_THREADS = 128;
+constexpr int TOKEN_BYTES = NUM_TOKENS * ROW_BYTES;  // of a chunk
+constexpr int GROUP_ROWS = 64, NUM_GROUPS = 2;
+constexpr int GROUP_WARPS = 4, NUM_CONSUMERS = NUM_GROUPS * GROUP_WARPS * WARP;
+constexpr int WEIGHT_WARP = NUM_CONSUMERS / WARP, INPUT_WARP = WEIGHT_WARP + 1;
 constexpr int STAGED = 68;  // floats of a token's row in the staging memory, without bank conflicts
+constexpr int MAX_SQUARES = 1024;
 
 enum Epilogue { STORE = 0, ADD = 1, STORE_F32 = 2, GATED = 3 };
 
@@ -56,152 +76,203 @@ __device__ __forceinline__ void multiply(float (&d)[NUM_TOKENS / 2], u64 a, u64 
         : "l"(a), "l"(b));
 #endif
 }
-__device__ __forceinline__ void sync(int barrier, int num_threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+__device__ __forceinline__ void sync_consumers() {
+    asm volatile("bar.sync 1, %0;" ::"n"(NUM_CONSUMERS) : "memory");
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(2 * GROUP_THREADS + WARP, 1)
+extern "C" __global__ void __launch_bounds__(NUM_CONSUMERS + 2 * WARP, 1)
 skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap input,
-               void* out, int num_tokens, int out_features, int num_steps, int tile_rows,
+               void* out, const bf16* norm, bf16* scaled, float* squares, int num_squares, float eps,
+               int num_tokens, int out_features, int in_features, int tile_rows,
                int chunks_per_step, int num_stages, int epilogue) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ unsigned char unaligned[];
-    const int num_groups = blockDim.x / GROUP_THREADS;
-    const u32 weight_bytes = chunks_per_step * tile_rows * ROW_BYTES;
-    const u32 input_bytes = chunks_per_step * NUM_TOKENS * ROW_BYTES;
-    const u32 weights = (shared_address(unaligned) + 1023) & ~1023u;
-    const u32 inputs = weights + num_stages * weight_bytes;
-    const u32 staging_offset = inputs + num_stages * input_bytes - shared_address(unaligned);
+    const int tile_bytes = tile_rows * ROW_BYTES;  // of a chunk
+    const u32 stage_bytes = chunks_per_step * (tile_bytes + TOKEN_BYTES);
+    const u32 ring = (shared_address(unaligned) + 1023) & ~1023u;
+    const u32 staging_offset = ring + num_stages * stage_bytes - shared_address(unaligned);
     float* staging = (float*)(unaligned + staging_offset);
-    const u32 full = shared_address(staging + num_groups * NUM_TOKENS * STAGED);
-    const u32 empty = full + num_stages * 8;
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    float* scales = staging + NUM_GROUPS * NUM_TOKENS * STAGED;
+    const u32 full = shared_address(scales + NUM_TOKENS);
+    const u32 empty = full + num_stages * 8, has_scales = empty + num_stages * 8;
+    // From one lane for all: only so the compiler knows that a warp's wgmmas go together, and does
+    // not wait after each.
+    const int warp = __shfl_sync(ALL_LANES, threadIdx.x / WARP, 0), lane = threadIdx.x % WARP;
     const int num_tiles = (out_features + tile_rows - 1) / tile_rows;
+    const int step_columns = chunks_per_step * CHUNK;
+    const int num_steps = (in_features + step_columns - 1) / step_columns;
+    const int my_tiles = (num_tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
     const bool is_gated = epilogue == GATED;
-    const int box_rows = is_gated ? tile_rows / 2 : tile_rows;
 
     let_next_begin();
     if (threadIdx.x == 0) {
         for (int s = 0; s < num_stages; s++) {
-            init_barrier(full + s * 8, 1);
-            init_barrier(empty + s * 8, num_groups * GROUP_THREADS / WARP);
+            init_barrier(full + s * 8, 2);
+            init_barrier(empty + s * 8, NUM_GROUPS * GROUP_WARPS);
         }
+        init_barrier(has_scales, 1);
         publish_barriers();
     }
     __syncthreads();
 
-    if (warp == num_groups * GROUP_THREADS / WARP) {
+    Turn turn;
+    if (warp == WEIGHT_WARP) {
         if (lane != 0) return;
-        const u64 read_once = read_once_policy(), keep = keep_policy();
-        const int my_tiles = (num_tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
-        const int total = my_tiles * num_steps;
-        const auto load_weight = [&](int stage, int at) {
-            expect_bytes(full + stage * 8, weight_bytes + input_bytes);
-            const int tile = blockIdx.x + at / num_steps * gridDim.x;
-            const int column = at % num_steps * chunks_per_step * CHUNK;
-            const u32 target = weights + stage * weight_bytes;
-            for (int c = 0; c < chunks_per_step; c++) {
-                const u32 rows = target + c * tile_rows * ROW_BYTES;
-                copy_box(rows, weight, column + c * CHUNK, tile * box_rows, full + stage * 8,
-                         read_once);
+        const u64 read_once = read_once_policy();
+        for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+            for (int step = 0; step < num_steps; step++) {
+                const u32 barrier = full + turn.stage * 8;
+                const u32 target = ring + turn.stage * stage_bytes;
+                const int chunk = step * chunks_per_step;
+                wait(empty + turn.stage * 8, turn.phase ^ 1);
+                expect_bytes(barrier, chunks_per_step * tile_bytes);
                 if (is_gated) {
-                    copy_box(rows + box_rows * ROW_BYTES, weight, column + c * CHUNK,
-                             out_features / 2 + tile * box_rows, full + stage * 8, read_once);
+                    copy_box(target, weight, 0, 0, 0, tile * (tile_rows / 16), chunk, barrier,
+                             read_once);
+                } else {
+                    copy_box(target, weight, 0, tile * tile_rows, chunk, barrier, read_once);
                 }
+                turn.next(num_stages);
             }
-        };
-        const auto load_input = [&](int stage, int at) {
-            const int column = at % num_steps * chunks_per_step * CHUNK;
-            const u32 target = inputs + stage * input_bytes;
-            for (int c = 0; c < chunks_per_step; c++) {
-                copy_box(target + c * NUM_TOKENS * ROW_BYTES, input, column + c * CHUNK, 0,
-                         full + stage * 8, keep);
-            }
-        };
-        const int ahead = min(total, num_stages);
-        for (int at = 0; at < ahead; at++) load_weight(at, at);
+        }
+        return;
+    }
+    if (warp == INPUT_WARP) {
+        const u64 keep = keep_policy();
+        if (lane == 0) prefetch(input);
         wait_for_previous();
         publish_stores();  // those of the kernel in front
-        for (int at = 0; at < ahead; at++) load_input(at, at);
-        Turn turn;
-        for (int at = ahead; at < total; at++) {
-            wait(empty + turn.stage * 8, turn.phase);
-            load_weight(turn.stage, at);
-            load_input(turn.stage, at);
+        const int total = my_tiles * num_steps;
+        int step = 0;
+        const auto load = [&]() {
+            const u32 barrier = full + turn.stage * 8;
+            wait(empty + turn.stage * 8, turn.phase ^ 1);
+            expect_bytes(barrier, chunks_per_step * TOKEN_BYTES);
+            copy_box(ring + turn.stage * stage_bytes + chunks_per_step * tile_bytes, input, 0, 0,
+                     step * chunks_per_step, barrier, keep);
             turn.next(num_stages);
+            if (++step == num_steps) step = 0;
+        };
+        // What has room at once goes first: the scales are not needed before a tile ends.
+        const int ahead = min(total, num_stages);
+        if (lane == 0) {
+            for (int at = 0; at < ahead; at++) load();
+        }
+        __syncwarp();
+        if (num_squares > 0) {
+            float sums[NUM_TOKENS] = {};
+            for (int i = lane; i < num_squares; i += WARP) {
+#pragma unroll
+                for (int token = 0; token < NUM_TOKENS; token++) {
+                    sums[token] += __ldcg(squares + token * MAX_SQUARES + i);
+                }
+            }
+#pragma unroll
+            for (int token = 0; token < NUM_TOKENS; token++) {
+                const float sum = warp_reduce(sums[token], Add());
+                if (lane == 0) scales[token] = rsqrtf(sum / in_features + eps);
+            }
+            if (lane == 0) arrive(has_scales);
+        }
+        if (lane == 0) {
+            for (int at = ahead; at < total; at++) load();
         }
         return;
     }
 
-    const int group = threadIdx.x / GROUP_THREADS, thread = threadIdx.x % GROUP_THREADS;
-    float* staged = staging + group * NUM_TOKENS * STAGED;
+    const int group = warp / GROUP_WARPS;
+    const bool shares_rows = tile_rows <= GROUP_ROWS;
+    const int my_chunks = shares_rows ? chunks_per_step / NUM_GROUPS : chunks_per_step;
+    const int first_chunk = shares_rows ? group * my_chunks : 0;
+    const int first_row = shares_rows ? 0 : group * GROUP_ROWS;
+    // A thread's part of a tile's output: one row of the weights, and some tokens.
+    const int span = shares_rows ? GROUP_ROWS : NUM_GROUPS * GROUP_ROWS;
+    const int row = threadIdx.x % span, first_token = threadIdx.x / span;
+    const int tokens_apart = NUM_CONSUMERS / span;
     wait_for_previous();
-    Turn turn;
     for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+        const int feature = tile * tile_rows + row;
+        const bool is_mine = row < tile_rows && feature < out_features;
+        float before[NUM_TOKENS / 2] = {};
+        if (epilogue == ADD && is_mine) {
+#pragma unroll
+            for (int i = 0; i < NUM_TOKENS / 2; i++) {
+                const int token = first_token + i * tokens_apart;
+                if (token >= num_tokens) break;
+                before[i] = low_float(((const bf16*)out)[(i64)token * out_features + feature]);
+            }
+        }
+        const float factor = norm != nullptr && is_mine ? low_float(norm[feature]) : 0.0f;
         float sums[NUM_TOKENS / 2] = {};
-        int before = 0;
         for (int step = 0; step < num_steps; step++) {
             wait(full + turn.stage * 8, turn.phase);
-            const u32 rows = weights + turn.stage * weight_bytes + group * GROUP_ROWS * ROW_BYTES;
-            const u64 a = descriptor(rows);
-            const u64 b = descriptor(inputs + turn.stage * input_bytes);
+            const u32 stage = ring + turn.stage * stage_bytes;
+            const u64 a = descriptor(stage + first_chunk * tile_bytes + first_row * ROW_BYTES);
+            const u64 b =
+                descriptor(stage + chunks_per_step * tile_bytes + first_chunk * TOKEN_BYTES);
             begin_products();
-            for (int c = 0; c < chunks_per_step; c++) {
+            for (int c = 0; c < my_chunks; c++) {
 #pragma unroll
                 for (int k = 0; k < ROW_BYTES; k += 32) {
-                    multiply(sums, a + ((c * tile_rows * ROW_BYTES + k) >> 4),
-                             b + ((c * NUM_TOKENS * ROW_BYTES + k) >> 4));
+                    multiply(sums, a + ((c * tile_bytes + k) >> 4),
+                             b + ((c * TOKEN_BYTES + k) >> 4));
                 }
             }
             commit_products();
-            wait_products<1>();
-            if (step > 0 && lane == 0) arrive(empty + before * 8);
-            before = turn.stage;
+            // They take a fraction of the time in which the next weights come.
+            wait_products<0>();
+            if (lane == 0) arrive(empty + turn.stage * 8);
             turn.next(num_stages);
         }
-        wait_products<0>();
-        if (lane == 0) arrive(empty + before * 8);
 
         // From the layout of wgmma, features down and tokens across, to rows of the output.
-        const int barrier = is_gated ? 1 : 1 + group;
-        const int num_together = is_gated ? num_groups * GROUP_THREADS : GROUP_THREADS;
-        sync(barrier, num_together);  // the last tile's has been read
+        sync_consumers();  // the last tile's has been read
 #pragma unroll
         for (int i = 0; i < NUM_TOKENS / 2; i++) {
             const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-            const int row = thread / WARP * 16 + lane / 4 + i % 4 / 2 * 8;
-            staged[token * STAGED + row] = sums[i];
+            const int group_row = warp % GROUP_WARPS * 16 + lane / 4 + i % 4 / 2 * 8;
+            staging[(group * NUM_TOKENS + token) * STAGED + group_row] = sums[i];
         }
-        sync(barrier, num_together);
+        if (num_squares > 0) wait(has_scales, 0);
+        sync_consumers();
+        const auto sum = [&](int token, int row) {
+            const float* lower = staging + token * STAGED + row % GROUP_ROWS;
+            const float* upper = lower + NUM_TOKENS * STAGED;
+            const float it = shares_rows ? *lower + *upper : row < GROUP_ROWS ? *lower : *upper;
+            return num_squares > 0 ? it * scales[token] : it;
+        };
         if (is_gated) {
-            const int first = tile * box_rows, width = out_features / 2;
-            for (int i = threadIdx.x; i < num_tokens * box_rows; i += num_together) {
-                const int token = i / box_rows, row = i % box_rows;
+            const int half = tile_rows / 2, first = tile * half, width = out_features / 2;
+            for (int i = threadIdx.x; i < num_tokens * half; i += NUM_CONSUMERS) {
+                const int token = i / half, row = i % half;
                 if (first + row >= width) continue;
-                const auto sum = [&](int row) {
-                    const int group = row / GROUP_ROWS;
-                    return staging[(group * NUM_TOKENS + token) * STAGED + row % GROUP_ROWS];
-                };
-                const float gate = sum(row), up = sum(box_rows + row);
+                const int gate_row = row / 8 * 16 + row % 8;
+                const float gate = sum(token, gate_row), up = sum(token, gate_row + 8);
                 ((bf16*)out)[(i64)token * width + first + row] =
                     (bf16)pack_bf16(gate / (1.0f + __expf(-gate)) * up, 0.0f);
             }
             continue;
         }
-        const int first_row = tile * tile_rows + group * GROUP_ROWS;
-        const int end_row = min((tile + 1) * tile_rows, out_features);
-        for (int i = thread; i < num_tokens * GROUP_ROWS; i += GROUP_THREADS) {
-            const int token = i / GROUP_ROWS, row = i % GROUP_ROWS;
-            if (first_row + row >= end_row) continue;
-            const float sum = staged[token * STAGED + row];
-            const i64 at = (i64)token * out_features + first_row + row;
-            if (epilogue == STORE_F32) {
-                ((float*)out)[at] = sum;
-            } else {
-                bf16* target = (bf16*)out + at;
-                const float addend = epilogue == ADD ? low_float(*target) : 0.0f;
-                *target = (bf16)pack_bf16(addend + sum, 0.0f);
+#pragma unroll
+        for (int i = 0; i < NUM_TOKENS / 2; i++) {
+            const int token = first_token + i * tokens_apart;
+            if (token >= num_tokens) break;
+            const i64 at = (i64)token * out_features + feature;
+            const float value = is_mine ? before[i] + sum(token, row) : 0.0f;
+            const bf16 rounded = (bf16)pack_bf16(value, 0.0f);
+            if (is_mine && epilogue == STORE_F32) {
+                ((float*)out)[at] = value;
+            } else if (is_mine) {
+                ((bf16*)out)[at] = rounded;
+            }
+            if (norm == nullptr) continue;
+            const float kept = low_float(rounded);
+            if (is_mine) scaled[at] = (bf16)pack_bf16(kept * factor, 0.0f);
+            const float squared = warp_reduce(kept * kept, Add());
+            if (lane == 0 && row < tile_rows) {
+                const int parts = (tile_rows + WARP - 1) / WARP;
+                squares[token * MAX_SQUARES + tile * parts + row / WARP] = squared;
             }
         }
     }

@@ -2,7 +2,8 @@
 //! `kernels/skinny_product.cu` for few rows.
 
 use super::kernels::shape_of;
-use super::skinny::{MAX_ROWS, SkinnyEpilogue};
+use super::row_product::Epilogue;
+use super::skinny::SkinnyProduct;
 use super::spec::Kernel;
 use super::tensor_map::TensorMap;
 use super::{Kernels, Result, check};
@@ -53,10 +54,20 @@ impl Kernels {
             return Ok(());
         }
         let out_features = 2 * intermediate_size;
-        if num_rows <= MAX_ROWS {
-            let shape = [num_rows, out_features, in_features];
+        if self.has_skinny_product(num_rows, in_features) {
+            let product = SkinnyProduct {
+                out,
+                input,
+                weight,
+                num_rows,
+                out_features,
+                in_features,
+                epilogue: Epilogue::Gated,
+                norm_before: None,
+                norm_behind: None,
+            };
             // SAFETY: the caller's word.
-            return unsafe { self.launch_skinny(shape, SkinnyEpilogue::Gated, out, input, weight) };
+            return unsafe { self.skinny_product(&product) };
         }
         // Pairs read less, but an odd row tile costs them another one, and few rows are bound by
         // memory anyway.

@@ -2,37 +2,75 @@
 
 use cudarc::driver::LaunchConfig;
 
-use super::gemm::{Output, Product};
 use super::kernels::shape;
+use super::row_product::Epilogue;
 use super::spec::Kernel;
 use super::tensor_map::TensorMap;
 use super::{Kernels, Result, check};
 
 /// Rows that a launch takes at most.
 pub const MAX_ROWS: usize = 32;
+/// Sums of squares of a row at most.
+const MAX_SQUARES: usize = 1024;
+/// Bytes of the sums of squares between two products that share a norm.
+pub const SQUARES_BYTES: usize = MAX_ROWS * MAX_SQUARES * size_of::<f32>();
+/// Rows of a tile that one of these sums holds.
+const SQUARES_ROWS: usize = 32;
 /// Columns of a copy, and their bytes.
 const CHUNK: usize = 64;
 const ROW_BYTES: usize = CHUNK * 2;
-/// Weight rows of a warpgroup, and threads.
+/// Weight rows of a warpgroup, and warpgroups.
 const GROUP_ROWS: usize = 64;
-const GROUP_THREADS: u32 = 128;
+const NUM_GROUPS: usize = 2;
+const NUM_THREADS: u32 = 320;
 /// Floats of a token's row in the staging memory.
 const STAGED: usize = 68;
 /// Bytes of weights that a stage holds at most, and stages.
 const MAX_STAGE_BYTES: usize = 32 << 10;
 const MAX_STAGES: usize = 16;
 const MIN_STAGES: usize = 4;
-/// Shared memory of a thread block: no slower than with all there is, and the blocks of the small
-/// kernels between two products have room beside it.
-const MAX_SHARED_BYTES: usize = 200 << 10;
 
-/// What becomes of a product, as the kernel counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum SkinnyEpilogue {
-    Bf16,
-    AddBf16,
-    F32,
-    Gated,
+/// One launch; addresses on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct SkinnyProduct {
+    /// `[num_rows, out_features]`, written; half as wide if gated.
+    pub out: u64,
+    /// `[num_rows, in_features]` bf16.
+    pub input: u64,
+    /// `[out_features, in_features]` bf16; gated, the gate first.
+    pub weight: u64,
+    /// Rows of input and output, at most [`MAX_ROWS`].
+    pub num_rows: usize,
+    /// Rows of the weight; a multiple of 16 if gated.
+    pub out_features: usize,
+    /// A multiple of 64.
+    pub in_features: usize,
+    /// What becomes of it.
+    pub epilogue: Epilogue,
+    /// The norm of the input, which is what a product with that norm behind it has left.
+    pub norm_before: Option<NormBefore>,
+    /// The norm of the output, to be finished by the next product; with [`Epilogue::AddBf16`].
+    pub norm_behind: Option<NormBehind>,
+}
+
+/// What finishes a norm.
+#[derive(Clone, Copy, Debug)]
+pub struct NormBefore {
+    /// [`SQUARES_BYTES`].
+    pub squares: u64,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// What begins a norm.
+#[derive(Clone, Copy, Debug)]
+pub struct NormBehind {
+    /// `[out_features]` bf16.
+    pub weight: u64,
+    /// `[num_rows, out_features]` bf16, written: the output times the weight.
+    pub scaled: u64,
+    /// [`SQUARES_BYTES`], written.
+    pub squares: u64,
 }
 
 /// How a product is cut.
@@ -53,19 +91,20 @@ impl Tiling {
         num_multiprocessors: usize,
         max_shared_bytes: usize,
     ) -> Self {
-        let tiles_each = out_features.div_ceil(num_multiprocessors * 2 * GROUP_ROWS);
+        let tiles_each = out_features.div_ceil(num_multiprocessors * NUM_GROUPS * GROUP_ROWS);
         let tile_rows = out_features.div_ceil(num_multiprocessors * tiles_each);
         let tile_rows = tile_rows.next_multiple_of(16);
-        let num_groups = tile_rows.div_ceil(GROUP_ROWS);
-        let fixed = 1024 + num_groups * num_tokens * STAGED * 4 + MAX_STAGES * 16;
+        let staging_bytes = (NUM_GROUPS * STAGED + 1) * num_tokens * size_of::<f32>();
+        let fixed = 1024 + staging_bytes + MAX_STAGES * 16 + 8;
         let ring_bytes = max_shared_bytes.saturating_sub(fixed);
         let stage_bytes = |chunks: usize| chunks * (tile_rows + num_tokens) * ROW_BYTES;
-        // Large stages, but enough of them that copies and products do not wait for each other.
+        // Large stages, but enough of them that copies and products do not wait for each other;
+        // an even number of chunks, which two warpgroups may share.
         let fits = |&chunks: &usize| {
             chunks * tile_rows * ROW_BYTES <= MAX_STAGE_BYTES
                 && ring_bytes / stage_bytes(chunks) >= MIN_STAGES
         };
-        let chunks_per_step = [8, 4, 2].into_iter().find(fits).unwrap_or(1);
+        let chunks_per_step = [8, 4].into_iter().find(fits).unwrap_or(2);
         let stage_bytes = stage_bytes(chunks_per_step);
         let num_stages = (ring_bytes / stage_bytes).min(MAX_STAGES);
         Self {
@@ -76,49 +115,36 @@ impl Tiling {
             shared_bytes: fixed + num_stages * stage_bytes,
         }
     }
+
+    /// Sums of squares that a product with a norm behind it leaves of a row.
+    fn num_squares(&self, out_features: usize) -> usize {
+        out_features.div_ceil(self.tile_rows) * self.tile_rows.div_ceil(SQUARES_ROWS)
+    }
 }
 
 impl Kernels {
     /// Whether [`skinny_product`](Self::skinny_product) has this shape on this device.
     pub fn has_skinny_product(&self, num_rows: usize, in_features: usize) -> bool {
-        self.device().is_hopper() && num_rows <= MAX_ROWS && in_features.is_multiple_of(8)
+        self.device().is_hopper() && num_rows <= MAX_ROWS && in_features.is_multiple_of(CHUNK)
     }
 
     /// Enqueues a product.
     ///
     /// # Safety
     /// Every address names as much memory as the shape says, 16-byte aligned, alive until the
-    /// stream has come to the launch; the output overlaps nothing else, and nothing that is still
-    /// in the stream writes the weight.
-    pub unsafe fn skinny_product(
-        &self,
-        product: &Product,
-        out: u64,
-        input: u64,
-        weight: u64,
-    ) -> Result<()> {
-        let Product { num_rows, out_features, in_features, output } = *product;
-        let epilogue = match output {
-            Output::Bf16 => SkinnyEpilogue::Bf16,
-            Output::AddBf16 => SkinnyEpilogue::AddBf16,
-            Output::F32 => SkinnyEpilogue::F32,
-        };
-        let shape = [num_rows, out_features, in_features];
-        // SAFETY: the caller's word.
-        unsafe { self.launch_skinny(shape, epilogue, out, input, weight) }
-    }
-
-    /// The same of `[num_rows, out_features, in_features]`; a gate makes the output half as wide.
-    pub(super) unsafe fn launch_skinny(
-        &self,
-        [num_rows, out_features, in_features]: [usize; 3],
-        epilogue: SkinnyEpilogue,
-        out: u64,
-        input: u64,
-        weight: u64,
-    ) -> Result<()> {
+    /// stream has come to the launch; what is written overlaps nothing else, and nothing that is
+    /// still in the stream writes the weight.
+    pub unsafe fn skinny_product(&self, launch: &SkinnyProduct) -> Result<()> {
+        let SkinnyProduct { out, num_rows, out_features, in_features, epilogue, .. } = *launch;
         let ok = self.has_skinny_product(num_rows, in_features);
         check(ok, "num_rows", "few enough for skinny_product, on Hopper", num_rows)?;
+        let is_whole = epilogue != Epilogue::Gated || out_features.is_multiple_of(16);
+        check(
+            is_whole,
+            "out_features",
+            "a multiple of 16 where half of them is a gate",
+            out_features,
+        )?;
         if num_rows == 0 || out_features == 0 {
             return Ok(());
         }
@@ -130,27 +156,53 @@ impl Kernels {
         let device = self.device();
         let (num_multiprocessors, max_bytes) =
             (device.num_multiprocessors() as usize, device.max_shared_bytes() as usize);
-        let max_bytes = max_bytes.min(MAX_SHARED_BYTES);
-        let tiling = Tiling::new(out_features, num_tokens, num_multiprocessors, max_bytes);
+        let tiling = |features| Tiling::new(features, num_tokens, num_multiprocessors, max_bytes);
+        let Tiling { tile_rows, num_blocks, chunks_per_step, num_stages, shared_bytes } =
+            tiling(out_features);
         // With one, a warpgroup would wait for what it has not let go of.
-        let num_stages = tiling.num_stages;
         check(num_stages >= 2, "num_stages", "at least 2 for the shared memory", num_stages)?;
-        let is_gated = epilogue == SkinnyEpilogue::Gated;
-        let box_rows = if is_gated { tiling.tile_rows / 2 } else { tiling.tile_rows };
-        let weight = TensorMap::new(weight, [in_features, out_features], [CHUNK, box_rows])?;
-        let input = TensorMap::new(input, [in_features, num_rows], [CHUNK, num_tokens])?;
-        let num_steps = in_features.div_ceil(CHUNK * tiling.chunks_per_step) as i32;
+
+        let (mut norm, mut scaled, mut squares) = (0, 0, 0);
+        if let Some(behind) = &launch.norm_behind {
+            let adds = epilogue == Epilogue::AddBf16 && launch.norm_before.is_none();
+            check(adds, "norm_behind", "absent where nothing is added to", out_features)?;
+            let is_held = tiling(out_features).num_squares(out_features) <= MAX_SQUARES;
+            check(is_held, "out_features", "few enough for a norm", out_features)?;
+            (norm, scaled, squares) = (behind.weight, behind.scaled, behind.squares);
+        }
+        let (mut num_squares, mut eps) = (0, 0.0);
+        if let Some(before) = &launch.norm_before {
+            // As many as the product with this norm behind it has left: by its tiling.
+            num_squares = tiling(in_features).num_squares(in_features) as i32;
+            (squares, eps) = (before.squares, before.eps);
+        }
+        // By columns of a copy, so that one copy brings a step.
+        let chunks = |address, num_rows, box_rows| {
+            let sizes = [CHUNK, num_rows, in_features / CHUNK];
+            let strides = [in_features, CHUNK, 0];
+            TensorMap::with_strides(address, sizes, strides, [CHUNK, box_rows, chunks_per_step])
+        };
+        let input = chunks(launch.input, num_rows, num_tokens)?;
+        let weight = if epilogue == Epilogue::Gated {
+            let half = out_features / 2;
+            let sizes = [CHUNK, 8, 2, half / 8, in_features / CHUNK];
+            let strides = [in_features, half * in_features, 8 * in_features, CHUNK, 0];
+            let copied = [CHUNK, 8, 2, tile_rows / 16, chunks_per_step];
+            TensorMap::with_strides(launch.weight, sizes, strides, copied)?
+        } else {
+            chunks(launch.weight, out_features, tile_rows)?
+        };
+        let (rows, features, columns) = (num_rows as i32, out_features as i32, in_features as i32);
+        let (tile_rows, chunks, num_stages) =
+            (tile_rows as i32, chunks_per_step as i32, num_stages as i32);
         let epilogue = epilogue as i32;
-        let (rows, features, tile_rows) =
-            (num_rows as i32, out_features as i32, tiling.tile_rows as i32);
-        let (chunks, num_stages) = (tiling.chunks_per_step as i32, tiling.num_stages as i32);
         let mut launch = self.launch(kernel);
-        launch.arg(&weight).arg(&input).arg(&out).arg(&rows).arg(&features).arg(&num_steps);
+        launch.arg(&weight).arg(&input).arg(&out).arg(&norm).arg(&scaled).arg(&squares);
+        launch.arg(&num_squares).arg(&eps).arg(&rows).arg(&features).arg(&columns);
         launch.arg(&tile_rows).arg(&chunks).arg(&num_stages).arg(&epilogue);
-        let num_groups = tiling.tile_rows.div_ceil(GROUP_ROWS) as u32;
         let config = LaunchConfig {
-            shared_mem_bytes: tiling.shared_bytes as u32,
-            ..shape((tiling.num_blocks as u32, 1, 1), num_groups * GROUP_THREADS + 32)
+            shared_mem_bytes: shared_bytes as u32,
+            ..shape((num_blocks as u32, 1, 1), NUM_THREADS)
         };
         // SAFETY: the maps and the tiling are those of the shape; the memory is the caller's word.
         unsafe { launch.launch(config) }
@@ -161,11 +213,14 @@ impl Kernels {
 mod tests {
     use super::*;
 
+    /// Of an H100.
+    const SHARED_BYTES: usize = 226 << 10;
+
     #[test]
     fn tiles_are_whole_and_the_same_for_each_multiprocessor() {
         let tiling = |out_features, num_tokens| {
-            let it = Tiling::new(out_features, num_tokens, 132, MAX_SHARED_BYTES);
-            assert!(it.shared_bytes <= MAX_SHARED_BYTES && it.num_stages >= MIN_STAGES, "{it:?}");
+            let it = Tiling::new(out_features, num_tokens, 132, SHARED_BYTES);
+            assert!(it.shared_bytes <= SHARED_BYTES && it.num_stages >= MIN_STAGES, "{it:?}");
             (it.tile_rows, it.num_blocks, it.chunks_per_step)
         };
         assert_eq!(tiling(6144, 8), (48, 128, 4));
@@ -176,6 +231,16 @@ mod tests {
         for num_tokens in [8, 16, 32] {
             for out_features in (1..40_000).step_by(37) {
                 tiling(out_features, num_tokens);
+            }
+        }
+    }
+
+    #[test]
+    fn every_hidden_size_has_few_enough_sums_of_squares() {
+        for num_multiprocessors in [78, 114, 132] {
+            for hidden_size in (8..=16_384).step_by(8) {
+                let tiling = Tiling::new(hidden_size, 8, num_multiprocessors, SHARED_BYTES);
+                assert!(tiling.num_squares(hidden_size) <= MAX_SQUARES, "{hidden_size}");
             }
         }
     }

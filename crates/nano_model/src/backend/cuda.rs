@@ -6,11 +6,13 @@
 
 mod bans;
 mod operators;
+mod skinny;
 mod step;
 
 use nano_kernels::cuda::attention::{DecodePlan, Heads};
 use nano_kernels::cuda::gemm::{Output, Product, Trial, rows_of_memory};
 use nano_kernels::cuda::sampling::Sample;
+use nano_kernels::cuda::skinny::{SQUARES_BYTES, SkinnyProduct};
 use nano_kernels::cuda::{Device, DeviceBuffer, Gemm, Kernels};
 
 use crate::config::DecoderSpec;
@@ -49,6 +51,8 @@ pub struct CudaBackend {
     /// Of the step before: `[max_tokens]` u32.
     sampled: DeviceBuffer,
     bans: Bans,
+    /// A product of few rows that waits for the norm behind it.
+    waiting: Option<SkinnyProduct>,
     /// The numbers of dummy weights, while there are any to make.
     draws: Option<DeviceBuffer>,
     /// Logits on the host, of a step that keeps them.
@@ -84,6 +88,8 @@ struct Activations {
     gathered: DeviceBuffer,
     /// `[max_sequences, vocab_size]` f32.
     logits: DeviceBuffer,
+    /// Sums of squares between two products of few rows, for the norm that they share.
+    squares: DeviceBuffer,
 }
 
 /// What depends on the length of sequences and the size of the cache.
@@ -148,6 +154,7 @@ impl CudaBackend {
             gated: tokens(spec.intermediate_size)?,
             gathered: tokens(spec.hidden_size)?,
             logits: rows(limits.max_sequences, spec.vocab_size, size_of::<f32>())?,
+            squares: device.allocate(SQUARES_BYTES)?,
         };
         Ok(Self {
             heads,
@@ -158,6 +165,7 @@ impl CudaBackend {
             activations,
             sampled: rows(limits.max_tokens, 1, size_of::<u32>())?,
             bans: Bans::new(device)?,
+            waiting: None,
             draws: None,
             kept: Vec::new(),
             room: None,

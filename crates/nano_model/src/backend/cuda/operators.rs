@@ -20,7 +20,8 @@ use crate::error::Result;
 use crate::weights::TensorBytes;
 
 impl CudaBackend {
-    fn norm(&self, hidden: CudaHidden, norm: &CudaWeight) -> Result<CudaHidden> {
+    pub(super) fn norm(&mut self, hidden: CudaHidden, norm: &CudaWeight) -> Result<CudaHidden> {
+        self.launch_waiting()?;
         let out = self.activations.normed.address();
         let launch = RmsNorm {
             out,
@@ -37,7 +38,8 @@ impl CudaBackend {
         Ok(CudaHidden { address: out, ..hidden })
     }
 
-    /// A product with the norm before it: in one launch for one row, else in two.
+    /// A product with the norm before it: in one launch for one row, shared with the product
+    /// before it for few, else in two.
     fn product(
         &mut self,
         out: u64,
@@ -54,6 +56,10 @@ impl CudaBackend {
         if let Some(out) = self.row_product(out, input, norm, weight, epilogue)? {
             return Ok(out);
         }
+        if self.is_skinny(input.num_rows, weight) {
+            return self.skinny_product(out, input, norm, weight, epilogue);
+        }
+        self.launch_waiting()?;
         let input = norm.map_or(Ok(input), |norm| self.norm(input, norm))?;
         let product = Product {
             num_rows: input.num_rows,
@@ -62,21 +68,14 @@ impl CudaBackend {
             output,
         };
         let (from, weight) = (input.address, weight.buffer.address());
-        let is_skinny = self.kernels.has_skinny_product(product.num_rows, product.in_features);
         // SAFETY: as in `norm`; weights were written long before any step.
-        unsafe {
-            if is_skinny && !self.is_deterministic {
-                self.kernels.skinny_product(&product, out, from, weight)?;
-            } else {
-                self.gemm.product(&product, out, from, weight)?;
-            }
-        }
+        unsafe { self.gemm.product(&product, out, from, weight) }?;
         Ok(CudaHidden { address: out, ..input })
     }
 
     /// `None` where there are more rows, or every row must be computed alike.
     fn row_product(
-        &self,
+        &mut self,
         out: u64,
         input: CudaHidden,
         norm: Option<&CudaWeight>,
@@ -87,6 +86,7 @@ impl CudaBackend {
         if self.is_deterministic || !has_shape {
             return Ok(None);
         }
+        self.launch_waiting()?;
         let launch = RowProduct {
             out,
             input: input.address,
@@ -285,6 +285,9 @@ impl Backend for CudaBackend {
         let out = self.activations.gated.address();
         if let Some(gated) = self.row_product(out, *hidden, Some(norm), gate_up, Epilogue::Gated)? {
             return Ok(gated);
+        }
+        if self.fuses_gate && self.is_skinny(hidden.num_rows, gate_up) {
+            return self.skinny_product(out, *hidden, Some(norm), gate_up, Epilogue::Gated);
         }
         if self.fuses_gate {
             let input = self.norm(*hidden, norm)?;
