@@ -66,14 +66,19 @@ impl Kernels {
         } else {
             (Kernel::GatedProduct, 1)
         };
-        let num_tiles = row_tiles.div_ceil(cluster) * intermediate_size.div_ceil(FEATURES);
+        // Of one height: a copy that reaches far behind the input's end is slow.
+        let tile_rows = num_rows.div_ceil(row_tiles.next_multiple_of(cluster)).next_multiple_of(8);
+        let num_tiles =
+            num_rows.div_ceil(tile_rows * cluster) * intermediate_size.div_ceil(FEATURES);
         let num_clusters = num_tiles.min(self.device().num_multiprocessors() as usize / cluster);
         let weight = TensorMap::new(weight, [in_features, out_features], [CHUNK, FEATURES])?;
-        let input = TensorMap::new(input, [in_features, num_rows], [CHUNK, TOKENS])?;
+        let input = TensorMap::new(input, [in_features, num_rows], [CHUNK, tile_rows])?;
+        let tile_rows = tile_rows as i32;
         let (num_tokens, width) = (num_rows as i32, intermediate_size as i32);
         let num_steps = in_features.div_ceil(CHUNK) as i32;
         let mut launch = self.launch(kernel);
-        launch.arg(&weight).arg(&input).arg(&out).arg(&num_tokens).arg(&width).arg(&num_steps);
+        launch.arg(&weight).arg(&input).arg(&out).arg(&num_tokens).arg(&tile_rows);
+        launch.arg(&width).arg(&num_steps);
         let grid = ((num_clusters * cluster) as u32, 1, 1);
         // SAFETY: the maps and the grid are those of the shape; the memory is the caller's word.
         unsafe { launch.launch(shape_of(kernel, grid, NUM_THREADS)) }
