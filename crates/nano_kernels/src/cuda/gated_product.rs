@@ -1,17 +1,21 @@
-//! `SwiGLU`'s gate within the product in front of it, on Hopper: `kernels/gated_product.cu`, and
-//! `kernels/skinny_product.cu` for few rows.
+//! `SwiGLU`'s gate within the product in front of it, on Hopper: `kernels/gated_product.cu`, for few
+//! rows `kernels/skinny_product.cu` and for some in between `kernels/batch_product.cu`.
+
+use std::ops::RangeInclusive;
 
 use super::kernels::shape_of;
 use super::skinny::{MAX_ROWS, SkinnyEpilogue};
 use super::spec::Kernel;
 use super::tensor_map::TensorMap;
-use super::{Kernels, Result, check};
+use super::{Kernels, Result, batch_product, check};
 
 /// Rows and output columns of a tile, and columns of a copy.
 const TOKENS: usize = 128;
 const FEATURES: usize = 112;
 const CHUNK: usize = 64;
 const NUM_THREADS: u32 = 384;
+/// Where two row tiles cost more than `kernels/batch_product.cu`, which has one as high as it takes.
+const BATCH_ROWS: RangeInclusive<usize> = 129..=batch_product::MAX_ROWS;
 
 /// One launch; addresses of bf16 memory on the device.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +61,11 @@ impl Kernels {
             let shape = [num_rows, out_features, in_features];
             // SAFETY: the caller's word.
             return unsafe { self.launch_skinny(shape, SkinnyEpilogue::Gated, out, input, weight) };
+        }
+        if BATCH_ROWS.contains(&num_rows) {
+            let shape = [num_rows, intermediate_size, in_features];
+            // SAFETY: the caller's word.
+            return unsafe { self.launch_gated_batch(shape, out, input, weight) };
         }
         // Pairs read less, but an odd row tile costs them another one, and few rows are bound by
         // memory anyway.

@@ -21,13 +21,25 @@ impl TensorMap {
         sizes: [usize; N],
         copied: [usize; N],
     ) -> Result<Self> {
+        let (mut strides, mut stride) = ([0; N], 1);
+        for (to, size) in strides.iter_mut().zip(sizes) {
+            stride *= size;
+            *to = stride;
+        }
+        Self::strided(address, sizes, strides, copied)
+    }
+
+    /// The same of a tensor with so many elements between two entries of each size but the
+    /// innermost; the last stride is not used.
+    pub(super) fn strided<const N: usize>(
+        address: u64,
+        sizes: [usize; N],
+        strides: [usize; N],
+        copied: [usize; N],
+    ) -> Result<Self> {
         // SAFETY: all zeros are a value of this plain structure.
         let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
-        let (mut strides, mut stride_bytes) = ([0_u64; N], 2);
-        for (stride, size) in strides.iter_mut().zip(sizes) {
-            stride_bytes *= size as u64;
-            *stride = stride_bytes;
-        }
+        let strides = strides.map(|stride| stride as u64 * 2);
         let (sizes, copied) = (sizes.map(|size| size as u64), copied.map(|size| size as u32));
         let steps = [1; N];
         // SAFETY: the arrays have as many entries as N dimensions ask for, or one more, and are

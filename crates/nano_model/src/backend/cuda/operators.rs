@@ -62,11 +62,15 @@ impl CudaBackend {
             output,
         };
         let (from, weight) = (input.address, weight.buffer.address());
-        let is_skinny = self.kernels.has_skinny_product(product.num_rows, product.in_features);
+        let Product { num_rows, out_features, in_features, .. } = product;
+        let is_skinny = self.kernels.has_skinny_product(num_rows, in_features);
+        let is_batch = self.kernels.has_batch_product(num_rows, out_features, in_features);
         // SAFETY: as in `norm`; weights were written long before any step.
         unsafe {
             if is_skinny && !self.is_deterministic {
                 self.kernels.skinny_product(&product, out, from, weight)?;
+            } else if is_batch && !self.is_deterministic {
+                self.kernels.batch_product(&product, out, from, weight)?;
             } else {
                 self.gemm.product(&product, out, from, weight)?;
             }
