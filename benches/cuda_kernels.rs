@@ -8,6 +8,7 @@
 #![allow(clippy::print_stdout, reason = "a bench prints its table")]
 
 mod cuda_few_rows;
+mod cuda_products;
 mod cuda_timing;
 
 use half::bf16;
@@ -16,14 +17,13 @@ use nano_kernels::cuda::attention::{
     AttentionInput, DecodePlan, DecodeRows, Heads, PrefillRows, PrefillSequence, prefill_tiles,
 };
 use nano_kernels::cuda::compile::Compiler;
-use nano_kernels::cuda::gated_product::GatedProduct;
 use nano_kernels::cuda::gather::{Gather, TokenIds};
-use nano_kernels::cuda::gemm::{Output, Product, Trial};
+use nano_kernels::cuda::gemm::Output;
 use nano_kernels::cuda::norm::RmsNorm;
 use nano_kernels::cuda::rope::RopeWriteKv;
 use nano_kernels::cuda::sampling::{RowSampling, Sample};
 use nano_kernels::cuda::weights::NUM_DRAWS;
-use nano_kernels::cuda::{Device, DeviceBuffer, Gemm, Kernels, Result};
+use nano_kernels::cuda::{Device, DeviceBuffer, Kernels, Result};
 use nano_kernels::reference::sampling::Sampling;
 
 use cuda_timing::{LAUNCHES, Timing, Work};
@@ -69,20 +69,26 @@ fn main() -> Result<()> {
         bench.gate(num_tokens)?;
         bench.gather(num_tokens)?;
     }
-    for (name, out_features, in_features) in [
-        ("qkv", 6144, HIDDEN),
-        ("output", HIDDEN, HIDDEN),
-        ("gate_up", 2 * INTERMEDIATE, HIDDEN),
-        ("down", HIDDEN, INTERMEDIATE),
-        ("lm_head", VOCAB, HIDDEN),
+    for (name, out_features, in_features, output) in [
+        ("qkv", 6144, HIDDEN, Output::Bf16),
+        ("output", HIDDEN, HIDDEN, Output::AddBf16),
+        ("gate_up", 2 * INTERMEDIATE, HIDDEN, Output::Bf16),
+        ("down", HIDDEN, INTERMEDIATE, Output::AddBf16),
+        ("lm_head", VOCAB, HIDDEN, Output::F32),
     ]
     .into_iter()
     .filter(|_| wants("products"))
     {
         bench.few_rows(name, out_features, in_features)?;
+        // With more rows gate_up is a gated product.
+        if name != "gate_up" {
+            bench.batch_products(name, out_features, in_features, output)?;
+        }
     }
     if wants("gated") {
-        bench.gated_products(&[4, 16, 32, 48, 128, 256, 384, 512, 1024, 2048, 8192])?;
+        bench.gated_products(&[
+            4, 16, 32, 48, 128, 144, 192, 224, 256, 384, 512, 1024, 2048, 8192,
+        ])?;
     }
     if wants("sampling") {
         bench.ban(1024)?;
@@ -300,57 +306,6 @@ impl Bench {
             // SAFETY: both buffers were allocated above with the size of their shapes.
             unsafe { self.kernels.round_to_bf16(out, source, num_elements, false) }
         })
-    }
-
-    /// With the gate, and beside it cuBLASLt's product and the gate behind it.
-    fn gated_products(&self, all_rows: &[usize]) -> Result<()> {
-        let (out_features, in_features) = (2 * INTERMEDIATE, HIDDEN);
-        let weight_len = out_features * in_features;
-        let sets = num_sets(weight_len * 2);
-        let weights = self.values(weight_len, sets)?;
-        let weight = |launch: usize| weights.address() + (launch % sets * weight_len * 2) as u64;
-        let mut gemm = Gemm::new(self.device(), None, false)?;
-        for &num_rows in all_rows {
-            let input = self.values(num_rows * in_features, 1)?;
-            let both = self.device().allocate(num_rows * out_features * 2)?;
-            let out = self.device().allocate(num_rows * INTERMEDIATE * 2)?;
-            let flops = 2.0 * (num_rows * weight_len) as f64;
-            let bytes = (weight_len + num_rows * (in_features + INTERMEDIATE)) * 2;
-            let (out, input, both) = (out.address(), input.address(), both.address());
-            if self.kernels.has_gated_product() {
-                self.report(&format!("gated_product, {num_rows} rows"), bytes, flops, |i| {
-                    let launch = GatedProduct {
-                        out,
-                        input,
-                        weight: weight(i),
-                        num_rows,
-                        intermediate_size: INTERMEDIATE,
-                        in_features,
-                    };
-                    // SAFETY: every buffer was allocated above with the size of its shape.
-                    unsafe { self.kernels.gated_product(&launch) }
-                })?;
-            }
-            let product = Product { num_rows, out_features, in_features, output: Output::Bf16 };
-            let weights = (0..sets).map(weight).collect();
-            // SAFETY: every buffer was allocated above with the size of its shape.
-            unsafe { gemm.tune(&[Trial { product, out: both, input, weights }]) }?;
-            let gate = SiluMul {
-                out,
-                gate_up: both,
-                num_tokens: num_rows,
-                intermediate_size: INTERMEDIATE,
-            };
-            let name = format!("cuBLASLt and silu_mul, {num_rows} rows");
-            self.report(&name, bytes, flops, |i| {
-                // SAFETY: every buffer was allocated above with the size of its shape.
-                unsafe {
-                    gemm.product(&product, both, input, weight(i))?;
-                    self.kernels.silu_mul(&gate)
-                }
-            })?;
-        }
-        Ok(())
     }
 
     fn sample(&self, num_rows: usize, name: &str, temperature: f32, top_p: f32) -> Result<()> {

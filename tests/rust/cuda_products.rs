@@ -75,8 +75,22 @@ impl Case {
     fn reference(&self) -> Vec<f32> {
         let in_features = self.shape.in_features;
         let (input, weight) = (floats(&self.input), floats(&self.weight));
-        let rows = input.chunks_exact(in_features);
-        let mut out: Vec<f32> = rows.flat_map(|row| product(row, &weight)).collect();
+        // On all cores: the largest shapes take seconds.
+        let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let some_rows = self.shape.num_rows.div_ceil(num_threads) * in_features;
+        let out = std::thread::scope(|scope| {
+            let part = |rows: &[f32]| -> Vec<f32> {
+                rows.chunks_exact(in_features).flat_map(|row| product(row, &weight)).collect()
+            };
+            let parts: Vec<_> =
+                input.chunks(some_rows).map(|rows| scope.spawn(move || part(rows))).collect();
+            parts.into_iter().flat_map(|part| part.join().unwrap()).collect()
+        });
+        self.added_to(out)
+    }
+
+    /// What becomes of the plain product.
+    fn added_to(&self, mut out: Vec<f32>) -> Vec<f32> {
         if self.shape.output == Output::AddBf16 {
             out.iter_mut().zip(&self.before).for_each(|(out, before)| *out += before.to_f32());
         }
@@ -214,6 +228,45 @@ fn skinny_products_agree_with_the_reference() {
 }
 
 #[test]
+fn batch_products_agree_with_the_reference() {
+    let Some(kernels) = kernels() else { return };
+    let device = kernels.device();
+    if !kernels.has_batch_product(64, 8, 8) {
+        println!("skipped: the GPU is no Hopper");
+        return;
+    }
+    // Uncut, cut in two and in four, with a last share that is shorter; a tile that is not whole;
+    // more tiles than multiprocessors.
+    for (num_rows, out_features, in_features) in [
+        (33, 8, 8),
+        (40, 512, 256),
+        (64, 4096, 1024),
+        (65, 1032, 1096),
+        (100, 4352, 1088),
+        (136, 264, 14336),
+        (140, 17024, 136),
+        (150, 264, 1160),
+        (40, 8520, 1032),
+        (192, 1032, 1096),
+    ] {
+        let plain = Case::new(num_rows, out_features, in_features, Output::F32).reference();
+        for output in OUTPUTS {
+            let case = Case::new(num_rows, out_features, in_features, output);
+            let run = || {
+                case.run_with(device, |out, input, weight| {
+                    // SAFETY: `run_with` allocates every buffer with the size of its shape.
+                    unsafe { kernels.batch_product(&case.shape, out, input, weight) }.unwrap();
+                })
+            };
+            let found = run();
+            let what = format!("batch {:?}", case.shape);
+            assert_close(&what, &found, &case.added_to(plain.clone()), ROUNDING);
+            assert!(run() == found, "{what}: other bits the second time");
+        }
+    }
+}
+
+#[test]
 fn gated_products_agree_with_the_references() {
     let Some(kernels) = kernels() else { return };
     let device = kernels.device();
@@ -232,8 +285,10 @@ fn gated_products_agree_with_the_references() {
         (32, 4096, 264),
         (5, 8, 8),
         (33, 8, 8),
+        (64, 14336, 72),
         (128, 112, 4096),
         (129, 136, 72),
+        (200, 9000, 72),
         (300, 1000, 264),
         (385, 232, 1024),
         (1537, 504, 136),

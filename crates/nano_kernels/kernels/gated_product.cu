@@ -2,10 +2,10 @@
 //
 //   out = silu(input gate^T) * (input up^T)                 [num_tokens, intermediate_size]
 //
-// A tile is TOKENS rows of the input and FEATURES columns of the output. Its gate rows and its up
-// rows of the weight lie one below the other in shared memory and are the wide side of one wgmma,
-// so that a thread holds a column's gate and its up: they are multiplied in float32 and rounded
-// once, where two kernels would round gate and up to bf16 in between.
+// A tile is tile_tokens rows of the input, at most TOKENS, and FEATURES columns of the output. Its
+// gate rows and its up rows of the weight lie one below the other in shared memory and are the wide
+// side of one wgmma, so that a thread holds a column's gate and its up: they are multiplied in
+// float32 and rounded once, where two kernels would round gate and up to bf16 in between.
 //
 // A thread block takes one tile after the other. One warp copies through a ring of STAGES stages of
 // shared memory (TMA, 128-byte swizzle), into the next tile while this one's is stored; two
@@ -19,8 +19,8 @@
 //
 //   weight: tensor map of [2 intermediate_size, hidden_size] bf16, the gate first, with boxes of
 //           CHUNK columns and FEATURES rows
-//   input:  tensor map of [num_tokens, hidden_size] bf16, with boxes of CHUNK columns and TOKENS
-//           rows
+//   input:  tensor map of [num_tokens, hidden_size] bf16, with boxes of CHUNK columns and
+//           tile_tokens rows; those of a stage that a box leaves as they were are no token's
 //   out:    [num_tokens, intermediate_size] bf16
 //
 // intermediate_size is a multiple of 8.
@@ -74,18 +74,19 @@ __device__ __forceinline__ void sync_blocks() {
 
 // The tiles of a cluster, in the order in which all clusters take them.
 struct Tiles {
-    int row_tiles, column_tiles;
-    __device__ Tiles(int num_tokens, int intermediate_size) {
-        row_tiles = (num_tokens + CLUSTER * TOKENS - 1) / (CLUSTER * TOKENS);
+    int height, row_tiles, column_tiles;
+    __device__ Tiles(int num_tokens, int tile_tokens, int intermediate_size) {
+        height = CLUSTER * tile_tokens;
+        row_tiles = (num_tokens + height - 1) / height;
         column_tiles = (intermediate_size + FEATURES - 1) / FEATURES;
     }
     __device__ int count() const { return row_tiles * column_tiles; }
     __device__ void find(int at, int& row, int& column) const {
         const int first = at / (GROUP * column_tiles) * GROUP;
-        const int height = min(GROUP, row_tiles - first);
+        const int together = min(GROUP, row_tiles - first);
         const int rest = at - first * column_tiles;
-        row = (first + rest % height) * CLUSTER * TOKENS;
-        column = rest / height * FEATURES;
+        row = (first + rest % together) * height;
+        column = rest / together * FEATURES;
     }
 };
 #endif
@@ -95,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
 __cluster_dims__(2, 1, 1)
 #endif
 gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap input,
-              bf16* out, int num_tokens, int intermediate_size, int num_steps) {
+              bf16* out, int num_tokens, int tile_tokens, int intermediate_size, int num_steps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ unsigned char unaligned[];
     __shared__ __align__(8) u64 barriers[2 * STAGES];
@@ -103,7 +104,7 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
     const u32 full = shared_address(barriers), empty = full + STAGES * 8;
     const int lane = threadIdx.x % WARP;
     const int rank = CLUSTER == 2 ? cluster_rank() : 0;
-    const Tiles tiles(num_tokens, intermediate_size);
+    const Tiles tiles(num_tokens, tile_tokens, intermediate_size);
     const int first_tile = blockIdx.x / CLUSTER, num_clusters = gridDim.x / CLUSTER;
 
     let_next_begin();
@@ -122,7 +123,7 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             const u64 keep = keep_policy(), reads = CLUSTER == 2 ? keep : read_once_policy();
             const auto load_weight = [&](int stage, int step, int column) {
                 const u32 target = stages + stage * STAGE_BYTES + INPUT_BYTES;
-                expect_bytes(full + stage * 8, STAGE_BYTES);
+                expect_bytes(full + stage * 8, tile_tokens * ROW_BYTES + 2 * HALF_BYTES);
                 if (CLUSTER == 2) {
                     copy_box_to_both(target + rank * HALF_BYTES, weight, step * CHUNK,
                                      rank * intermediate_size + column, full + stage * 8, reads);
@@ -134,8 +135,8 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                 }
             };
             const auto load_input = [&](int stage, int step, int row) {
-                copy_box(stages + stage * STAGE_BYTES, input, step * CHUNK, row + rank * TOKENS,
-                         full + stage * 8, keep);
+                copy_box(stages + stage * STAGE_BYTES, input, step * CHUNK,
+                         row + rank * tile_tokens, full + stage * 8, keep);
             };
             Turn turn;
             int ahead = 0;
@@ -207,7 +208,8 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             const int my_column = column + lane % 4 / 2 * 4 + (is_odd ? 8 : 0);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const int token = row + rank * TOKENS + my_row + h * 8;
+                const int first = row + rank * tile_tokens, token = first + my_row + h * 8;
+                const int end = min(first + tile_tokens, num_tokens);
                 bf16* target = out + (i64)token * intermediate_size + my_column;
 #pragma unroll
                 for (int j = 0; j < FEATURES / 8; j += 2) {
@@ -215,7 +217,7 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                     const u32 low = pack_bf16(gated(i), gated(i + 1));
                     const u32 high = pack_bf16(gated(i + 4), gated(i + 5));
                     const u32 swapped = __shfl_xor_sync(ALL_LANES, is_odd ? low : high, 1);
-                    if (token < num_tokens && my_column + j * 8 < intermediate_size) {
+                    if (token < end && my_column + j * 8 < intermediate_size) {
                         *(uint2*)(target + j * 8) =
                             is_odd ? make_uint2(swapped, high) : make_uint2(low, swapped);
                     }

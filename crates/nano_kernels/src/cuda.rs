@@ -6,6 +6,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod batch_product;
 pub mod compile;
 pub mod device;
 pub mod gated_product;

@@ -1,18 +1,22 @@
-//! `SwiGLU`'s gate within the product in front of it, on Hopper: `kernels/gated_product.cu`, and
-//! `kernels/skinny_product.cu` for few rows.
+//! `SwiGLU`'s gate within the product in front of it, on Hopper: `kernels/gated_product.cu`, for few
+//! rows `kernels/skinny_product.cu` and for some in between `kernels/batch_product.cu`.
+
+use std::ops::RangeInclusive;
 
 use super::kernels::shape_of;
 use super::row_product::Epilogue;
 use super::skinny::SkinnyProduct;
 use super::spec::Kernel;
 use super::tensor_map::TensorMap;
-use super::{Kernels, Result, check};
+use super::{Kernels, Result, batch_product, check};
 
 /// Rows and output columns of a tile, and columns of a copy.
 const TOKENS: usize = 128;
 const FEATURES: usize = 112;
 const CHUNK: usize = 64;
 const NUM_THREADS: u32 = 384;
+/// Where two row tiles cost more than `kernels/batch_product.cu`, which has one as high as it takes.
+const BATCH_ROWS: RangeInclusive<usize> = 129..=batch_product::MAX_ROWS;
 
 /// One launch; addresses of bf16 memory on the device.
 #[derive(Clone, Copy, Debug)]
@@ -69,6 +73,11 @@ impl Kernels {
             // SAFETY: the caller's word.
             return unsafe { self.skinny_product(&product) };
         }
+        if BATCH_ROWS.contains(&num_rows) {
+            let shape = [num_rows, intermediate_size, in_features];
+            // SAFETY: the caller's word.
+            return unsafe { self.launch_gated_batch(shape, out, input, weight) };
+        }
         // Pairs read less, but an odd row tile costs them another one, and few rows are bound by
         // memory anyway.
         let row_tiles = num_rows.div_ceil(TOKENS);
@@ -77,14 +86,19 @@ impl Kernels {
         } else {
             (Kernel::GatedProduct, 1)
         };
-        let num_tiles = row_tiles.div_ceil(cluster) * intermediate_size.div_ceil(FEATURES);
+        // Of one height: a copy that reaches far behind the input's end is slow.
+        let tile_rows = num_rows.div_ceil(row_tiles.next_multiple_of(cluster)).next_multiple_of(8);
+        let num_tiles =
+            num_rows.div_ceil(tile_rows * cluster) * intermediate_size.div_ceil(FEATURES);
         let num_clusters = num_tiles.min(self.device().num_multiprocessors() as usize / cluster);
         let weight = TensorMap::new(weight, [in_features, out_features], [CHUNK, FEATURES])?;
-        let input = TensorMap::new(input, [in_features, num_rows], [CHUNK, TOKENS])?;
+        let input = TensorMap::new(input, [in_features, num_rows], [CHUNK, tile_rows])?;
+        let tile_rows = tile_rows as i32;
         let (num_tokens, width) = (num_rows as i32, intermediate_size as i32);
         let num_steps = in_features.div_ceil(CHUNK) as i32;
         let mut launch = self.launch(kernel);
-        launch.arg(&weight).arg(&input).arg(&out).arg(&num_tokens).arg(&width).arg(&num_steps);
+        launch.arg(&weight).arg(&input).arg(&out).arg(&num_tokens).arg(&tile_rows);
+        launch.arg(&width).arg(&num_steps);
         let grid = ((num_clusters * cluster) as u32, 1, 1);
         // SAFETY: the maps and the grid are those of the shape; the memory is the caller's word.
         unsafe { launch.launch(shape_of(kernel, grid, NUM_THREADS)) }

@@ -14,11 +14,16 @@ use super::compile::{Compiler, Cubin};
 use super::spec::{KERNELS, Kernel, KernelSpec};
 use super::{Device, DeviceBuffer, Result};
 
+/// Thread blocks of a cluster.
+const MAX_CLUSTER: usize = 4;
+
 /// Every kernel of the table, ready to launch.
 #[derive(Debug)]
 pub struct Kernels {
     device: Device,
     functions: Vec<CudaFunction>,
+    /// Clusters of so many thread blocks, each with a multiprocessor for itself, that run at once.
+    max_clusters: [usize; MAX_CLUSTER + 1],
     /// Two counters of prefill attention's pieces of work, zero between launches.
     turns: DeviceBuffer,
 }
@@ -39,10 +44,16 @@ impl Kernels {
             }
             Ok(function)
         });
-        let functions = functions.collect::<Result<_>>()?;
+        let functions = functions.collect::<Result<Vec<_>>>()?;
+        let mut max_clusters = [0; MAX_CLUSTER + 1];
+        if device.is_hopper() {
+            for (size, count) in max_clusters.iter_mut().enumerate().skip(1) {
+                *count = count_clusters(&functions, size as u32)?;
+            }
+        }
         let turns = device.allocate(2 * size_of::<u32>())?;
         turns.fill(0)?;
-        Ok(Self { functions, turns, device: device.clone() })
+        Ok(Self { functions, max_clusters, turns, device: device.clone() })
     }
 
     /// The device that they are loaded on.
@@ -57,7 +68,14 @@ impl Kernels {
             function: self.function(kernel),
             arguments: Vec::new(),
             begins_early: self.device.overlaps_kernels(),
+            cluster: 1,
         }
+    }
+
+    /// How many thread blocks of a cluster may share a tile, if there are so many: as many as leave
+    /// all clusters running at once.
+    pub(super) fn blocks_of_tile(&self, num_tiles: usize) -> usize {
+        (1..=MAX_CLUSTER).rev().find(|&size| num_tiles <= self.max_clusters[size]).unwrap_or(1)
     }
 
     pub(super) fn turns(&self) -> u64 {
@@ -78,6 +96,7 @@ pub(super) struct Launch<'a> {
     function: &'a CudaFunction,
     arguments: Vec<*mut c_void>,
     begins_early: bool,
+    cluster: u32,
 }
 
 impl<'a> Launch<'a> {
@@ -94,6 +113,12 @@ impl<'a> Launch<'a> {
         self
     }
 
+    /// In clusters of so many thread blocks, where the source does not say it.
+    pub(super) fn in_clusters(&mut self, num_blocks: u32) -> &mut Self {
+        self.cluster = num_blocks;
+        self
+    }
+
     /// Enqueues it.
     ///
     /// # Safety
@@ -105,6 +130,9 @@ impl<'a> Launch<'a> {
         overlap.id =
             sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         overlap.value.programmaticStreamSerializationAllowed = 1;
+        let mut attributes = Vec::with_capacity(2);
+        attributes.extend(self.begins_early.then_some(overlap));
+        attributes.extend((self.cluster > 1).then(|| cluster_of(self.cluster)));
         let config = sys::CUlaunchConfig {
             gridDimX: shape.grid_dim.0,
             gridDimY: shape.grid_dim.1,
@@ -114,8 +142,8 @@ impl<'a> Launch<'a> {
             blockDimZ: shape.block_dim.2,
             sharedMemBytes: shape.shared_mem_bytes,
             hStream: self.device.stream().cu_stream(),
-            attrs: &raw mut overlap,
-            numAttrs: u32::from(self.begins_early),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
         };
         // SAFETY: the configuration and the arguments outlive the call, which copies them; the
         // rest is the caller's word.
@@ -130,6 +158,42 @@ impl<'a> Launch<'a> {
         .result()?;
         Ok(())
     }
+}
+
+fn cluster_of(num_blocks: u32) -> sys::CUlaunchAttribute {
+    // SAFETY: all zeros are a value of this plain structure.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    attribute.value.clusterDim.x = num_blocks;
+    attribute.value.clusterDim.y = 1;
+    attribute.value.clusterDim.z = 1;
+    attribute
+}
+
+/// Clusters of `num_blocks` thread blocks that fill a multiprocessor each: a device's groups of
+/// multiprocessors differ in size.
+fn count_clusters(functions: &[CudaFunction], num_blocks: u32) -> Result<usize> {
+    let kernel = Kernel::BatchProduct64;
+    let (mut attribute, mut num_clusters) = (cluster_of(num_blocks), 0);
+    let config = sys::CUlaunchConfig {
+        gridDimX: num_blocks,
+        gridDimY: 1,
+        gridDimZ: 1,
+        blockDimX: 384,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: KERNELS[kernel as usize].dynamic_shared_bytes,
+        hStream: ptr::null_mut(),
+        attrs: &raw mut attribute,
+        numAttrs: 1,
+    };
+    let function = functions[kernel as usize].cu_function();
+    // SAFETY: the function is loaded, and both structures outlive the call.
+    unsafe {
+        sys::cuOccupancyMaxActiveClusters(&raw mut num_clusters, function, &raw const config)
+    }
+    .result()?;
+    Ok(num_clusters as usize)
 }
 
 fn load(device: &Device, spec: &KernelSpec, cubin: Cubin) -> Result<CudaFunction> {

@@ -29,6 +29,16 @@ pub enum Kernel {
     SkinnyProduct16,
     /// Products of up to 32 rows, on Hopper.
     SkinnyProduct32,
+    /// Products of up to 64 rows, on Hopper.
+    BatchProduct64,
+    /// Products of up to 96 rows, on Hopper.
+    BatchProduct96,
+    /// Products of up to 128 rows, on Hopper.
+    BatchProduct128,
+    /// Products of up to 160 rows, on Hopper.
+    BatchProduct160,
+    /// Products of up to 192 rows, on Hopper.
+    BatchProduct192,
     /// Products with a gate, on Hopper.
     GatedProduct,
     /// The same by pairs of thread blocks.
@@ -78,6 +88,7 @@ const SILU_MUL: &str = include_str!("../../kernels/silu_mul.cu");
 const GATHER: &str = include_str!("../../kernels/gather.cu");
 const SAMPLE: &str = include_str!("../../kernels/sample.cu");
 const SKINNY_PRODUCT: &str = include_str!("../../kernels/skinny_product.cu");
+const BATCH_PRODUCT: &str = include_str!("../../kernels/batch_product.cu");
 const ROW_PRODUCT: &str = include_str!("../../kernels/row_product.cu");
 const GATED_PRODUCT: &str = include_str!("../../kernels/gated_product.cu");
 const WEIGHTS: &str = include_str!("../../kernels/weights.cu");
@@ -90,7 +101,7 @@ const HEAD_DIM_128: &[&str] = &["-DHEAD_DIM=128"];
 
 /// Every kernel, in the order of [`Kernel`].
 #[rustfmt::skip]
-pub const KERNELS: [KernelSpec; 21] = [
+pub const KERNELS: [KernelSpec; 26] = [
     plain(Kernel::RmsNorm, "rms_norm", RMS_NORM),
     plain(Kernel::RopeWriteKv, "rope_write_kv", ROPE_WRITE_KV),
     plain(Kernel::SiluMul, "silu_mul", SILU_MUL),
@@ -104,6 +115,11 @@ pub const KERNELS: [KernelSpec; 21] = [
     skinny(Kernel::SkinnyProduct8, "skinny_product_8", &["-DNUM_TOKENS=8"]),
     skinny(Kernel::SkinnyProduct16, "skinny_product_16", &["-DNUM_TOKENS=16"]),
     skinny(Kernel::SkinnyProduct32, "skinny_product_32", &["-DNUM_TOKENS=32"]),
+    batch(Kernel::BatchProduct64, "batch_product_64", &["-DNUM_TOKENS=64"], 64),
+    batch(Kernel::BatchProduct96, "batch_product_96", &["-DNUM_TOKENS=96"], 96),
+    batch(Kernel::BatchProduct128, "batch_product_128", &["-DNUM_TOKENS=128"], 128),
+    batch(Kernel::BatchProduct160, "batch_product_160", &["-DNUM_TOKENS=160"], 160),
+    batch(Kernel::BatchProduct192, "batch_product_192", &["-DNUM_TOKENS=192"], 192),
     gated(Kernel::GatedProduct, "gated_product", &["-DCLUSTER=1"]),
     gated(Kernel::GatedProductPairs, "gated_product_pairs", &["-DCLUSTER=2"]),
     decode(Kernel::DecodeAttention64, "decode_attention_64", HEAD_DIM_64, 64),
@@ -129,6 +145,19 @@ const fn product(kernel: Kernel, name: &'static str, source: &'static str) -> Ke
 const fn skinny(kernel: Kernel, name: &'static str, defines: Defines) -> KernelSpec {
     let spec = product(kernel, "skinny_product", SKINNY_PRODUCT);
     KernelSpec { name, defines, ..spec }
+}
+
+/// Stages of 128 rows of the weight and `num_tokens` of the input in 200 KB.
+const fn batch(
+    kernel: Kernel,
+    name: &'static str,
+    defines: Defines,
+    num_tokens: u32,
+) -> KernelSpec {
+    let stage_bytes = (128 + num_tokens) * 64 * 2;
+    let dynamic_shared_bytes = 1024 + (200 << 10) / stage_bytes * stage_bytes;
+    let spec = plain(kernel, "batch_product", BATCH_PRODUCT);
+    KernelSpec { name, defines, dynamic_shared_bytes, ..spec }
 }
 
 /// 5 stages of 128 rows of the input and 112 of gate and up each.

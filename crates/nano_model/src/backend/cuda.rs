@@ -206,7 +206,8 @@ impl CudaBackend {
                 |weights: Vec<&CudaWeight>, out: &DeviceBuffer, input: &DeviceBuffer, output| {
                     let Some(first) = weights.first() else { return };
                     let is_own = kernels.has_row_product(num_rows, first.columns)
-                        || kernels.has_skinny_product(num_rows, first.columns);
+                        || kernels.has_skinny_product(num_rows, first.columns)
+                        || kernels.has_batch_product(num_rows, first.rows, first.columns);
                     if !is_deterministic && is_own {
                         return;
                     }

@@ -68,8 +68,16 @@ impl CudaBackend {
             output,
         };
         let (from, weight) = (input.address, weight.buffer.address());
+        let Product { num_rows, out_features, in_features, .. } = product;
+        let is_batch = self.kernels.has_batch_product(num_rows, out_features, in_features);
         // SAFETY: as in `norm`; weights were written long before any step.
-        unsafe { self.gemm.product(&product, out, from, weight) }?;
+        unsafe {
+            if is_batch && !self.is_deterministic {
+                self.kernels.batch_product(&product, out, from, weight)?;
+            } else {
+                self.gemm.product(&product, out, from, weight)?;
+            }
+        }
         Ok(CudaHidden { address: out, ..input })
     }
 

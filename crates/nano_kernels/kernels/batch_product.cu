@@ -1,0 +1,326 @@
+// Products of a batch that decodes, 33 to 192 rows, on a Hopper GPU:
+//
+//   out = input weight^T                                    [num_tokens, width]
+//   out = silu(input gate^T) * (input up^T), GATED          [num_tokens, width]
+//
+// The weights are the wide side of wgmma and are read once; all tokens are the other side, up to
+// NUM_TOKENS of them, so that no row tile is half empty. A tile is TILE_ROWS rows of the weight. With a gate, eight gate rows and the up rows of the same columns take turns in it, so
+// that a thread holds a column's gate and its up.
+//
+// Of STORE and ADD a cluster takes one tile, and each of its blocks an equal share of in_features:
+// a matrix with few rows keeps most multiprocessors busy. Each block then adds up all shares of
+// some tokens, in the order of the blocks. Of STORE_F32 and GATED a block takes whole tiles, one
+// after the other.
+//
+// One warp copies through a ring of STAGES stages of shared memory (TMA, 128-byte swizzle), into
+// the next tile while this one's is stored; two warpgroups of 64 weight rows each multiply. The
+// ring fills with weights before the kernel in front of this one has ended.
+//
+// Grid: STORE, ADD: a cluster of 1 to 4 a tile. STORE_F32, GATED: any number of blocks.
+// Block: NUM_THREADS. Shared memory: 1024 + STAGES STAGE_BYTES, dynamic.
+//
+//   weight: tensor map of [width, in_features] bf16 with boxes of CHUNK columns and TILE_ROWS rows;
+//           GATED, of [width / 8, gate | up, 8, in_features], with boxes of CHUNK columns and
+//           8 x 2 x 8 rows
+//   input:  tensor map of [num_tokens, in_features] bf16, with boxes of CHUNK columns and all
+//           tokens: one that reached far behind their end would be slow. Rows of a stage that it
+//           leaves as they were are no token's.
+//   out:    [num_tokens, width] bf16, STORE_F32 f32
+//
+// width is a multiple of 8, but for STORE_F32. Every block has a share of the steps of CHUNK
+// columns.
+//
+// Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions; NVIDIA, CUTLASS, its
+// persistent cooperative kernels.
+#include "hopper.cuh"
+#include "mma.cuh"
+
+#ifndef NUM_TOKENS
+#error "NUM_TOKENS is 64 to 192, whole 32"
+#endif
+constexpr int TILE_ROWS = 128;
+constexpr int CHUNK = 64;  // columns: 128 bytes, the width of the swizzle
+constexpr int ROW_BYTES = CHUNK * sizeof(bf16);
+constexpr int GROUP_ROWS = 64, GROUP_THREADS = 128, NUM_THREADS = 3 * GROUP_THREADS;
+constexpr int MULTIPLYING_WARPS = 2 * GROUP_THREADS / WARP;
+constexpr int WEIGHT_BYTES = TILE_ROWS * ROW_BYTES, INPUT_BYTES = NUM_TOKENS * ROW_BYTES;
+constexpr int STAGE_BYTES = WEIGHT_BYTES + INPUT_BYTES;
+constexpr int STAGES = (200 << 10) / STAGE_BYTES;
+constexpr int STAGED = TILE_ROWS + 4;  // floats of a token's row of sums, without bank conflicts
+constexpr int AT_ONCE = 8;             // tokens that a warp adds up at once
+static_assert(NUM_TOKENS * STAGED * 4 <= STAGES * STAGE_BYTES, "the sums take the ring's place");
+// Of a thread, by setmaxnreg: 128 x 40 + 256 x 232 are what a launch of 384 x 168 holds.
+#define COPYING_REGISTERS "40"
+#define MULTIPLYING_REGISTERS "232"
+
+enum Epilogue { STORE = 0, ADD = 1, STORE_F32 = 2, GATED = 3 };
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
+#define NAMES_64 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+    "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_96 \
+    NAMES_64 ", " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define NAMES_128 \
+    NAMES_96 ", " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_160 \
+    NAMES_128 ", " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define NAMES_192 \
+    NAMES_160 ", " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#if NUM_TOKENS == 64
+#define SHAPE "m64n64k16"
+#define NAMES NAMES_64
+#define OPERANDS "%32, %33"
+#define ADDS "%34"
+#define SUMS SIXTEEN(0), SIXTEEN(16)
+#elif NUM_TOKENS == 96
+#define SHAPE "m64n96k16"
+#define NAMES NAMES_96
+#define OPERANDS "%48, %49"
+#define ADDS "%50"
+#define SUMS SIXTEEN(0), SIXTEEN(16), SIXTEEN(32)
+#elif NUM_TOKENS == 128
+#define SHAPE "m64n128k16"
+#define NAMES NAMES_128
+#define OPERANDS "%64, %65"
+#define ADDS "%66"
+#define SUMS SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
+#elif NUM_TOKENS == 160
+#define SHAPE "m64n160k16"
+#define NAMES NAMES_160
+#define OPERANDS "%80, %81"
+#define ADDS "%82"
+#define SUMS SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64)
+#else
+#define SHAPE "m64n192k16"
+#define NAMES NAMES_192
+#define OPERANDS "%96, %97"
+#define ADDS "%98"
+#define SUMS SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64), SIXTEEN(80)
+#endif
+// d = a b^T over 16 columns, or d += where `adds`.
+__device__ __forceinline__ void multiply_tile(float (&d)[NUM_TOKENS / 2], u64 a, u64 b, int adds) {
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " ADDS ", 0;\n"
+                 "wgmma.mma_async.sync.aligned." SHAPE ".f32.bf16.bf16 {" NAMES "}, " OPERANDS
+                 ", adds, 1, 1, 0, 0;\n}"
+                 : SUMS
+                 : "l"(a), "l"(b), "r"(adds));
+}
+__device__ __forceinline__ void sync_multiplying() {
+    asm volatile("bar.sync 1, 256;" ::: "memory");
+}
+// Where another block of the cluster has what this one has at `address`, and four floats there.
+__device__ __forceinline__ u32 address_in(int rank, u32 address) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+__device__ __forceinline__ float4 load_there(u32 address) {
+    float4 value;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                 : "r"(address)
+                 : "memory");
+    return value;
+}
+
+// Writes a warp's sums of whole tiles, 16 weight rows down and the tokens across; `first` is the
+// output column of the first one.
+__device__ __forceinline__ void store_whole(const float (&sums)[NUM_TOKENS / 2], void* out,
+                                            int epilogue, int first, int num_tokens, int width,
+                                            int lane) {
+    if (epilogue == GATED) {
+        const int column = first + lane % 4 * 2;
+        bf16* target = (bf16*)out + (i64)(lane / 4) * width + column;
+#pragma unroll
+        for (int j = 0; j < NUM_TOKENS / 8; j++) {
+            const auto gated = [&](int i) {
+                const float gate = sums[i], up = sums[i + 2];
+                return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+            };
+            const u32 pair = transpose_matrix(pack_bf16(gated(4 * j), gated(4 * j + 1)));
+            if (8 * j + lane / 4 < num_tokens && column < width) {
+                *(u32*)(target + (i64)(8 * j) * width) = pair;
+            }
+        }
+        return;
+    }
+    const int token = lane % 4 * 2;
+    float* target = (float*)out + (i64)token * width + first + lane / 4;
+#pragma unroll
+    for (int i = 0; i < NUM_TOKENS / 2; i++) {
+        const int down = i % 4 / 2 * 8, across = i / 4 * 8 + i % 2;
+        if (token + across < num_tokens && first + lane / 4 + down < width) {
+            target[(i64)across * width + down] = sums[i];
+        }
+    }
+}
+
+// Adds up what the blocks of a cluster have in the place of their rings, of this block's part of
+// the tokens; `column` is this lane's first one of the output.
+__device__ __forceinline__ void store_shares(u32 shares, bf16* out, bool adds, int column,
+                                             int num_tokens, int width, int rank, int num_ranks,
+                                             int warp, int lane) {
+    const int part = (num_tokens + num_ranks - 1) / num_ranks;
+    const int end = column < width ? min((rank + 1) * part, num_tokens) : 0;
+    uint2 before[AT_ONCE] = {};
+    const auto load_before = [&](int first) {
+#pragma unroll
+        for (int t = 0; t < AT_ONCE; t++) {
+            const int token = first + t * MULTIPLYING_WARPS;
+            if (adds && token < end) before[t] = *(const uint2*)(out + (i64)token * width + column);
+        }
+    };
+    int first = rank * part + warp;
+    load_before(first);
+    sync_cluster();
+    while (first < end) {
+        float4 sums[AT_ONCE] = {};
+        for (int r = 0; r < num_ranks; r++) {
+            const u32 there = address_in(r, shares + lane * 16);
+#pragma unroll
+            for (int t = 0; t < AT_ONCE; t++) {
+                const int token = min(first + t * MULTIPLYING_WARPS, end - 1);
+                const float4 share = load_there(there + token * STAGED * 4);
+                sums[t] = {sums[t].x + share.x, sums[t].y + share.y, sums[t].z + share.z,
+                           sums[t].w + share.w};
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < AT_ONCE; t++) {
+            const int token = first + t * MULTIPLYING_WARPS;
+            const u32 low = before[t].x, high = before[t].y;
+            const uint2 sum =
+                make_uint2(pack_bf16(low_float(low) + sums[t].x, high_float(low) + sums[t].y),
+                           pack_bf16(low_float(high) + sums[t].z, high_float(high) + sums[t].w));
+            if (token < end) *(uint2*)(out + (i64)token * width + column) = sum;
+        }
+        first += AT_ONCE * MULTIPLYING_WARPS;
+        load_before(first);
+    }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
+batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap input,
+              void* out, int num_tokens, int width, int num_tiles, int num_steps, int epilogue) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ unsigned char unaligned[];
+    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    const u32 ring_offset = -shared_address(unaligned) & 1023;
+    const u32 ring = shared_address(unaligned) + ring_offset;
+    const u32 full = shared_address(barriers), empty = full + STAGES * 8;
+    const int lane = threadIdx.x % WARP;
+    const int rank = cluster_rank(), num_ranks = cluster_size();
+    const bool is_whole = epilogue >= STORE_F32;
+    const int share = is_whole ? num_steps : (num_steps + num_ranks - 1) / num_ranks;
+    const int first_step = is_whole ? 0 : rank * share;
+    const int my_steps = min(share, num_steps - first_step);
+    const int first_tile = is_whole ? blockIdx.x : blockIdx.x / num_ranks;
+    const int stride = is_whole ? gridDim.x : num_tiles;
+
+    let_next_begin();
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            init_barrier(full + s * 8, 1);
+            init_barrier(empty + s * 8, MULTIPLYING_WARPS);
+        }
+        publish_barriers();
+    }
+    __syncthreads();
+
+    if (threadIdx.x < GROUP_THREADS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 " COPYING_REGISTERS ";");
+        if (threadIdx.x == 0) {
+            const u64 read_once = read_once_policy(), keep = keep_policy();
+            const auto load_weight = [&](int stage, int step, int tile) {
+                const u32 target = ring + stage * STAGE_BYTES, barrier = full + stage * 8;
+                const int column = (first_step + step) * CHUNK;
+                expect_bytes(barrier, WEIGHT_BYTES + num_tokens * ROW_BYTES);
+                if (epilogue == GATED) {
+                    copy_box(target, weight, column, 0, 0, tile * (TILE_ROWS / 16), barrier,
+                             read_once);
+                } else {
+                    copy_box(target, weight, column, tile * TILE_ROWS, barrier, read_once);
+                }
+            };
+            const auto load_input = [&](int stage, int step) {
+                copy_box(ring + stage * STAGE_BYTES + WEIGHT_BYTES, input,
+                         (first_step + step) * CHUNK, 0, full + stage * 8, keep);
+            };
+            Turn turn;
+            int ahead = min(my_steps, STAGES);
+            for (int step = 0; step < ahead; step++) load_weight(step, step, first_tile);
+            wait_for_previous();
+            publish_stores();  // those of the kernel in front
+            for (int tile = first_tile; tile < num_tiles; tile += stride) {
+                for (int step = 0; step < my_steps; step++) {
+                    if (ahead > 0) {
+                        ahead--;
+                    } else {
+                        wait(empty + turn.stage * 8, turn.phase ^ 1);
+                        load_weight(turn.stage, step, tile);
+                    }
+                    load_input(turn.stage, step);
+                    turn.next(STAGES);
+                }
+            }
+        }
+        __syncwarp();
+        if (!is_whole) sync_cluster();
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 " MULTIPLYING_REGISTERS ";");
+        wait_for_previous();
+        const int warp = threadIdx.x / WARP - GROUP_THREADS / WARP, group = warp / 4;
+        float sums[NUM_TOKENS / 2];
+        Turn turn;
+        for (int tile = first_tile; tile < num_tiles; tile += stride) {
+            int before = 0;
+            for (int step = 0; step < my_steps; step++) {
+                wait(full + turn.stage * 8, turn.phase);
+                const u32 rows = ring + turn.stage * STAGE_BYTES;
+                const u64 a = descriptor(rows + group * GROUP_ROWS * ROW_BYTES);
+                const u64 b = descriptor(rows + WEIGHT_BYTES);
+                begin_products();
+#pragma unroll
+                for (int k = 0; k < ROW_BYTES; k += 32) {
+                    multiply_tile(sums, a + (k >> 4), b + (k >> 4), step + k > 0);
+                }
+                commit_products();
+                wait_products<1>();
+                if (step > 0 && lane == 0) arrive(empty + before * 8);
+                before = turn.stage;
+                turn.next(STAGES);
+            }
+            wait_products<0>();
+            pin(sums);
+            if (lane == 0) arrive(empty + before * 8);
+            if (is_whole) {
+                const int first = epilogue == GATED ? tile * TILE_ROWS / 2 + warp * 8
+                                                    : tile * TILE_ROWS + warp * 16;
+                store_whole(sums, out, epilogue, first, num_tokens, width, lane);
+            }
+        }
+        if (!is_whole) {
+            sync_multiplying();  // both warpgroups have read the ring
+            float* shares = (float*)(unaligned + ring_offset);
+#pragma unroll
+            for (int i = 0; i < NUM_TOKENS / 2; i++) {
+                const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+                shares[token * STAGED + warp * 16 + lane / 4 + i % 4 / 2 * 8] = sums[i];
+            }
+            store_shares(ring, (bf16*)out, epilogue == ADD, first_tile * TILE_ROWS + lane * 4,
+                         num_tokens, width, rank, num_ranks, warp, lane);
+            __syncwarp();
+        }
+    }
+    // No block ends while another one may still read its shared memory.
+    if (!is_whole) sync_cluster();
+#endif
+}
