@@ -59,8 +59,8 @@ pub trait Element: AnyBits {
         unreachable!("a type without a code")
     }
 
-    /// What they are codes of, but for a power of two.
-    fn decode(_codes: &[[Self::Word; LANES]; CODED]) -> [[Self::Word; LANES]; PLAIN] {
+    /// What a lane's are codes of, but for a power of two.
+    fn decode(_codes: [Self::Word; CODED]) -> [Self::Word; PLAIN] {
         unreachable!("a type without a code")
     }
 
@@ -187,7 +187,7 @@ impl Element for bf16 {
         coded::encode(four, base)
     }
 
-    fn decode(codes: &[[u32; LANES]; CODED]) -> [[u32; LANES]; PLAIN] {
+    fn decode(codes: [u32; CODED]) -> [u32; PLAIN] {
         coded::decode(codes)
     }
 

@@ -8,6 +8,7 @@
 pub mod coded;
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::LANES;
 use super::element::Element;
@@ -40,16 +41,17 @@ impl<E: Element> PackedMatrix<E> {
         read: impl Fn(usize, &mut [E]) + Sync,
     ) -> std::io::Result<Self> {
         let size = (rows, columns);
-        if let Some(code) = Code::fitting(pool.isa(), rows, columns, &read) {
-            let coded = Self::pack_as(pool, arena, size, is_gated, &read, Some(code))?;
-            if coded.code.as_ref().is_some_and(|code| code.is_worth_it(rows * columns)) {
-                return Ok(coded);
-            }
-            arena.take_back(coded.words);
+        let code = Code::fitting(pool.isa(), rows, columns, &read);
+        if let Some(code) = code
+            && let Some(coded) = Self::pack_as(pool, arena, size, is_gated, &read, Some(code))?
+        {
+            return Ok(coded);
         }
-        Self::pack_as(pool, arena, size, is_gated, &read, None)
+        let plain = Self::pack_as(pool, arena, size, is_gated, &read, None)?;
+        Ok(plain.unwrap_or_else(|| unreachable!("only a code can have too many exceptions")))
     }
 
+    /// `None` if more parameters lack a code than a sample had said.
     fn pack_as(
         pool: &mut Pool,
         arena: &mut Arena,
@@ -57,9 +59,8 @@ impl<E: Element> PackedMatrix<E> {
         is_gated: bool,
         read: &(impl Fn(usize, &mut [E]) + Sync),
         mut code: Option<Code>,
-    ) -> std::io::Result<Self> {
-        let num_pairs =
-            if is_gated { (rows / 2).div_ceil(LANES) } else { rows.div_ceil(2 * LANES) };
+    ) -> std::io::Result<Option<Self>> {
+        let num_pairs = if is_gated { rows / 2 } else { rows.div_ceil(2) }.div_ceil(LANES);
         let pair_len = pair_len(code.as_ref(), columns.div_ceil(E::PER_WORD));
         let words = arena.zeroed(num_pairs * pair_len)?;
         let mut matrix = Self { words, rows, columns, is_gated, code: None };
@@ -67,16 +68,26 @@ impl<E: Element> PackedMatrix<E> {
         let pairs = matrix.words.as_mut_slice().chunks_exact_mut(pair_len.max(1));
         let mut pairs: Vec<_> = pairs.map(|pair| (pair, [Vec::new(), Vec::new()])).collect();
         let base = code.as_ref().map(Code::base);
+        let num_patches = AtomicUsize::new(0);
+        let is_worth_it =
+            || coded::is_worth_it(num_patches.load(Ordering::Relaxed), rows * columns);
         pool.each(&mut pairs, |pair, (words, patches)| {
             for panel in 0..2 {
-                let rows = &rows_of[pair][panel];
-                patches[panel] = pack_panel(rows, columns, base, read, panel, words);
+                if is_worth_it() {
+                    let rows = &rows_of[pair][panel];
+                    patches[panel] = pack_panel(rows, columns, base, read, panel, words);
+                    num_patches.fetch_add(patches[panel].len(), Ordering::Relaxed);
+                }
             }
         });
+        if !is_worth_it() {
+            arena.take_back(matrix.words);
+            return Ok(None);
+        }
         if let Some(code) = &mut code {
             code.set_patches(pairs.into_iter().flat_map(|(_, patches)| patches));
         }
-        Ok(Self { code, ..matrix })
+        Ok(Some(Self { code, ..matrix }))
     }
 
     /// Whether it is made of gate and up.
@@ -137,9 +148,9 @@ impl<E: Element> PackedMatrix<E> {
     /// Copies one row: an embedding is read like this.
     ///
     /// # Panics
-    /// If the matrix is gated.
+    /// If the matrix is gated or has no such row.
     pub fn row(&self, row: usize, output: &mut [f32]) {
-        assert!(!self.is_gated, "rows in their order");
+        assert!(!self.is_gated && row < self.rows, "rows in their order");
         let (panel, lane) = (row / LANES, row % LANES);
         let words = self.pair(panel / 2);
         let mut put = |word: usize, value: E::Word, scale: f32| {
@@ -155,8 +166,9 @@ impl<E: Element> PackedMatrix<E> {
             return;
         };
         for (step, pair) in coded::steps(words).iter().enumerate() {
-            for (word, lanes) in E::decode(&pair[panel % 2]).iter().enumerate() {
-                put(PLAIN * step + word, lanes[lane], code.scale());
+            let codes = pair[panel % 2].map(|lanes| lanes[lane]);
+            for (word, value) in E::decode(codes).into_iter().enumerate() {
+                put(PLAIN * step + word, value, code.scale());
             }
         }
         for patch in code.patches(panel).iter().filter(|patch| patch.lane == lane as u32) {

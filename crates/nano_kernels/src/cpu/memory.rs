@@ -10,7 +10,7 @@ use memmap2::{Advice, MmapMut, MmapRaw};
 /// A type of which any bits are a value.
 ///
 /// # Safety
-/// They are, and it needs no more than a page's alignment.
+/// They are.
 pub unsafe trait AnyBits: Copy + Default + Debug + Send + Sync + 'static {}
 
 // SAFETY: numbers.
@@ -23,7 +23,7 @@ unsafe impl AnyBits for u32 {}
 /// Bytes of a large page.
 const LARGE_PAGE: usize = 2 << 20;
 /// Bytes that an arena asks for at once, at least. What is never written takes none.
-const ARENA_BYTES: usize = 256 << 20;
+const ARENA_BYTES: usize = 64 << 20;
 
 /// `len` elements, in large pages, where the system has them: a walk through gigabytes misses the
 /// table of small ones all the time.
@@ -97,7 +97,13 @@ impl Arena {
     }
 
     /// Takes back what it gave last.
+    ///
+    /// # Panics
+    /// If it was not the last, or another's.
     pub(super) fn take_back<T: AnyBits>(&mut self, mut last: Memory<T>) {
+        let is_own = self.map.as_ref().is_some_and(|map| Arc::ptr_eq(map, &last.map));
+        let end = num_bytes::<T>(last.len).map(|len| last.start + len).ok();
+        assert!(is_own && end == Some(self.used), "the arena's last memory");
         last.as_mut_slice().fill(T::default());
         self.used = last.start;
     }
@@ -105,6 +111,7 @@ impl Arena {
 
 /// Bytes of `len` elements, whole lines of a cache.
 fn num_bytes<T: AnyBits>(len: usize) -> std::io::Result<usize> {
+    const { assert!(align_of::<T>() <= Memory::<T>::ALIGN, "an arena aligns to lines") };
     let num_bytes = len.checked_mul(size_of::<T>());
     let lines = num_bytes.and_then(|it| it.max(1).checked_next_multiple_of(Memory::<T>::ALIGN));
     lines.ok_or_else(|| std::io::ErrorKind::OutOfMemory.into())
@@ -142,5 +149,12 @@ mod tests {
         let again = arena.zeroed::<u32>(3).unwrap();
         assert_eq!((again.as_slice(), again.as_slice().as_ptr()), (&[0; 3][..], place));
         assert!(arena.zeroed::<u32>(usize::MAX / 2).is_err());
+        let not_last = || {
+            let mut arena = Arena::default();
+            let first = arena.zeroed::<u32>(3).unwrap();
+            let _last = arena.zeroed::<u32>(3).unwrap();
+            arena.take_back(first);
+        };
+        assert!(std::panic::catch_unwind(not_last).is_err());
     }
 }

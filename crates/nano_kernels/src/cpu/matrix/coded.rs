@@ -28,8 +28,14 @@ const DECODED_BASE: u32 = 0x70;
 pub(in crate::cpu) const BASES: u32 = (DECODED_BASE << 7) * 0x0001_0001;
 /// Where they lie: bits that a code has to spare.
 pub(in crate::cpu) const SPARE: u32 = 0x7800_7800;
-/// Which bits of the fourth vector each of the three keeps; the first ones as many bits to the left
-/// as one part has, the next ones twice, then three times as many, around the end of the word.
+/// Which bits of the fourth vector's codes the three others keep in these places:
+///
+/// ```text
+/// a code                   s....eeeemmmmmmm   sign, spare, exponent, mantissa
+/// kept by the first             ####          4 bits to the left
+///         by the second             ####      8
+///         by the third     #           ###    12, around the end of the word
+/// ```
 pub(in crate::cpu) const PARTS: [u32; CODED] = [0x0780_0780, 0x0078_0078, 0x8007_8007];
 /// Bits of a part in one number.
 pub(in crate::cpu) const PART_BITS: u32 = 4;
@@ -100,15 +106,12 @@ impl Code {
 
     pub(super) fn set_patches(&mut self, panels: impl Iterator<Item = Vec<Patch>>) {
         self.starts.push(0);
-        for patches in panels {
+        for mut patches in panels {
+            // Neighbours in another order are of one sum, which would wait for each of them.
+            patches.sort_by_key(|patch| patch.column);
             self.patches.extend(patches);
             self.starts.push(self.patches.len() as u32);
         }
-    }
-
-    /// Whether few enough parameters of a matrix of that size lack a code: a sample may not tell.
-    pub(super) fn is_worth_it(&self, num_parameters: usize) -> bool {
-        is_worth_it(self.patches.len(), num_parameters)
     }
 
     /// Bytes of the patches.
@@ -167,7 +170,7 @@ pub(super) fn steps_mut<W>(pair: &mut [W]) -> &mut [Step<W>] {
 }
 
 /// Whether so many parameters may lack a code among so many.
-fn is_worth_it(num_patches: usize, num_parameters: usize) -> bool {
+pub(super) fn is_worth_it(num_patches: usize, num_parameters: usize) -> bool {
     num_patches * MIN_PER_PATCH <= num_parameters
 }
 
@@ -213,18 +216,9 @@ fn short(bits: u32, base: u32) -> u32 {
     if exponent < NUM_EXPONENTS { bits & 0x807F | exponent << 7 } else { 0 }
 }
 
-/// Pairs of bfloat16 from their codes, but for a power of two.
-pub(in crate::cpu) fn decode(codes: &[[u32; LANES]; CODED]) -> [[u32; LANES]; PLAIN] {
-    std::array::from_fn(|vector| {
-        std::array::from_fn(|lane| {
-            let part = |(at, part): (usize, u32)| {
-                codes[at][lane].rotate_right(PART_BITS * (at as u32 + 1)) & part
-            };
-            let short = match codes.get(vector) {
-                Some(codes) => codes[lane] & !SPARE,
-                None => PARTS.into_iter().enumerate().map(part).fold(0, |all, it| all | it),
-            };
-            short | BASES
-        })
-    })
+/// The words of one lane from its codes, but for a power of two.
+pub(in crate::cpu) fn decode(codes: [u32; CODED]) -> [u32; PLAIN] {
+    let part = |at: usize| codes[at].rotate_right(PART_BITS * (at as u32 + 1)) & PARTS[at];
+    let last = (0..CODED).fold(0, |word, at| word | part(at));
+    [codes[0], codes[1], codes[2], last].map(|code| code & !SPARE | BASES)
 }

@@ -164,3 +164,30 @@ pub(in crate::cpu) fn first_tile_avx512<const ROWS: usize>(
         }
     }
 }
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+    use crate::cpu::matrix::coded::{decode, encode};
+
+    #[test]
+    fn vectors_are_decoded_as_lanes_are() {
+        if !Isa::available().into_iter().any(Isa::has_bf16_products) {
+            println!("skipped: the processor multiplies no bfloat16");
+            return;
+        }
+        let word = |index: usize| (index as u32 + 1).wrapping_mul(0x9E37_79B9) & 0xBFFF_BFFF;
+        for round in 0..500 {
+            let at = |vector: usize, lane: usize| word((round * PLAIN + vector) * LANES + lane);
+            let four = std::array::from_fn(|vector| std::array::from_fn(|lane| at(vector, lane)));
+            let codes = encode(&four, 0x60);
+            // SAFETY: the processor has the instructions.
+            let found: [[u32; LANES]; PLAIN] =
+                unsafe { std::mem::transmute(decode_avx512(&codes)) };
+            for lane in 0..LANES {
+                let expected = decode(codes.map(|codes| codes[lane]));
+                assert_eq!(found.map(|words| words[lane]), expected, "{round} {lane}");
+            }
+        }
+    }
+}
