@@ -15,7 +15,6 @@ from typing import Any
 from nano_batch import __version__
 from nano_batch.bench.roofline import Limits, Shapes
 from nano_batch.bench.side import Answer
-from nano_batch.bench.summary import median
 from nano_batch.bench.workload import Workload
 from nano_batch.exceptions import NanoBatchError
 
@@ -52,7 +51,8 @@ def header(
         "num_cores": os.cpu_count(),
         "busy_cores_at_start": options["busy_cores_at_start"],
         **facts["limits"],
-        **{name: median(run[name] for run in limits) for name in limits[0]},
+        # A limit is what was seen at best.
+        **{name: max(run[name] for run in limits) for name in limits[0]},
         "runs": limits,
     }
     shapes = Shapes(workload.config)
@@ -110,6 +110,13 @@ def limits_of(result: Result) -> Limits:
         1e9 * max(machine["matmul_gflop_per_s"], machine.get("prefill_gflop_per_s", 0)),
         model["weight_bytes_per_step"] / Shapes(model["config"]).parameters_read,
     )
+
+
+def memory_rates(result: Result) -> str:
+    """The best rate, which is the limit, and the worst of a run where they are far apart."""
+    rates = [max(run["read_gb_per_s"], run["copy_gb_per_s"]) for run in result["machine"]["runs"]]
+    best = limits_of(result).bytes_per_s / 1e9
+    return f"{best:,.0f}" if min(rates) > 0.9 * best else f"{min(rates):,.0f} to {best:,.0f}"
 
 
 def write(result: Result, path: Path) -> None:

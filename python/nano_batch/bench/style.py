@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from nano_batch.bench.result import Result, device_name
+from nano_batch.bench.result import Result, device_name, memory_rates
 
 # Each color that is drawn, its name in the SVG, and what it is where the page is dark.
 _ROLES = {
@@ -84,23 +84,19 @@ def new_figure(
 
 def caption(figure: Figure, result: Result, data: str, note: str) -> None:
     """Say what was measured, where and when, and where the numbers are."""
-    workload, machine, versions = (result[key] for key in ("workload", "machine", "versions"))
+    workload, versions = result["workload"], result["versions"]
     day = datetime.fromisoformat(result["time"]).date().isoformat()
     model = result["model"]["name"]
     text = (
         f"{note} {model[0].upper()}{model[1:]}, bfloat16; {workload['prompt_len']} tokens in, "
         f"{workload['output_len']} out, greedy; median of {result['runs']} runs. "
-        f"{device_name(result)}, memory {_bandwidth(machine):,.0f} GB/s; torch "
+        f"{device_name(result)}, memory {memory_rates(result)} GB/s; torch "
         f"{versions['torch']}, transformers {versions['transformers']}; {day}. Data: {data}"
     )
     height = figure.get_size_inches()[1]
     for index, line in enumerate(textwrap.wrap(text, _CAPTION_CHARS, break_on_hyphens=False)):
         y = (_CAPTION_INCHES - 0.17 * (index + 1)) / height
         figure.text(0.012, y, line, size=8, color=COLOR["quiet"], va="baseline")
-
-
-def _bandwidth(machine: Result) -> float:
-    return float(max(machine["read_gb_per_s"], machine["copy_gb_per_s"]))
 
 
 def to_svg(figure: Figure, description: str) -> str:

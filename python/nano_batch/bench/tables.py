@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterable
 from datetime import datetime
 
-from nano_batch.bench.result import Result, device_name, limits_of
+from nano_batch.bench.result import Result, device_name, limits_of, memory_rates
 from nano_batch.bench.summary import median
 
 
@@ -30,8 +30,8 @@ def conditions(result: Result) -> str:
     commit, *changes = result["commit"].split(" ", 1)
     return (
         f"Median of {result['runs']} runs, {device_name(result)}, {day}: "
-        f"memory {limits.bytes_per_s / 1e9:,.0f} GB/s and matrix "
-        f"products {limits.operations_per_s / 1e12:.3g} TFLOP/s, both measured; "
+        f"memory {memory_rates(result)} GB/s and matrix products "
+        f"{limits.operations_per_s / 1e12:.3g} TFLOP/s, both measured; "
         f"{result['machine']['busy_cores_at_start']:.1f} cores busy before; commit "
         f"{' '.join([commit[:12], *changes])}; {versions}."
     )
