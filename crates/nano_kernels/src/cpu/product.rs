@@ -26,7 +26,7 @@ use tile::{Ahead, Sums, TileRows, run_tile};
 pub(super) const MAX_TILE_ROWS: usize = 12;
 /// Tiles that share each read of parameters.
 const MAX_TILES: usize = 4;
-/// Words of a panel that are read at once: with those of its neighbour half a first cache.
+/// Words of a panel that are read at once: those of two panels are a third to half of a first cache.
 const BLOCK_WORDS: usize = 128;
 /// Numbers of rows at which blocks of plain words pay: fewer wait for memory alone, whose stream the
 /// processor sees by itself; more wait for arithmetic alone. Codes of more than one tile are decoded

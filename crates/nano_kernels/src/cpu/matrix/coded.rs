@@ -136,7 +136,8 @@ impl Code {
 
     /// Makes sums of decoded words, of rows with a panel, those of the parameters; `words` are the
     /// rows' inputs, `[num_words, num_rows]`. Where one is infinite and its parameter has a patch, the
-    /// sum is no number.
+    /// sum is no number; where decoded words are larger than parameters, a sum near the largest number
+    /// is infinite.
     #[inline(always)]
     pub(in crate::cpu) fn correct<E: Element>(
         &self,
