@@ -103,6 +103,24 @@ fn a_missing_tensor_is_named() {
 }
 
 #[test]
+fn a_layer_beyond_the_configs_is_named_and_other_tensors_too_many_are_not_missed() {
+    let dir = model();
+    let with = |name: &str| {
+        let mut shapes = shapes();
+        shapes.push((name.to_owned(), vec![3]));
+        write_safetensors(&dir.path().join("model.safetensors"), &shapes);
+    };
+    for extra in ["model.layers.2.mlp.up_proj.weight", "model.layers.10.self_attn.inv_freq"] {
+        with(extra);
+        refused(dir.path(), "tensor_unexpected", &[extra, "num_hidden_layers is 2"]);
+    }
+    for allowed in ["model.layers.1.self_attn.rotary_emb.inv_freq", "model.layers.x", "more"] {
+        with(allowed);
+        load(dir.path(), &options()).unwrap();
+    }
+}
+
+#[test]
 fn a_misshapen_tensor_is_named_with_both_shapes() {
     let dir = model();
     let mut shapes = shapes();

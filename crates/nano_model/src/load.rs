@@ -354,6 +354,9 @@ fn load_decoder<B: Backend>(
     source: Source<'_>,
     backend: &mut B,
 ) -> Result<Decoder<B>> {
+    if let Source::Checkpoint(map) = source {
+        map.check_layers(spec.layers.len())?;
+    }
     let hidden = spec.hidden_size;
     let query_size = spec.num_heads * spec.head_dim;
     let kv_size = spec.num_kv_heads * spec.head_dim;

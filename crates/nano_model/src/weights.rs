@@ -107,6 +107,23 @@ impl WeightMap {
         Ok(TensorBytes { dtype, bytes: &self.shards[entry.shard][entry.start..entry.end] })
     }
 
+    /// Refuses layers from `num_layers` on, of which a model would be cut off without a word. Other
+    /// tensors that nobody asks for, such as rotary frequencies, are allowed.
+    ///
+    /// # Errors
+    /// Names the first such tensor by name, and the limit.
+    pub fn check_layers(&self, num_layers: usize) -> Result<()> {
+        let is_extra = |name: &&String| {
+            let rest = name.strip_prefix("model.layers.");
+            let index = rest.and_then(|rest| rest.split_once('.')?.0.parse::<usize>().ok());
+            index.is_some_and(|index| index >= num_layers)
+        };
+        match self.entries.keys().filter(is_extra).min() {
+            Some(name) => Err(Error::ExtraLayer { name: name.clone(), num_layers }),
+            None => Ok(()),
+        }
+    }
+
     /// The data type of the checkpoint's first tensor by name, for a config that names none.
     pub fn dtype(&self) -> Option<Dtype> {
         let first = self.entries.iter().min_by_key(|(name, _)| name.as_str());
