@@ -66,6 +66,13 @@ def test_the_tokenizer_refuses_what_is_no_token(reciting):
 
 
 @pytest.mark.usefixtures("unharmed")
+def test_a_stop_token_outside_the_vocabulary_is_refused(reciting):
+    params = SamplingParams(stop_token_ids=[5, 99999])
+    message = refused(InvalidRequestError, lambda: reciting.stream("?", params))
+    assert_names(message, "stop_token_ids", 99999, "position 1", "vocabulary of 258")
+
+
+@pytest.mark.usefixtures("unharmed")
 def test_one_bad_prompt_refuses_the_whole_list(reciting, wait_until):
     refused(
         InvalidRequestError,
