@@ -169,7 +169,8 @@ fn options_that_do_not_fit_are_refused_with_their_limits() {
     refused(&ModelOptions { num_threads: Some(0), ..plain.clone() }, &["num_threads", "0"]);
     refused(&ModelOptions { num_threads: Some(1 << 40), ..plain.clone() }, &["num_threads"]);
     let tiny = ModelOptions { num_blocks: None, kv_cache_bytes: Some(10), ..plain };
-    refused(&tiny, &["kv_cache_gib"]);
+    // A block is 4 slots of 2 layers of 2 heads of 6 elements, keys and values, 4 bytes each.
+    refused(&tiny, &["kv_cache_gib", "from 0.000000715 to", "got 0.000000009 (0 blocks)"]);
 }
 
 #[test]
