@@ -1,7 +1,8 @@
 //! The checkpoint: safetensors, whole or sharded, mapped from disk.
 //!
-//! The map is read once, tensor by tensor, into memory that the back end owns, and dropped when
-//! the model is loaded: weights are never in memory twice.
+//! The map is read once, matrix by matrix, into memory that the back end owns, and dropped when the
+//! model is loaded. The pages of a matrix are given back when all of it is packed: until then that
+//! one is in memory twice.
 
 use std::collections::HashMap;
 use std::fs::File;
