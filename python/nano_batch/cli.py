@@ -11,6 +11,8 @@ from nano_batch import Engine, NanoBatchError, SamplingParams, __version__
 from nano_batch.bench import command as bench
 
 _EXIT_FAILURE, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
+# The codes of errors that are about a flag's value, not about the prompt or the model.
+_WRONG_VALUES = ("invalid_config", "invalid_sampling_params", "unsupported_parameter")
 
 # The keywords of `Engine` and of `SamplingParams` that are flags, and how argparse reads them.
 _ENGINE: dict[str, dict[str, Any]] = {
@@ -53,7 +55,7 @@ _SAMPLING: dict[str, dict[str, Any]] = {
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0, 1 on failure, 2 on wrong usage, 130 on Ctrl-C."""
+    """Run one command and exit: 0, 1 on failure, 2 on wrong flags or values, 130 on Ctrl-C."""
     args = _parser().parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING,
@@ -64,13 +66,16 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(args.run(args))
     except KeyboardInterrupt:
         sys.exit(_EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; say nothing when the interpreter flushes.
+    except OSError as error:
+        # Whoever read our output has seen enough, or its device is full: the latter is told once,
+        # and nothing when the interpreter flushes.
+        if not isinstance(error, BrokenPipeError):
+            print(f"nano-batch: {error}", file=sys.stderr)
         sys.stdout = None
         sys.exit(_EXIT_FAILURE)
     except NanoBatchError as error:
         print(f"nano-batch: {error}", file=sys.stderr)
-        sys.exit(_EXIT_FAILURE)
+        sys.exit(_EXIT_USAGE if error.code in _WRONG_VALUES else _EXIT_FAILURE)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    if args.prompt is None and sys.stdin.isatty():
+    # There is none if its descriptor is closed.
+    if args.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         print("nano-batch generate: give --prompt, or a text on stdin", file=sys.stderr)
         return _EXIT_USAGE
     if args.seed is None:
@@ -104,19 +110,24 @@ def _generate(args: argparse.Namespace) -> int:
     params = SamplingParams(**{name: getattr(args, name) for name in _SAMPLING})
     prompt = _read_stdin() if args.prompt is None else args.prompt
     with Engine(args.model, **{name: getattr(args, name) for name in _ENGINE}) as engine:
-        num_tokens, start, first_token_s = 0, time.perf_counter(), 0.0
+        num_tokens, start, first_token_s, code = 0, time.perf_counter(), 0.0, 0
         stream = engine.stream(prompt, params)
-        print(prompt, end="", flush=True)
-        for output in stream:
-            num_tokens += len(output.outputs[0].token_ids)
-            first_token_s = output.metrics.first_token_s
-            print(output.outputs[0].text, end="", flush=True)
+        try:
+            print(prompt, end="", flush=True)
+            for output in stream:
+                num_tokens += len(output.outputs[0].token_ids)
+                first_token_s = output.metrics.first_token_s
+                print(output.outputs[0].text, end="", flush=True)
+        except KeyboardInterrupt:
+            # Without the seed nobody could repeat what was interrupted.
+            code = _EXIT_INTERRUPTED
         elapsed = time.perf_counter() - start
-        print(flush=True)
+        # Ctrl-C ends a reader of our output, too.
+        print(file=sys.stderr if code else sys.stdout, flush=True)
     rate = f"{num_tokens / elapsed:.1f} tok/s"
-    first = f"first token after {1e3 * first_token_s:.0f} ms"
-    print(f"{num_tokens} tokens, {rate}, {first}, seed {args.seed}", file=sys.stderr)
-    return 0
+    first = f"first token after {1e3 * first_token_s:.0f} ms, " if num_tokens else ""
+    print(f"{num_tokens} tokens, {rate}, {first}seed {args.seed}", file=sys.stderr)
+    return code
 
 
 def _read_stdin() -> str:

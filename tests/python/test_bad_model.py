@@ -208,6 +208,12 @@ def test_a_missing_tensor_is_named(name, directory):
     assert_names(load_fails(directory), name)
 
 
+def test_a_layer_beyond_the_configs_is_named(directory):
+    edit_config(directory, lambda config: config.update(num_hidden_layers=1))
+    message = load_fails(directory)
+    assert_names(message, "model.layers.1.input_layernorm.weight", "num_hidden_layers is 1")
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [

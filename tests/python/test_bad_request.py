@@ -1,6 +1,9 @@
 """A request or option that does not hold is refused at once, in a sentence with limit and value, by
 the right class; requests that run meanwhile never notice."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from nano_batch import Engine, SamplingParams
@@ -63,6 +66,13 @@ def test_the_tokenizer_refuses_what_is_no_token(reciting):
     decode = reciting.get_tokenizer().decode
     assert_names(refused(InvalidRequestError, lambda: decode([5, -1])), -1, "position 1")
     assert_names(refused(InvalidRequestError, lambda: decode([2**32])), 2**32, "position 0")
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_a_stop_token_outside_the_vocabulary_is_refused(reciting):
+    params = SamplingParams(stop_token_ids=[5, 99999])
+    message = refused(InvalidRequestError, lambda: reciting.stream("?", params))
+    assert_names(message, "stop_token_ids", 99999, "position 1", "vocabulary of 258")
 
 
 @pytest.mark.usefixtures("unharmed")
@@ -232,3 +242,25 @@ def test_an_option_of_another_type_or_name_is_refused(options, reciting_dir, ope
     (name,) = options
     with pytest.raises((TypeError, InvalidRequestError), match=name):
         open_engine(reciting_dir, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "mib", "words"),
+    [
+        ({}, 400, ["KV cache", "blocks take", "bytes", "set num_blocks or kv_cache_gib"]),
+        ({"num_blocks": 1}, 240, ["a parameter", "values take up to", "bytes"]),
+    ],
+)
+def test_memory_that_the_system_does_not_give_is_named_with_its_size(options, mib, words):
+    script = f"""
+import resource, nano_batch
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + ({mib} << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    nano_batch.Engine(device="cpu", num_threads=1, **{options})
+except nano_batch.NanoBatchError as error:
+    print(error.code, error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert_names(done.stdout, "out_of_memory", "no memory for", *words)

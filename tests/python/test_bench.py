@@ -249,22 +249,32 @@ def test_bytes_and_operations_are_those_counted_by_hand():
         (["plot", ROOT / "benches/results/cuda-h100-kernels.json"], "not a result of throughput"),
         (["latency", "--quick", "--out", "/dev/null/out.json"], "/dev/null/out.json"),
         (["latency", "--quick", "--out", "/"], "cannot be written to /"),
-        (["throughput", "--device", "cpu", "--llama-python", "python"], "needs a checkout"),
-        (["throughput", "--quick", "--device", "cuda"], "cuda"),
-        (["throughput", "--quick", "--device", "cpu", "--llama-python", "python"], "llama"),
     ],
 )
 def test_a_failure_is_one_sentence(arguments, word, tmp_path):
-    done = bench(tmp_path, *arguments)
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
+    check_refused(tmp_path, arguments, word, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["throughput", "--device", "cpu", "--llama-python", "python"], "needs a checkout"),
+        (["throughput", "--quick", "--device", "cuda"], "--device cpu"),
+        (["throughput", "--quick", "--device", "cpu", "--llama-python", "python"], "llama"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(arguments, word, tmp_path):
+    check_refused(tmp_path, arguments, word, 2)
+
+
+def check_refused(directory, arguments, word, code):
+    done = bench(directory, *arguments)
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, 1)
     assert word in done.stderr
 
 
 def test_an_interpreter_that_is_not_there_is_noticed_before_anything_is_measured():
-    done = bench(ROOT, "throughput", "--device", "cpu", "--llama-python", "/nope")
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert "/nope" in done.stderr
+    check_refused(ROOT, ["throughput", "--device", "cpu", "--llama-python", "/nope"], "/nope", 2)
 
 
 def test_a_quick_look_is_at_the_cpu_where_there_is_a_gpu(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """The command `nano-batch`: what it prints where, and its exit codes."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -92,14 +93,31 @@ def test_wrong_usage_exits_with_2(arguments, command):
     [
         (["/no/such/model"], ["/no/such/model"]),
         (["--device", "cuda:77"], ["no CUDA device"]),
-        (["--temperature", "-1"], ["temperature", "-1"]),
-        (["--max-tokens", "0"], ["max_tokens", "0"]),
         (["--max-model-len", "3"], ["max_model_len", "3"]),
     ],
 )
 def test_a_failure_is_one_sentence_and_exits_with_1(arguments, words, command):
+    check_refused(command, arguments, words, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--top-p", "0"], ["top_p", "(0, 1]", "0"]),
+        (["--max-tokens", "0"], ["max_tokens", "0"]),
+        (["--dtype", "int3"], ["dtype", "int3"]),
+        (["--device", "cpu", "--kv-cache-gib", "1e-9"], ["kv_cache_gib", "0.000000001"]),
+        (["--num-blocks", "8", "--kv-cache-gib", "1"], ["exclude each other"]),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_and_exits_with_2(arguments, words, command):
+    check_refused(command, arguments, words, 2)
+
+
+def check_refused(command, arguments, words, code):
     done = run(command, "generate", *arguments, "--prompt", "a long prompt, as prompts go")
-    assert done.returncode == 1
+    assert done.returncode == code
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     for word in words:
@@ -122,6 +140,8 @@ def test_ctrl_c_exits_with_130(command, reciting_dir):
             raise
     assert process.returncode == 130, errors
     assert b"Traceback" not in errors
+    # What repeats the run.
+    assert re.search(rb"^\d+ tokens, .*, seed \d+$", errors, re.MULTILINE)
 
 
 def test_a_reader_that_leaves_ends_the_program_quietly(command, reciting_dir):
@@ -138,6 +158,23 @@ def test_a_reader_that_leaves_ends_the_program_quietly(command, reciting_dir):
     assert process.returncode != 0
     assert b"Traceback" not in errors
     assert b"Exception ignored" not in errors
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_device_is_told_in_one_line(command, reciting_dir):
+    arguments = ["generate", reciting_dir, "--prompt", "?", *GREEDY]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, *map(str, arguments)], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["nano-batch: [Errno 28] No space left on device"]
+
+
+def test_a_closed_stdin_is_no_input(command):
+    done = run(["bash", "-c", '"$@" <&-', "bash", *command], "generate")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "nano-batch generate: give --prompt, or a text on stdin\n"
 
 
 def test_it_tells_its_version(command):

@@ -161,6 +161,8 @@ def test_a_python_example_runs_as_written(block):
     output = check_program("-c", block.content)
     # What an example claims to show is shown.
     assert "False" not in re.findall(r"the same \w+: (\w+)", output)
+    claims = re.findall(r"running at the same time: (\d+)", output)
+    assert claims == ["2"] * block.content.count("running at the same time:")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda it: it.name)

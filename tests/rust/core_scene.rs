@@ -28,7 +28,8 @@ pub(crate) struct Machine {
     fault: Option<(u64, Fault)>,
 }
 
-/// What somebody asks for; token ids are taken modulo the vocabulary.
+/// What somebody asks for; tokens of the prompt are taken modulo the vocabulary, stop tokens outside
+/// it are left out.
 #[derive(Clone, Debug)]
 pub(crate) struct Ask {
     prompt: Vec<u32>,
@@ -115,9 +116,10 @@ impl Machine {
     }
 
     fn request(&self, id: u64, ask: &Ask) -> nano_core::Result<Request> {
+        let stop = ask.stop.iter().filter(|token| **token < self.vocab_size);
         let params = SamplingParams {
             seed: ask.seed,
-            stop_token_ids: ask.stop.iter().copied().map(TokenId).collect(),
+            stop_token_ids: stop.copied().map(TokenId).collect(),
             ignore_eos: ask.ignore_eos,
             max_tokens: ask.max_tokens,
             min_tokens: ask.min_tokens,

@@ -180,6 +180,11 @@ fn a_bad_request_is_refused_and_harms_no_other() {
         refuse(vec![TokenId(1), TokenId(50)], default()),
         "prompt token 50 at position 1 is outside the vocabulary of 50"
     );
+    let stop = SamplingParams { stop_token_ids: [TokenId(99_999)].into(), ..default() };
+    assert_eq!(
+        refuse(vec![TokenId(1)], stop),
+        "stop_token_ids token 99999 at position 0 is outside the vocabulary of 50"
+    );
     assert_eq!(
         refuse(vec![TokenId(1); 201], default()),
         "prompt has 201 tokens, but max_model_len is 200"

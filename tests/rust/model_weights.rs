@@ -103,6 +103,24 @@ fn a_missing_tensor_is_named() {
 }
 
 #[test]
+fn a_layer_beyond_the_configs_is_named_and_other_tensors_too_many_are_not_missed() {
+    let dir = model();
+    let with = |name: &str| {
+        let mut shapes = shapes();
+        shapes.push((name.to_owned(), vec![3]));
+        write_safetensors(&dir.path().join("model.safetensors"), &shapes);
+    };
+    for extra in ["model.layers.2.mlp.up_proj.weight", "model.layers.10.self_attn.inv_freq"] {
+        with(extra);
+        refused(dir.path(), "tensor_unexpected", &[extra, "num_hidden_layers is 2"]);
+    }
+    for allowed in ["model.layers.1.self_attn.rotary_emb.inv_freq", "model.layers.x", "more"] {
+        with(allowed);
+        load(dir.path(), &options()).unwrap();
+    }
+}
+
+#[test]
 fn a_misshapen_tensor_is_named_with_both_shapes() {
     let dir = model();
     let mut shapes = shapes();
@@ -151,7 +169,8 @@ fn options_that_do_not_fit_are_refused_with_their_limits() {
     refused(&ModelOptions { num_threads: Some(0), ..plain.clone() }, &["num_threads", "0"]);
     refused(&ModelOptions { num_threads: Some(1 << 40), ..plain.clone() }, &["num_threads"]);
     let tiny = ModelOptions { num_blocks: None, kv_cache_bytes: Some(10), ..plain };
-    refused(&tiny, &["kv_cache_gib"]);
+    // A block is 4 slots of 2 layers of 2 heads of 6 elements, keys and values, 4 bytes each.
+    refused(&tiny, &["kv_cache_gib", "from 0.000000715 to", "got 0.000000009 (0 blocks)"]);
 }
 
 #[test]

@@ -32,14 +32,16 @@ pub enum Error {
     /// A prompt without a single token.
     #[error("prompt is empty: at least one token is needed")]
     EmptyPrompt,
-    /// A prompt token that the model has no embedding for.
+    /// A prompt token that the model has no embedding for, or a stop token that it cannot sample.
     #[error(
-        "prompt token {token} at position {position} is outside the vocabulary of {vocab_size}"
+        "{list} token {token} at position {position} is outside the vocabulary of {vocab_size}"
     )]
     TokenOutsideVocabulary {
+        /// "prompt", or the parameter as the user spells it.
+        list: &'static str,
         /// The offending token.
         token: TokenId,
-        /// Its index in the prompt.
+        /// Its index in the list.
         position: usize,
         /// Token ids are below this.
         vocab_size: u32,
@@ -121,7 +123,12 @@ mod tests {
             ),
             (Error::EmptyPrompt, "empty_prompt", "prompt is empty: at least one token is needed"),
             (
-                Error::TokenOutsideVocabulary { token: TokenId(9), position: 2, vocab_size: 8 },
+                Error::TokenOutsideVocabulary {
+                    list: "prompt",
+                    token: TokenId(9),
+                    position: 2,
+                    vocab_size: 8,
+                },
                 "token_outside_vocabulary",
                 "prompt token 9 at position 2 is outside the vocabulary of 8",
             ),

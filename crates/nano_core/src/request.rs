@@ -69,10 +69,13 @@ impl Request {
         if prompt.is_empty() {
             return Err(Error::EmptyPrompt);
         }
-        let outside = prompt.iter().position(|token| token.0 >= limits.vocab_size);
-        if let Some(position) = outside {
-            let (token, vocab_size) = (prompt[position], limits.vocab_size);
-            return Err(Error::TokenOutsideVocabulary { token, position, vocab_size });
+        let vocab_size = limits.vocab_size;
+        let lists = [("prompt", &prompt[..]), ("stop_token_ids", &params.stop_token_ids[..])];
+        for (list, tokens) in lists {
+            if let Some(position) = tokens.iter().position(|token| token.0 >= vocab_size) {
+                let token = tokens[position];
+                return Err(Error::TokenOutsideVocabulary { list, token, position, vocab_size });
+            }
         }
         let max_model_len = limits.max_model_len;
         let longest = if wants_logits { max_model_len } else { max_model_len.saturating_sub(1) };
@@ -91,8 +94,8 @@ impl Request {
         let eos_token_ids =
             if params.ignore_eos { Arc::from([]) } else { Arc::clone(&limits.eos_token_ids) };
         let banned_before_min_tokens =
-            banned_tokens(&eos_token_ids, &params.stop_token_ids, limits.vocab_size);
-        let nothing_is_left = banned_before_min_tokens.len() == limits.vocab_size as usize;
+            banned_tokens(&eos_token_ids, &params.stop_token_ids, vocab_size);
+        let nothing_is_left = banned_before_min_tokens.len() == vocab_size as usize;
         if params.min_tokens > 0 && nothing_is_left {
             let (name, range) = ("min_tokens", "0 when every token of the vocabulary stops");
             let value = params.min_tokens.to_string();
@@ -121,8 +124,9 @@ impl Request {
     }
 }
 
-/// The tokens that end a sequence, each once. A stop token outside the vocabulary can never be
-/// sampled, so there is nothing to ban, and no executor has to guard its masks against it.
+/// The tokens that end a sequence, each once. A config may name an end-of-sequence token outside the
+/// vocabulary: it can never be sampled, so there is nothing to ban, and no executor has to guard its
+/// masks against it.
 fn banned_tokens(eos: &[TokenId], stop: &[TokenId], vocab_size: u32) -> Arc<[TokenId]> {
     let known = eos.iter().chain(stop).copied().filter(|token| token.0 < vocab_size);
     let mut banned: Vec<_> = known.collect();
@@ -305,10 +309,27 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_token_outside_the_vocabulary_bans_nothing() {
-        let stop_token_ids = Arc::from([TokenId(10), TokenId(9), TokenId(u32::MAX)]);
-        let params = SamplingParams { stop_token_ids, ignore_eos: true, ..generate(4) };
-        let request = request(1, params, &limits()).unwrap();
+    fn a_stop_token_outside_the_vocabulary_is_refused_by_its_position() {
+        let with_last = |last| SamplingParams {
+            stop_token_ids: Arc::from([TokenId(9), TokenId(last)]),
+            ..generate(4)
+        };
+        assert!(request(1, with_last(9), &limits()).is_ok());
+        for last in [10, u32::MAX] {
+            assert_eq!(
+                message(request(1, with_last(last), &limits())),
+                format!(
+                    "stop_token_ids token {last} at position 1 is outside the vocabulary of 10"
+                )
+            );
+        }
+    }
+
+    #[test]
+    fn an_end_of_sequence_token_outside_the_vocabulary_bans_nothing() {
+        let eos_token_ids = Arc::from([TokenId(10), TokenId(9), TokenId(u32::MAX)]);
+        let limits = RequestLimits { eos_token_ids, ..limits() };
+        let request = request(1, generate(4), &limits).unwrap();
         assert_eq!(*request.banned_before_min_tokens, [TokenId(9)]);
     }
 

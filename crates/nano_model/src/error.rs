@@ -70,6 +70,17 @@ pub enum Error {
         /// The type in the file.
         dtype: String,
     },
+    /// The checkpoint has more layers than the config says.
+    #[error(
+        "tensor {name} is of a layer that config.json does not have: its num_hidden_layers is \
+         {num_layers}"
+    )]
+    ExtraLayer {
+        /// The tensor's name.
+        name: String,
+        /// Layers are numbered below this.
+        num_layers: usize,
+    },
     /// An option does not fit the model or the machine.
     #[error("{name} must be {range}, got {value}")]
     BadOption {
@@ -119,6 +130,7 @@ impl Error {
             Self::MissingTensor { .. } => "tensor_missing",
             Self::TensorShape { .. } => "tensor_misshapen",
             Self::TensorDtype { .. } => "tensor_dtype_unsupported",
+            Self::ExtraLayer { .. } => "tensor_unexpected",
             Self::BadOption { .. } => "invalid_config",
             Self::NoMemory { .. } => "out_of_memory",
             Self::Cuda(CudaError::NoDevice(_)) => "no_cuda_device",

@@ -224,29 +224,37 @@ impl CacheRoom {
             Error::BadConfig { field: "its sizes".to_owned(), reason }
         })?;
         let free = memory.bytes;
-        let (name, num_blocks) = match (options.num_blocks, options.kv_cache_bytes) {
-            (Some(num_blocks), _) => ("num_blocks", u64::from(num_blocks)),
-            (None, Some(bytes)) => ("kv_cache_gib", bytes / block_bytes),
-            (None, None) => {
-                let full = len.div_ceil(block_size) * memory.unasked_sequences;
-                ("kv_cache_gib", full.min(memory.unasked_bytes / block_bytes).max(1))
-            }
-        };
         // A slot's number has 32 bits, and a busy engine writes the whole cache.
         let most = (u64::from(u32::MAX) / block_size).min(free / block_bytes);
+        let is_free = format!("{:.1} GiB of memory are free ({})", gib(free), memory.hint);
+        let num_blocks = match (options.num_blocks, options.kv_cache_bytes) {
+            (Some(num_blocks), _) => u64::from(num_blocks),
+            (None, Some(bytes)) => bytes / block_bytes,
+            (None, None) => {
+                let full = len.div_ceil(block_size) * memory.unasked_sequences;
+                full.min(memory.unasked_bytes / block_bytes).min(most).max(1)
+            }
+        };
         if num_blocks == 0 || num_blocks > most {
-            let range = format!(
-                "from 1 to {most} blocks of {:.6} GiB: {:.1} GiB of memory are free ({})",
-                gib(block_bytes),
-                gib(free),
-                memory.hint
-            );
-            // In the unit of the option.
-            let value = match options.kv_cache_bytes.filter(|_| name == "kv_cache_gib") {
-                Some(bytes) => format!("{:.6} GiB, {num_blocks} blocks", gib(bytes)),
-                None => num_blocks.to_string(),
-            };
-            return Err(Error::BadOption { name, range, value });
+            let block_gib = gib(block_bytes);
+            return Err(match (options.num_blocks, options.kv_cache_bytes) {
+                (Some(value), _) => {
+                    let range = format!("from 1 to {most} blocks of {block_gib:.6} GiB: {is_free}");
+                    Error::BadOption { name: "num_blocks", range, value: value.to_string() }
+                }
+                (None, Some(bytes)) => {
+                    let range = format!(
+                        "from {block_gib:.9} to {:.9} (1 to {most} blocks): {is_free}",
+                        gib(most * block_bytes)
+                    );
+                    let value = format!("{:.9} ({num_blocks} blocks)", gib(bytes));
+                    Error::BadOption { name: "kv_cache_gib", range, value }
+                }
+                (None, None) => {
+                    let reason = format!("one block takes {block_gib:.6} GiB, but {is_free}");
+                    Error::NoMemory { what: "the KV cache", reason }
+                }
+            });
         }
         let room = (num_blocks * block_size).min(u64::from(u32::MAX)) as u32;
         let max_model_len = match options.max_model_len {
@@ -354,6 +362,9 @@ fn load_decoder<B: Backend>(
     source: Source<'_>,
     backend: &mut B,
 ) -> Result<Decoder<B>> {
+    if let Source::Checkpoint(map) = source {
+        map.check_layers(spec.layers.len())?;
+    }
     let hidden = spec.hidden_size;
     let query_size = spec.num_heads * spec.head_dim;
     let kv_size = spec.num_kv_heads * spec.head_dim;

@@ -1,7 +1,8 @@
 //! The checkpoint: safetensors, whole or sharded, mapped from disk.
 //!
-//! The map is read once, tensor by tensor, into memory that the back end owns, and dropped when
-//! the model is loaded: weights are never in memory twice.
+//! The map is read once, matrix by matrix, into memory that the back end owns, and dropped when the
+//! model is loaded. The pages of a matrix are given back when all of it is packed: until then that
+//! one is in memory twice.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -105,6 +106,23 @@ impl WeightMap {
             }
         };
         Ok(TensorBytes { dtype, bytes: &self.shards[entry.shard][entry.start..entry.end] })
+    }
+
+    /// Refuses layers from `num_layers` on, of which a model would be cut off without a word. Other
+    /// tensors that nobody asks for, such as rotary frequencies, are allowed.
+    ///
+    /// # Errors
+    /// Names the first such tensor by name, and the limit.
+    pub fn check_layers(&self, num_layers: usize) -> Result<()> {
+        let is_extra = |name: &&String| {
+            let rest = name.strip_prefix("model.layers.");
+            let index = rest.and_then(|rest| rest.split_once('.')?.0.parse::<usize>().ok());
+            index.is_some_and(|index| index >= num_layers)
+        };
+        match self.entries.keys().filter(is_extra).min() {
+            Some(name) => Err(Error::ExtraLayer { name: name.clone(), num_layers }),
+            None => Ok(()),
+        }
     }
 
     /// The data type of the checkpoint's first tensor by name, for a config that names none.

@@ -123,9 +123,9 @@ def _latency(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, kind: str) -> int:
     _require("torch", "measures the machine: pip install '.[bench]'")
     _require("transformers", "is what is measured beside: pip install '.[bench]'")
-    device = "cpu" if args.quick and args.device == "auto" else _device(args.device)
-    if args.quick and device == "cuda":
+    if args.quick and args.device == "cuda":
         raise InvalidRequestError("--quick is for the CPU: add --device cpu", "invalid_config")
+    device = "cpu" if args.quick else _device(args.device)
     chosen = workload.quick() if args.quick else workload.PRESETS[device]
     llama = _llama(args.llama_python, chosen) if kind == "throughput" else None
     lengths = (args.input_len or chosen.prompt_len, args.output_len or chosen.output_len)
@@ -197,7 +197,7 @@ def _device(asked: str) -> str:
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if asked == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequestError("--device cuda: torch finds no GPU", "invalid_config")
+        raise InvalidRequestError("--device cuda: torch finds no GPU", "no_cuda_device")
     return asked
 
 

@@ -98,11 +98,12 @@ impl<E: Element> CpuBackend<E> {
         let layer_len = num_blocks as usize * shape.block_len::<E>();
         let cache = Memory::zeroed(layer_len * spec.layers.len()).map_err(|error| {
             let bytes = layer_len * spec.layers.len() * size_of::<E::Word>();
-            Error::BadOption {
-                name: "num_blocks",
-                range: "few enough for the memory of this machine".to_owned(),
-                value: format!("{num_blocks}, which take {bytes} bytes ({error})"),
-            }
+            // The number may be the default.
+            let reason = format!(
+                "its {num_blocks} blocks take {bytes} bytes: set num_blocks or kv_cache_gib to \
+                 less ({error})"
+            );
+            Error::NoMemory { what: "the KV cache", reason }
         })?;
         Ok(Self {
             spec,
@@ -187,9 +188,11 @@ impl<E: Element> CpuBackend<E> {
                 )
             }
         };
-        let no_memory = |error: std::io::Error| Error::NoMemory {
-            what: "a parameter",
-            reason: error.to_string(),
+        let no_memory = |error: std::io::Error| {
+            let bytes = rows * columns * size_of::<E>();
+            let reason =
+                format!("its {rows} x {columns} values take up to {bytes} bytes ({error})");
+            Error::NoMemory { what: "a parameter", reason }
         };
         let matrix = matrix.map_err(no_memory)?;
         self.packed_bytes += matrix.num_bytes();
