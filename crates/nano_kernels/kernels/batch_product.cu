@@ -1,11 +1,12 @@
-// Products of a batch that decodes, 33 to 192 rows, on a Hopper GPU:
+// Products of a batch that decodes, up to 192 rows, on a Hopper GPU; few rows have kernels of their own.
 //
 //   out = input weight^T                                    [num_tokens, width]
 //   out = silu(input gate^T) * (input up^T), GATED          [num_tokens, width]
 //
 // The weights are the wide side of wgmma and are read once; all tokens are the other side, up to
-// NUM_TOKENS of them, so that no row tile is half empty. A tile is TILE_ROWS rows of the weight. With a gate, eight gate rows and the up rows of the same columns take turns in it, so
-// that a thread holds a column's gate and its up.
+// NUM_TOKENS of them, so that no row tile is half empty. A tile is TILE_ROWS rows of the weight. With
+// a gate, eight gate rows and the up rows of the same columns take turns in it, so that a thread holds
+// a column's gate and its up.
 //
 // Of STORE and ADD a cluster takes one tile, and each of its blocks an equal share of in_features:
 // a matrix with few rows keeps most multiprocessors busy. Each block then adds up all shares of
@@ -26,9 +27,10 @@
 //           tokens: one that reached far behind their end would be slow. Rows of a stage that it
 //           leaves as they were are no token's.
 //   out:    [num_tokens, width] bf16, STORE_F32 f32
+//   num_tiles: of the weight: width / TILE_ROWS, GATED twice that, rounded up
+//   num_steps: of CHUNK columns: in_features / CHUNK, rounded up; every block has a share of them
 //
-// width is a multiple of 8, but for STORE_F32. Every block has a share of the steps of CHUNK
-// columns.
+// width and in_features are multiples of 8.
 //
 // Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions; NVIDIA, CUTLASS, its
 // persistent cooperative kernels.

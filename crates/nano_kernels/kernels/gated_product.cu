@@ -22,8 +22,9 @@
 //   input:  tensor map of [num_tokens, hidden_size] bf16, with boxes of CHUNK columns and
 //           tile_tokens rows; those of a stage that a box leaves as they were are no token's
 //   out:    [num_tokens, intermediate_size] bf16
+//   num_steps: of CHUNK columns: hidden_size / CHUNK, rounded up
 //
-// intermediate_size is a multiple of 8.
+// intermediate_size, hidden_size and tile_tokens are multiples of 8.
 //
 // Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions; NVIDIA, CUTLASS, its
 // persistent cooperative kernels; Shazeer, GLU Variants Improve Transformer, 2020.

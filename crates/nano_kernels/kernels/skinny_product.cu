@@ -11,8 +11,8 @@
 // and scales its own sums, to all of whose terms the root mean square is common.
 //
 // The weights are the wide side: 64 of their rows are the M side of a wgmma, the tokens its N side.
-// A thread block takes whole tiles of tile_rows rows over all in_features, so a row's bits do not
-// depend on the grid. One warp copies weights and another inputs through a ring of stages in shared
+// A thread block takes whole tiles of tile_rows rows over all in_features, so a row's bits depend on
+// the shape of tiles alone. One warp copies weights and another inputs through a ring of stages in shared
 // memory (TMA, 128-byte swizzle). Two warpgroups multiply: each takes 64 rows of a tile or, where a
 // tile has no more, half of a step's columns. The ring fills with weights before the kernel in front
 // of this one has ended: they depend on nothing.
@@ -32,7 +32,10 @@
 //   squares:       [32, MAX_SQUARES] f32, written with a norm behind, a sum for each 32 rows or fewer
 //                  of a tile; read with a norm before, num_squares of a row (0: no norm before)
 //
-// in_features is a multiple of CHUNK, and chunks_per_step is even.
+// in_features is a multiple of CHUNK, out_features with a gate one of 16, tile_rows one of 16 and at
+// most 128; chunks_per_step is even, num_stages at least 2. A product has one norm at most, before it
+// or behind. A warpgroup's operand is 64 rows whatever tile_rows is: behind the last stage lies enough
+// other shared memory for what it reads and does not use.
 //
 // Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions; Zhang and Sennrich,
 // Root Mean Square Layer Normalization, 2019 (the norm); Shazeer, GLU Variants Improve Transformer,

@@ -3,7 +3,7 @@
 //! Outputs lie in panels of `LANES`, the lanes of the widest vector. A panel holds, for each word
 //! of the inputs in turn, that word of its `LANES` outputs: a vector holds the same inputs of
 //! neighbouring outputs. Products take panels in pairs, from end to end. What is missing in the last
-//! pair and the last word is zero. Where it pays, vectors are stored in fewer bits, see [`coded`].
+//! pair and the last word counts for nothing. Where it pays, vectors are stored in fewer bits, see [`coded`].
 
 pub mod coded;
 
@@ -33,6 +33,9 @@ impl<E: Element> PackedMatrix<E> {
     ///
     /// # Errors
     /// The system's, if it has no memory of that size.
+    ///
+    /// # Panics
+    /// If a gated matrix has an odd number of rows.
     pub fn pack(
         pool: &mut Pool,
         arena: &mut Arena,
@@ -40,6 +43,7 @@ impl<E: Element> PackedMatrix<E> {
         is_gated: bool,
         read: impl Fn(usize, &mut [E]) + Sync,
     ) -> std::io::Result<Self> {
+        assert!(!is_gated || rows.is_multiple_of(2), "as many rows of gate as of up");
         let size = (rows, columns);
         let code = Code::fitting(pool.isa(), rows, columns, &read);
         if let Some(code) = code

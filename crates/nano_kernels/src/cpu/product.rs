@@ -1,6 +1,6 @@
 //! Products of a step's rows with a parameter matrix.
 //!
-//! A decode step reads every parameter once, so it is as quick as memory gives them; from about 14
+//! A decode step reads every parameter once, so it is as quick as memory gives them; from 8 to 14
 //! rows on arithmetic is the limit. A tile holds the sums of up to `MAX_TILE_ROWS` rows with two
 //! panels in registers while it walks down the inputs. A sum has one lane and adds its inputs in
 //! their order, so a row has the same result in any batch.

@@ -56,7 +56,8 @@ pub struct SkinnyProduct {
 /// What finishes a norm.
 #[derive(Clone, Copy, Debug)]
 pub struct NormBefore {
-    /// [`SQUARES_BYTES`].
+    /// [`SQUARES_BYTES`], as a product with a norm behind it left them, of the same rows and with as
+    /// many outputs as this one has inputs.
     pub squares: u64,
     /// Added to the mean square.
     pub eps: f32,
@@ -159,7 +160,7 @@ impl Kernels {
         let tiling = |features| Tiling::new(features, num_tokens, num_multiprocessors, max_bytes);
         let Tiling { tile_rows, num_blocks, chunks_per_step, num_stages, shared_bytes } =
             tiling(out_features);
-        // With one, a warpgroup would wait for what it has not let go of.
+        // With one, a copy would wait for every product.
         check(num_stages >= 2, "num_stages", "at least 2 for the shared memory", num_stages)?;
 
         let (mut norm, mut scaled, mut squares) = (0, 0, 0);
@@ -173,7 +174,9 @@ impl Kernels {
         let (mut num_squares, mut eps) = (0, 0.0);
         if let Some(before) = &launch.norm_before {
             // As many as the product with this norm behind it has left: by its tiling.
-            num_squares = tiling(in_features).num_squares(in_features) as i32;
+            let of_a_row = tiling(in_features).num_squares(in_features);
+            check(of_a_row <= MAX_SQUARES, "in_features", "few enough for a norm", in_features)?;
+            num_squares = of_a_row as i32;
             (squares, eps) = (before.squares, before.eps);
         }
         // By columns of a copy, so that one copy brings a step.

@@ -178,6 +178,8 @@ impl Backend for CudaBackend {
     }
 
     fn embed(&mut self, table: &CudaWeight, step: &CudaStep) -> Result<CudaHidden> {
+        // Of a step before this one without a row of logits.
+        self.launch_waiting()?;
         let out = self.activations.residual.address();
         let gather = Gather {
             out,
@@ -331,6 +333,7 @@ impl Backend for CudaBackend {
         step: &CudaStep,
     ) -> Result<(CudaHidden, CudaHidden)> {
         let Some(logit_row) = step.logit_row else { return Ok((context, residual)) };
+        self.launch_waiting()?;
         let gather =
             |out: &DeviceBuffer, source: CudaHidden, row_size: usize| -> Result<CudaHidden> {
                 let gather = Gather {

@@ -28,7 +28,10 @@ impl CudaBackend {
             let (scaled, squares) =
                 (self.activations.normed.address(), self.activations.squares.address());
             match &mut self.waiting {
-                Some(it) if it.out == input.address && it.num_rows == input.num_rows => {
+                Some(it)
+                    if it.out == input.address
+                        && (it.num_rows, it.out_features) == (input.num_rows, weight.columns) =>
+                {
                     let weight = norm.buffer.address();
                     it.norm_behind = Some(NormBehind { weight, scaled, squares });
                     norm_before = Some(NormBefore { squares, eps: self.spec.rms_norm_eps });
