@@ -316,7 +316,7 @@ impl<E: Element> Product<'_, E> {
         pair: usize,
         words: Range<usize>,
         tiles: &[(usize, usize)],
-        sums: &mut [Sums],
+        sums: &mut [Sums; MAX_TILES],
         decoded: &mut Decoded<E::Word>,
     ) {
         let place = |word: usize| 2 * LANES * (word / PLAIN * CODED);
@@ -326,7 +326,7 @@ impl<E: Element> Product<'_, E> {
         let (next_pair, next_words) = self.next(pair, &words);
         let (block, next) = (codes(pair, words.clone()), codes(next_pair, next_words));
         let is_more = words.start > 0;
-        let [first_sums, other_sums @ ..] = sums else { return };
+        let [first_sums, other_sums @ ..] = sums;
         let rows = self.tile(tiles[0], words.clone());
         run_first_tile::<E>(self.isa, rows, block, next, is_more, first_sums, decoded);
         let panels = decoded.each_ref().map(|panel| panel[..words.len()].as_flattened());

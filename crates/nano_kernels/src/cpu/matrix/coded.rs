@@ -34,7 +34,7 @@ pub(in crate::cpu) const SPARE: u32 = 0x7800_7800;
 /// a code                   s....eeeemmmmmmm   sign, spare, exponent, mantissa
 /// kept by the first             ####          4 bits to the left
 ///         by the second             ####      8
-///         by the third     #           ###    12, around the end of the word
+///         by the third     #            ###   12, around the end of the word
 /// ```
 pub(in crate::cpu) const PARTS: [u32; CODED] = [0x0780_0780, 0x0078_0078, 0x8007_8007];
 /// Bits of a part in one number.
