@@ -326,10 +326,12 @@ impl Bench {
         let logits = self.device().allocate_from(&logits)?;
         let rows = self.device().allocate_from(&rows)?;
         let chosen = self.device().allocate(num_rows * 4)?;
+        let answer = self.device().allocate_pinned(num_rows * 4)?;
         let name = format!("sample {name}, {num_rows} rows");
         self.report(&name, num_rows * VOCAB * 4, 0.0, |_| {
             let launch = Sample {
                 chosen: chosen.address(),
+                answer: answer.address(),
                 logits: logits.address(),
                 rows: rows.address(),
                 num_rows,

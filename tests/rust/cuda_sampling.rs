@@ -31,8 +31,10 @@ fn choose(kernels: &Kernels, logits: &[f32], rows: &[Sampling]) -> Vec<u32> {
         device.allocate_from(&rows.iter().map(RowSampling::from).collect::<Vec<_>>()).unwrap();
     let chosen = device.allocate(rows.len() * 4).unwrap();
     chosen.fill(0xab).unwrap();
+    let answer = device.allocate_pinned(rows.len() * 4).unwrap();
     let launch = Sample {
         chosen: chosen.address(),
+        answer: answer.address(),
         logits: logits_on.address(),
         rows: rows_on.address(),
         num_rows: rows.len(),
@@ -42,6 +44,8 @@ fn choose(kernels: &Kernels, logits: &[f32], rows: &[Sampling]) -> Vec<u32> {
     unsafe { kernels.sample(&launch) }.unwrap();
     let mut tokens = vec![0; rows.len()];
     chosen.download(0, &mut tokens).unwrap();
+    let (answered, _) = answer.as_slice().as_chunks();
+    assert_eq!(answered.iter().map(|&it| u32::from_ne_bytes(it)).collect::<Vec<_>>(), tokens);
     tokens
 }
 

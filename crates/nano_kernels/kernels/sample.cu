@@ -9,6 +9,7 @@
 // Grid: num_rows. Block: 1024 threads. Shared memory: 384 bytes.
 //
 //   chosen: [num_rows] u32; NO_TOKEN where no logit is a finite number or one is +infinity
+//   answer: [num_rows] u32, the same in the host's memory
 //   logits: [num_rows, vocab_size] f32; NaN and -infinity are never chosen
 //   rows:   [num_rows] RowSampling
 //
@@ -39,8 +40,8 @@ __device__ __forceinline__ float from_order_key(u32 key) {
     return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-// The first random word of Philox 4x32-10.
-__device__ __forceinline__ u32 philox(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u32 k1) {
+// Four random words: Philox 4x32-10.
+__device__ __forceinline__ uint4 philox(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u32 k1) {
 #pragma unroll
     for (int round = 0; round < 10; round++) {
         const u64 first = (u64)0xD2511F53u * c0;
@@ -52,18 +53,31 @@ __device__ __forceinline__ u32 philox(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u3
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
-    return c0;
+    return make_uint4(c0, c1, c2, c3);
 }
 
-__device__ __forceinline__ float gumbel(const RowSampling& row, u32 token) {
-    const u32 word =
-        philox(row.index, row.position, token, 0, (u32)row.seed, (u32)(row.seed >> 32));
-    const float uniform = ((float)(word >> 9) + 0.5f) / 8388608.0f;
-    return -logf(-logf(uniform));
+// The noise of tokens 4 four to 4 four + 3, as numbers strictly between 0 and 1.
+__device__ __forceinline__ void uniforms(float (&noise)[4], const RowSampling& row, u32 four) {
+    const uint4 words =
+        philox(row.index, row.position, four, 0, (u32)row.seed, (u32)(row.seed >> 32));
+    const auto uniform = [](u32 word) { return ((float)(word >> 9) + 0.5f) / 8388608.0f; };
+    noise[0] = uniform(words.x);
+    noise[1] = uniform(words.y);
+    noise[2] = uniform(words.z);
+    noise[3] = uniform(words.w);
 }
+
+// Of values in registers, which have no addresses.
+__device__ __forceinline__ float pick(const float (&values)[4], int i) {
+    return i < 2 ? i == 0 ? values[0] : values[1] : i == 2 ? values[2] : values[3];
+}
+
+__device__ __forceinline__ float gumbel(float uniform) { return -logf(-logf(uniform)); }
 
 // No noise exceeds this: -ln(-ln(1 - 2^-24)) and a little.
 constexpr float MAX_GUMBEL = 16.7f;
+// Far above what rounding does to uniform -> gumbel -> uniform.
+constexpr float UNIFORM_ERROR = 4e-6f;
 constexpr int NUM_CUTS = 3;
 
 // For each cut and over the block, the sum of `weight(logit)` over the logits at or above it.
@@ -133,8 +147,8 @@ struct Best {
     __device__ u64 key() const { return (u64)order_key(value) << 32 | ~token; }
 };
 
-extern "C" __global__ void __launch_bounds__(1024)
-sample(u32* chosen, const float* all_logits, const RowSampling* rows, int vocab_size) {
+extern "C" __global__ void __launch_bounds__(1024, 1)
+sample(u32* chosen, u32* answer, const float* all_logits, const RowSampling* rows, int vocab_size) {
     __shared__ u64 scratch[WARP];
     __shared__ float sum_scratch[WARP];
     begin();
@@ -168,18 +182,49 @@ sample(u32* chosen, const float* all_logits, const RowSampling* rows, int vocab_
         }
         least = fmaxf(least, __fadd_rn(largest, row.min_p_margin));
 
+        // A sum that some token of the warp has. No logit is above the largest, so a token wins
+        // neither with noise below `least_uniform` nor with a logit that no noise lifts so high:
+        // most need no logarithms, and of most fours nobody has to know the noise.
+        const u32 first = ~(u32)best_key;
+        float noise[4];
+        uniforms(noise, row, first / 4);
+        float bound = gumbel(pick(noise, first % 4));
+        const int num_fours = (vocab_size + 3) / 4;
         best = {NEGATIVE_INFINITY, 0};
-#pragma unroll 4
-        for (int token = threadIdx.x; token < vocab_size; token += blockDim.x) {
-            const float logit = logits[token];
-            if (!(logit >= least)) continue;
-            const float scaled = (logit - largest) / row.temperature;
-            if (scaled + MAX_GUMBEL < best.value) continue;  // no noise would make it the best
-            best.offer(scaled + gumbel(row, token), token);
+        for (int start = 0; start < num_fours; start += blockDim.x) {
+            const int four = start + threadIdx.x;
+            float scaled[4];
+            bool can_win = false;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int token = 4 * four + i;
+                const float logit = token < vocab_size ? logits[token] : NEGATIVE_INFINITY;
+                scaled[i] = logit >= least ? (logit - largest) / row.temperature : NEGATIVE_INFINITY;
+                can_win |= scaled[i] + MAX_GUMBEL >= bound;
+            }
+            if (!__any_sync(ALL_LANES, can_win)) continue;
+            uniforms(noise, row, four);
+            const float least_uniform = expf(-expf(-bound)) - UNIFORM_ERROR;
+            u32 candidates = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const bool is_one = scaled[i] + MAX_GUMBEL >= bound && noise[i] >= least_uniform;
+                candidates |= is_one << i;
+            }
+            // Lanes take their candidates together, whichever of the four they are.
+            for (; __any_sync(ALL_LANES, candidates); candidates &= candidates - 1) {
+                const int i = __ffs(candidates) - 1;
+                if (i >= 0) best.offer(pick(scaled, i) + gumbel(pick(noise, i)), 4 * four + i);
+            }
+            bound = fmaxf(bound, warp_reduce(best.value, Max()));
         }
         best_key = block_reduce(best.key(), scratch, Max());
     }
-    if (threadIdx.x == 0) chosen[blockIdx.x] = none ? NO_TOKEN : ~(u32)best_key;
+    if (threadIdx.x == 0) {
+        const u32 token = none ? NO_TOKEN : ~(u32)best_key;
+        chosen[blockIdx.x] = token;
+        answer[blockIdx.x] = token;
+    }
 }
 
 // Takes tokens out of the choice: their logits become -infinity.

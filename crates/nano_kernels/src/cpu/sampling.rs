@@ -2,7 +2,7 @@
 
 use super::LANES;
 use super::isa::{Isa, Kernel};
-use crate::reference::sampling::{Choice, Sampling, argmax, uniform};
+use crate::reference::sampling::{Choice, Sampling, argmax, uniforms};
 
 /// [`sample`](crate::reference::sampling::sample): the same token, its noise made in vectors. `kept`
 /// is memory for the logits that thresholds keep.
@@ -24,14 +24,25 @@ struct Offer<'a> {
 impl Kernel for Offer<'_> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        for (chunk, logits) in self.logits.chunks(LANES).enumerate() {
-            let first = (chunk * LANES) as u32;
-            let mut noise = [0.0; LANES];
-            for (lane, noise) in noise.iter_mut().enumerate() {
-                *noise = uniform(self.sampling, first + lane as u32);
+        let Self { logits, sampling, choice } = self;
+        for (chunk, logits) in logits.chunks(4 * LANES).enumerate() {
+            if !logits.iter().fold(false, |any, &logit| any | choice.can_win(logit)) {
+                continue;
             }
-            for (lane, (&logit, uniform)) in logits.iter().zip(noise).enumerate() {
-                self.choice.offer(first + lane as u32, logit, uniform);
+            let first = (chunk * LANES) as u32;
+            let mut noise = [[0.0; 4]; LANES];
+            for (lane, noise) in noise.iter_mut().enumerate() {
+                *noise = uniforms(sampling, first + lane as u32);
+            }
+            let parts = logits.chunks(LANES).zip(noise.as_flattened().chunks(LANES));
+            for (part, (logits, noise)) in parts.enumerate() {
+                let both = || logits.iter().zip(noise);
+                if both().fold(false, |any, (&it, &noise)| any | choice.can_win_with(it, noise)) {
+                    let token = 4 * first + (part * LANES) as u32;
+                    for (token, (&logit, &uniform)) in (token..).zip(both()) {
+                        choice.offer(token, logit, uniform);
+                    }
+                }
             }
         }
     }

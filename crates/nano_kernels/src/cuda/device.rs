@@ -262,24 +262,43 @@ impl DeviceBuffer {
         Ok(())
     }
 
-    /// Enqueues a copy of the first `num_bytes` into `target`.
+    /// Enqueues a copy of the first `width` bytes of each of `num_rows` rows of `pitch` bytes, the
+    /// first of which begins at `offset_bytes` in both buffers.
     ///
     /// # Panics
-    /// If either buffer is shorter.
+    /// If either buffer is shorter than the rows.
     ///
     /// # Safety
-    /// Until the stream has come to the copy, and to every replay of a graph that holds it, both
-    /// buffers live and `target` is neither read nor written.
-    pub unsafe fn enqueue_download(
+    /// As for [`enqueue_upload`](Self::enqueue_upload).
+    pub unsafe fn enqueue_upload_rows(
         &self,
-        target: &mut PinnedBuffer,
-        num_bytes: usize,
+        source: &PinnedBuffer,
+        offset_bytes: usize,
+        (num_rows, pitch): (usize, usize),
+        width: usize,
     ) -> Result<()> {
-        let source = self.interval(0, num_bytes);
-        let bytes = &mut target.as_mut_slice()[..num_bytes];
+        let target = self.interval(offset_bytes, num_rows * pitch);
+        let rows = &source.as_slice()[offset_bytes..][..num_rows * pitch];
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+            srcHost: rows.as_ptr().cast(),
+            srcDevice: 0,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: pitch,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: target,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: pitch,
+            WidthInBytes: width.min(pitch),
+            Height: num_rows,
+        };
         // SAFETY: both bounds are checked; the time until the copy is the caller's word.
-        unsafe { result::memcpy_dtoh_async(bytes, source, self.stream.cu_stream()) }?;
-        Ok(())
+        Ok(unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.stream.cu_stream()) }.result()?)
     }
 
     fn interval(&self, offset_bytes: usize, num_bytes: usize) -> u64 {
@@ -318,6 +337,16 @@ pub struct PinnedBuffer {
 unsafe impl Send for PinnedBuffer {}
 
 impl PinnedBuffer {
+    /// The address, which is the same for kernels.
+    pub fn address(&self) -> u64 {
+        self.pointer as u64
+    }
+
+    /// The size.
+    pub fn num_bytes(&self) -> usize {
+        self.num_bytes
+    }
+
     /// The bytes.
     pub fn as_slice(&self) -> &[u8] {
         // SAFETY: the allocation has num_bytes, initialised when it was made.

@@ -52,6 +52,8 @@ impl From<&Sampling> for RowSampling {
 pub struct Sample {
     /// `[num_rows]` u32, written: token ids, or [`NO_TOKEN`].
     pub chosen: u64,
+    /// The same in the host's memory: a copy behind the kernel would take as long as the kernel.
+    pub answer: u64,
     /// `[num_rows, vocab_size]` f32.
     pub logits: u64,
     /// `[num_rows]` [`RowSampling`].
@@ -68,9 +70,9 @@ impl Kernels {
     ///
     /// # Safety
     /// Every address names as much memory as its shape says, naturally aligned, alive until the
-    /// stream has come to the launch, and `chosen` overlaps nothing else.
+    /// stream has come to the launch, and what is written overlaps nothing else.
     pub unsafe fn sample(&self, launch: &Sample) -> Result<()> {
-        let Sample { chosen, logits, rows, num_rows, vocab_size } = *launch;
+        let Sample { chosen, answer, logits, rows, num_rows, vocab_size } = *launch;
         let is_i32 = i32::try_from(vocab_size).is_ok();
         check(vocab_size > 0 && is_i32, "vocab_size", "positive and below 2^31", vocab_size)?;
         if num_rows == 0 {
@@ -78,7 +80,7 @@ impl Kernels {
         }
         let size = vocab_size as i32;
         let mut launch = self.launch(Kernel::Sample);
-        launch.arg(&chosen).arg(&logits).arg(&rows).arg(&size);
+        launch.arg(&chosen).arg(&answer).arg(&logits).arg(&rows).arg(&size);
         // SAFETY: the kernel walks rows of any checked size; the memory is the caller's word.
         unsafe { launch.launch(shape((num_rows as u32, 1, 1), 1024)) }
     }

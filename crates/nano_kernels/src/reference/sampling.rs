@@ -40,8 +40,11 @@ pub fn sample(logits: &[f32], sampling: &Sampling) -> Option<u32> {
         return argmax(logits.iter().copied());
     }
     let mut choice = Choice::new(logits, sampling, &mut Vec::new())?;
-    for (token, &logit) in logits.iter().enumerate() {
-        choice.offer(token as u32, logit, uniform(sampling, token as u32));
+    for (four, logits) in logits.chunks(4).enumerate() {
+        let noise = uniforms(sampling, four as u32);
+        for (token, (&logit, uniform)) in (4 * four..).zip(logits.iter().zip(noise)) {
+            choice.offer(token as u32, logit, uniform);
+        }
     }
     choice.chosen
 }
@@ -53,6 +56,8 @@ pub(crate) struct Choice {
     least: f32,
     largest: f32,
     best: f32,
+    /// A sum that some token has, and the noise below which none has it.
+    bound: f32,
     least_uniform: f32,
     pub(crate) chosen: Option<u32>,
 }
@@ -60,35 +65,62 @@ pub(crate) struct Choice {
 impl Choice {
     /// `None` if no logit can be chosen; `kept` is memory for [`threshold`].
     pub(crate) fn new(logits: &[f32], sampling: &Sampling, kept: &mut Vec<f32>) -> Option<Self> {
-        // Relative to the largest: no temperature, however small, makes the best token overflow.
-        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        largest.is_finite().then(|| Self {
+        let first = argmax(logits.iter().copied())?;
+        let mut choice = Self {
             temperature: sampling.temperature,
             least: threshold(logits, sampling, kept),
-            largest,
+            largest: logits[first as usize],
             best: f32::NEG_INFINITY,
+            bound: f32::NEG_INFINITY,
             least_uniform: 0.0,
             chosen: None,
-        })
+        };
+        choice.raise(gumbel(sampling, first));
+        Some(choice)
+    }
+
+    /// Whether a token is kept and could win with the most noise there is: if not, as with most
+    /// tokens of a model that is sure, nobody has to know its noise.
+    #[inline(always)]
+    pub(crate) fn can_win(&self, logit: f32) -> bool {
+        (logit >= self.least) & (self.scaled(logit) + MAX_GUMBEL >= self.bound)
+    }
+
+    /// The same of a token whose noise is known; most need no logarithm.
+    #[inline(always)]
+    pub(crate) fn can_win_with(&self, logit: f32, uniform: f32) -> bool {
+        self.can_win(logit) && uniform >= self.least_uniform
     }
 
     /// `uniform` is the token's noise.
     #[inline(always)]
     pub(crate) fn offer(&mut self, token: u32, logit: f32, uniform: f32) {
-        // No logit is above the largest, so noise below the best sum so far cannot win: most
-        // tokens need no logarithm.
-        if logit < self.least || logit.is_nan() || uniform < self.least_uniform {
+        if !self.can_win_with(logit, uniform) {
             return;
         }
-        let sum = (logit - self.largest) / self.temperature + gumbel_of(uniform);
+        let sum = self.scaled(logit) + gumbel_of(uniform);
         if sum > self.best {
             self.best = sum;
             self.chosen = Some(token);
-            self.least_uniform = uniform_of_gumbel(sum) - UNIFORM_ERROR;
+            self.raise(sum);
         }
+    }
+
+    /// Relative to the largest: no temperature, however small, makes the best token overflow.
+    #[inline(always)]
+    fn scaled(&self, logit: f32) -> f32 {
+        (logit - self.largest) / self.temperature
+    }
+
+    fn raise(&mut self, sum: f32) {
+        self.bound = self.bound.max(sum);
+        // No logit is above the largest.
+        self.least_uniform = uniform_of_gumbel(self.bound) - UNIFORM_ERROR;
     }
 }
 
+/// No noise exceeds this: -ln(-ln(1 - 2⁻²⁴)) and a little.
+const MAX_GUMBEL: f32 = 16.7;
 /// Far above what rounding does to `uniform -> gumbel -> uniform`.
 const UNIFORM_ERROR: f32 = 4e-6;
 
@@ -108,15 +140,16 @@ pub fn argmax(values: impl Iterator<Item = f32>) -> Option<u32> {
 /// The Gumbel noise of a token: `-ln(-ln(u))` in float32, where u lies strictly between 0 and 1
 /// and takes 2²³ values, so that neither logarithm overflows on any device.
 pub fn gumbel(sampling: &Sampling, token: u32) -> f32 {
-    gumbel_of(uniform(sampling, token))
+    gumbel_of(uniforms(sampling, token / 4)[token as usize % 4])
 }
 
-/// `(word >> 9 + 0.5) / 2²³`, exact in float32, of the first word of Philox.
+/// Of the tokens `4 * four` to `4 * four + 3`, whose noise are the words of one Philox:
+/// `(word >> 9 + 0.5) / 2²³`, exact in float32.
 #[inline(always)]
-pub(crate) fn uniform(sampling: &Sampling, token: u32) -> f32 {
+pub(crate) fn uniforms(sampling: &Sampling, four: u32) -> [f32; 4] {
     let key = [sampling.seed as u32, (sampling.seed >> 32) as u32];
-    let [word, ..] = philox_4x32_10([sampling.index, sampling.position, token, 0], key);
-    ((word >> 9) as f32 + 0.5) / (1 << 23) as f32
+    let words = philox_4x32_10([sampling.index, sampling.position, four, 0], key);
+    words.map(|word| ((word >> 9) as f32 + 0.5) / (1 << 23) as f32)
 }
 
 fn gumbel_of(uniform: f32) -> f32 {

@@ -13,7 +13,7 @@ use nano_kernels::cuda::attention::{DecodePlan, Heads};
 use nano_kernels::cuda::gemm::{Output, Product, Trial, rows_of_memory};
 use nano_kernels::cuda::sampling::Sample;
 use nano_kernels::cuda::skinny::{SQUARES_BYTES, SkinnyProduct};
-use nano_kernels::cuda::{Device, DeviceBuffer, Gemm, Kernels};
+use nano_kernels::cuda::{Device, DeviceBuffer, Gemm, Kernels, PinnedBuffer};
 
 use crate::config::DecoderSpec;
 use crate::decoder::Decoder;
@@ -285,26 +285,40 @@ impl CudaBackend {
     }
 
     /// Enqueues the choice of a token for each sampled row of `step`, whose forward pass was the
-    /// last; `banned` holds pairs of a row and a token. The choices are `[num_sampled]` u32.
-    pub fn sample(&mut self, step: &CudaStep, banned: &[u32]) -> Result<&DeviceBuffer> {
+    /// last; `banned` holds pairs of a row and a token. The choices go to `answer` as well,
+    /// `[num_sampled]` u32 of the host's memory.
+    ///
+    /// # Panics
+    /// If `answer` is shorter.
+    ///
+    /// # Safety
+    /// Until the stream has come to the choice, `answer` lives and is neither read nor written.
+    pub unsafe fn sample(
+        &mut self,
+        step: &CudaStep,
+        banned: &[u32],
+        answer: &PinnedBuffer,
+    ) -> Result<()> {
+        assert!(step.num_sampled * 4 <= answer.num_bytes(), "the answer is too short");
         let logits = self.activations.logits.address();
         let vocab_size = self.spec.vocab_size;
         let bans =
             if banned.is_empty() { 0 } else { self.bans.upload(self.kernels.device(), banned)? };
         let sample = Sample {
             chosen: self.sampled.address(),
+            answer: answer.address(),
             logits,
             rows: step.sampling,
             num_rows: step.num_sampled,
             vocab_size,
         };
         // SAFETY: there are no more sampled rows than rows of logits, whose buffer lives as long as
-        // this value, like that of the step and of the chosen tokens.
+        // this value, like that of the step and of the chosen tokens; the answer is checked above.
         unsafe {
             self.kernels.ban_tokens(logits, bans, banned.len() / 2, vocab_size)?;
             self.kernels.sample(&sample)?;
         }
-        Ok(&self.sampled)
+        Ok(())
     }
 
     /// The logits of the step that was launched last, if it keeps them.

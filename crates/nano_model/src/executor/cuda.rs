@@ -1,8 +1,9 @@
 //! The executor on one GPU: two steps in flight, decoding by captured graphs.
 //!
-//! A step is one copy to the device, one graph (or, with prompts in it, the operators one by one),
-//! the sampling, and four bytes a sequence back. The next step reads what this one sampled on the
-//! device, so the host never waits between the two.
+//! A step is one copy to the device (two, where most of the block tables is unused), one graph (or,
+//! with prompts in it, the operators one by one), and the sampling, which writes four bytes a
+//! sequence to the host. The next step reads what this one sampled on the device, so the host never
+//! waits between the two.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
@@ -190,10 +191,8 @@ impl CudaExecutor {
                 banned.extend(mask.token_ids.iter().flat_map(|token| [*at as u32, token.0]));
             }
         }
-        let num_bytes = flight.step.num_sampled() * 4;
-        let chosen = self.backend.sample(&flight.step, &banned)?;
         // SAFETY: the answer is read once `done` has passed, and belongs to this step until then.
-        unsafe { chosen.enqueue_download(&mut flight.answer.chosen, num_bytes) }?;
+        unsafe { self.backend.sample(&flight.step, &banned, &flight.answer.chosen) }?;
         Ok(flight.answer.done.record()?)
     }
 

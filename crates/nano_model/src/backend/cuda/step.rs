@@ -9,6 +9,8 @@ use crate::error::Result;
 
 /// Copies begin where the widest load may.
 const ALIGNMENT: usize = 16;
+/// Unused bytes of block tables that are worth a copy of their own of what is used.
+const MIN_UNUSED_BYTES: usize = 256 << 10;
 /// The slot of a row that writes nothing.
 const NO_SLOT: u32 = u32::MAX;
 
@@ -189,9 +191,20 @@ impl StepBuffers {
             let row = layout.block_table + index * self.max_blocks * 4;
             staging.write(row, &batch.block_ids[sequence.block_table.clone()]);
         }
+        let tables = batch.sequences.iter().map(|it| &it.block_table);
+        let used_bytes = tables.map(|it| it.end - it.start).max().unwrap_or(0).max(1) * 4;
+        let table_bytes = self.max_blocks * 4;
         // SAFETY: the staging buffer is not written before `copied` has passed, and both buffers
         // live as long as this value, whose drop waits for the device.
-        unsafe { self.device.enqueue_upload(staging, layout.end) }?;
+        unsafe {
+            if counts.sequences * (table_bytes - used_bytes) < MIN_UNUSED_BYTES {
+                self.device.enqueue_upload(staging, layout.end)?;
+            } else {
+                let rows = (counts.sequences, table_bytes);
+                self.device.enqueue_upload(staging, layout.block_table)?;
+                self.device.enqueue_upload_rows(staging, layout.block_table, rows, used_bytes)?;
+            }
+        }
         copied.record()?;
 
         let at = |offset: usize| self.device.address() + offset as u64;
