@@ -85,7 +85,10 @@ def header(
             "ignore_eos": True,
         },
         "settings": {
-            name: {**side["settings"], "warm_up": "each number of requests once, 4 tokens out"}
+            name: {
+                **side["settings"],
+                "warm_up": "one request, then each number of them, 4 tokens out",
+            }
             for name, side in facts.items()
             if "settings" in side
         },

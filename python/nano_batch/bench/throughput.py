@@ -57,8 +57,6 @@ def measure(
         answer = bursts(side, run, [workload.static_batch])
         num = workload.serial[0]
         prompts = workload.prompts(num, workload.prompt_len, f"serial {options['seed']} {run}")
-        if run == 0:
-            side.burst(prompts[:1], 4)
         serial = [side.burst([prompt], workload.output_len)["elapsed_s"] for prompt in prompts]
         rate = num * workload.output_len / sum(serial)
         note(f"run {run + 1} of {options['runs']}: {side.name}, one by one: {rate:.1f} tok/s")
@@ -114,8 +112,9 @@ def note(text: str) -> None:
 
 
 def _warm_up(side: Side, workload: Workload, counts: Iterable[int]) -> None:
-    for count in counts:
-        side.burst(workload.prompts(count, workload.prompt_len, "warm-up"), 4)
+    # One request whole, as long sequences may bring what short ones do not.
+    for count, output_len in [(1, workload.output_len), *((count, 4) for count in counts)]:
+        side.burst(workload.prompts(count, workload.prompt_len, "warm-up"), output_len)
 
 
 def _scale(workload: Workload, runs: list[Answer]) -> Result:
