@@ -187,15 +187,14 @@ impl Bench {
     fn norm(&self, num_tokens: usize) -> Result<()> {
         let len = num_tokens * HIDDEN;
         let sets = num_sets(len * 2);
-        let (residual, addend) = (self.values(len, sets)?, self.values(len, sets)?);
+        let input = self.values(len, sets)?;
         let (out, weight) = (self.device().allocate(len * 2)?, self.values(HIDDEN, 1)?);
         let name = format!("rms_norm, {num_tokens} tokens");
-        self.report(&name, 4 * len * 2 + HIDDEN * 2, 0.0, |i| {
+        self.report(&name, 2 * len * 2 + HIDDEN * 2, 0.0, |i| {
             let set = (i % sets * len * 2) as u64;
             let launch = RmsNorm {
                 out: out.address(),
-                residual: residual.address() + set,
-                addend: Some(addend.address() + set),
+                input: input.address() + set,
                 weight: weight.address(),
                 num_tokens,
                 hidden_size: HIDDEN,

@@ -1,15 +1,12 @@
-// Residual addition and root-mean-square normalisation in one pass over a row.
+// Root-mean-square normalisation in one pass over a row.
 //
-//   residual += addend                       (where there is an addend; rounded to bf16)
-//   out = residual * weight / sqrt(mean(residual^2) + eps)
+//   out = input * weight / sqrt(mean(input^2) + eps)
 //
 // Grid: num_tokens. Block: whole warps, at least hidden_size / (8 VECTORS) threads, at most 1024.
 // Shared memory: 128 bytes. A row stays in registers between the two uses.
 //
-//   out:      [num_tokens, hidden_size] bf16
-//   residual: [num_tokens, hidden_size] bf16, read and, with an addend, written
-//   addend:   [num_tokens, hidden_size] bf16, or null
-//   weight:   [hidden_size] bf16
+//   out, input: [num_tokens, hidden_size] bf16
+//   weight:     [hidden_size] bf16
 //
 // hidden_size is a multiple of 8.
 //
@@ -20,8 +17,7 @@
 constexpr int VECTORS = 4;
 
 extern "C" __global__ void __launch_bounds__(1024)
-rms_norm(Bf16x8* out, Bf16x8* residual, const Bf16x8* addend, const Bf16x8* weight,
-         int hidden_size, float eps) {
+rms_norm(Bf16x8* out, const Bf16x8* input, const Bf16x8* weight, int hidden_size, float eps) {
     __shared__ float scratch[WARP];
     let_next_begin();
     const int num_vectors = hidden_size / 8;
@@ -40,16 +36,7 @@ rms_norm(Bf16x8* out, Bf16x8* residual, const Bf16x8* addend, const Bf16x8* weig
     for (int v = 0; v < VECTORS; v++) {
         const int i = threadIdx.x + v * blockDim.x;
         if (i >= num_vectors) continue;
-        unpack(residual[row + i], values[v]);
-        if (addend != nullptr) {
-            float other[8];
-            unpack(addend[row + i], other);
-#pragma unroll
-            for (int e = 0; e < 8; e++) values[v][e] += other[e];
-            const Bf16x8 sum = pack(values[v]);
-            residual[row + i] = sum;
-            unpack(sum, values[v]);
-        }
+        unpack(input[row + i], values[v]);
 #pragma unroll
         for (int e = 0; e < 8; e++) sum_of_squares += values[v][e] * values[v][e];
     }

@@ -1,4 +1,4 @@
-//! Residual addition and RMSNorm: `kernels/rms_norm.cu`.
+//! RMSNorm: `kernels/rms_norm.cu`.
 
 use super::kernels::shape;
 use super::spec::Kernel;
@@ -13,10 +13,8 @@ const MANY_TOKENS: usize = 1024;
 pub struct RmsNorm {
     /// `[num_tokens, hidden_size]`, written.
     pub out: u64,
-    /// `[num_tokens, hidden_size]`; with an addend, the sum is left here.
-    pub residual: u64,
-    /// `[num_tokens, hidden_size]`, added to the residual first.
-    pub addend: Option<u64>,
+    /// `[num_tokens, hidden_size]`.
+    pub input: u64,
     /// `[hidden_size]`.
     pub weight: u64,
     /// Rows.
@@ -28,13 +26,13 @@ pub struct RmsNorm {
 }
 
 impl Kernels {
-    /// Enqueues `residual += addend; out = rms_norm(residual) * weight`.
+    /// Enqueues `out = rms_norm(input) * weight`.
     ///
     /// # Safety
     /// Every address names as much memory as its shape says, 16-byte aligned, alive until the
     /// stream has come to the launch; what is written overlaps nothing else.
     pub unsafe fn rms_norm(&self, launch: &RmsNorm) -> Result<()> {
-        let RmsNorm { out, residual, addend, weight, num_tokens, hidden_size, eps } = *launch;
+        let RmsNorm { out, input, weight, num_tokens, hidden_size, eps } = *launch;
         let is_held = (8..=MAX_HIDDEN_SIZE).contains(&hidden_size) && hidden_size.is_multiple_of(8);
         check(is_held, "hidden_size", "a multiple of 8 up to 16384", hidden_size)?;
         if num_tokens == 0 {
@@ -44,9 +42,9 @@ impl Kernels {
         // rows the most bandwidth, since fewer warps wait for each other.
         let vectors = if num_tokens < MANY_TOKENS { 1 } else { 4 };
         let num_threads = hidden_size.div_ceil(vectors * 8).next_multiple_of(32).min(1024) as u32;
-        let (addend, hidden_size) = (addend.unwrap_or(0), hidden_size as i32);
+        let hidden_size = hidden_size as i32;
         let mut launch = self.launch(Kernel::RmsNorm);
-        launch.arg(&out).arg(&residual).arg(&addend).arg(&weight).arg(&hidden_size).arg(&eps);
+        launch.arg(&out).arg(&input).arg(&weight).arg(&hidden_size).arg(&eps);
         // SAFETY: hidden_size was checked against what the kernel's threads hold; the memory is
         // the caller's word.
         unsafe { launch.launch(shape((num_tokens as u32, 1, 1), num_threads)) }

@@ -25,8 +25,7 @@ impl CudaBackend {
         let out = self.activations.normed.address();
         let launch = RmsNorm {
             out,
-            residual: hidden.address,
-            addend: None,
+            input: hidden.address,
             weight: norm.buffer.address(),
             num_tokens: hidden.num_rows,
             hidden_size: self.spec.hidden_size,
