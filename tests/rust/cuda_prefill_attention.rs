@@ -164,7 +164,7 @@ fn few_new_tokens_over_a_long_prefix_are_the_same_to_both_kernels() {
         }
     };
     for heads in [heads(32, 8, 128), heads(8, 1, 128), heads(6, 2, 64), heads(10, 2, 128)] {
-        for prefix in [0, 100, 4096, 5000] {
+        for prefix in [0, 100, 600, 4096, 5000] {
             for num_tokens in [1, 16, 17, 64, 130] {
                 check(heads, None, &[(prefix, num_tokens)]);
             }

@@ -56,8 +56,9 @@ struct Work {
     Keys keys;
     int kv_head;
 };
-// A merge takes longer than it saves for fewer steps.
-constexpr int MIN_STEPS_TO_SPLIT = 6, MIN_STEPS_PER_PART = 2;
+// A merge takes about as long as so many steps.
+constexpr int STEPS_OF_MERGE = 3;
+constexpr int MIN_STEPS_PER_PART = 2;
 
 __device__ __forceinline__ Keys keys_of(const Tile& tile, int window, int part, int num_splits) {
     Keys keys;
@@ -67,9 +68,9 @@ __device__ __forceinline__ Keys keys_of(const Tile& tile, int window, int part, 
     keys.num_steps = (keys.num_blocks + BLOCKS_PER_STEP - 1) / BLOCKS_PER_STEP;
     keys.part = part;
     keys.num_parts = 1;
-    if (num_splits > 1 && keys.num_steps >= MIN_STEPS_TO_SPLIT) {
-        const int even = (keys.num_steps + num_splits - 1) / num_splits;
-        const int num_steps = max(even, MIN_STEPS_PER_PART);
+    const int even = num_splits > 1 ? (keys.num_steps + num_splits - 1) / num_splits : keys.num_steps;
+    const int num_steps = max(even, MIN_STEPS_PER_PART);
+    if (keys.num_steps >= num_steps + STEPS_OF_MERGE) {
         keys.num_parts = (keys.num_steps + num_steps - 1) / num_steps;
         keys.num_steps = min(num_steps, keys.num_steps - part * num_steps);
         keys.first_block += part * num_steps * BLOCKS_PER_STEP;
@@ -99,10 +100,10 @@ __device__ __forceinline__ void copy(const TensorMap& query, const TensorMap& ca
     u32 tail_phase = 0, query_phase = 1;
     int slot = 0;
     for (int piece = blockIdx.x; piece < num_tiles * num_kv_heads * num_splits;) {
-        const int pair = piece / num_splits;
+        const int pair = num_splits > 1 ? piece / num_splits : piece;
         const Tile tile = tiles[pair / num_kv_heads];
         const int kv_head = pair % num_kv_heads;
-        const Keys span = keys_of(tile, window, piece % num_splits, num_splits);
+        const Keys span = keys_of(tile, window, piece - pair * num_splits, num_splits);
         if (tile.num_tokens > 0 && span.num_steps > 0) {
             const int* table = block_table + (i64)tile.sequence * max_blocks + span.first_block;
             // Past the last block that one again: its rows count for nothing.
@@ -294,12 +295,11 @@ __device__ __forceinline__ void attend(bf16* out, const Scratch& scratch, int nu
             pin(scores);
             if (lane == 0) arrive(barriers.keys_free + turn.stage * 8);
             if (step == span.num_steps - 1 && lane == 0) arrive(query_free);
-            weigh(step);
-            pin(scores);
-            wait(barriers.values_full + turn.stage * 8, turn.phase);
             wait_products<0>();
             pin(output);
             if (lane == 0) arrive(barriers.values_free + before.stage * 8);
+            weigh(step);
+            wait(barriers.values_full + turn.stage * 8, turn.phase);
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; i++) output[i] *= running.shrink[i / 2 % 2];
             pack_weights();
