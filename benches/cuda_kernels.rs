@@ -122,10 +122,19 @@ fn main() -> Result<()> {
     if wants("decode") {
         bench.decode("64 x 100..2048", &ragged)?;
     }
-    for (num_sequences, num_tokens, prefix) in
-        [(1, 512, 0), (16, 512, 0), (1, 2048, 0), (8, 2048, 0), (2, 8192, 0), (4, 512, 4096)]
-            .into_iter()
-            .filter(|_| wants("prefill"))
+    for (num_sequences, num_tokens, prefix) in [
+        (1, 512, 0),
+        (16, 512, 0),
+        (1, 2048, 0),
+        (8, 2048, 0),
+        (2, 8192, 0),
+        (4, 512, 4096),
+        (1, 16, 4096),
+        (1, 64, 4096),
+        (1, 256, 4096),
+    ]
+    .into_iter()
+    .filter(|_| wants("prefill"))
     {
         bench.prefill(num_sequences, num_tokens, prefix)?;
     }

@@ -10,17 +10,18 @@ use super::spec::Kernel;
 use super::tensor_map::TensorMap;
 use super::{Device, DeviceBuffer, Kernels, Result, check};
 
-/// Query rows of a prefill kernel's thread block: tokens times heads of a group.
-const PREFILL_ROWS: usize = 128;
+/// Query rows of half a prefill kernel's thread block: tokens times heads of a group.
+const HALF_ROWS: usize = 64;
 /// Threads of a block: of the kernels for any device, and of that for Hopper.
 const NUM_THREADS: u32 = 128;
 const WGMMA_THREADS: u32 = 384;
-/// Columns and rows of a copied box of the cache.
-const BOX: [usize; 2] = [64, 16];
+/// Columns of a copied box.
+const COLUMNS: usize = 64;
 /// A window over every length, with room for positions beside it in an i32.
 const NO_WINDOW: u32 = 1 << 30;
 /// Query heads that can share a key and value head.
 const MAX_GROUP: usize = 8;
+const MAX_HEAD_DIM: usize = 128;
 
 /// What both kinds of attention read; addresses on the device.
 #[derive(Clone, Copy, Debug)]
@@ -218,10 +219,10 @@ impl Kernels {
     }
 
     /// As [`prefill_attention`](Self::prefill_attention), at twice the speed on Hopper; a token's
-    /// last bits depend on how its sequence was cut into steps.
+    /// last bits depend on how its sequence was cut into steps, and on what shares its step.
     ///
     /// # Safety
-    /// As there.
+    /// As there, and launches go through one stream.
     pub unsafe fn prefill_attention_wgmma(
         &self,
         input: &AttentionInput,
@@ -245,21 +246,65 @@ impl Kernels {
         let query = TensorMap::new(
             query,
             [head_dim, num_heads, num_tokens],
-            [BOX[0], group, PREFILL_ROWS / group],
+            [COLUMNS, group, HALF_ROWS / group],
         )?;
-        // Block tables keep within the cache, so its end need not be known here.
-        let cache = TensorMap::new(input.cache, [head_dim, i32::MAX as usize], BOX)?;
-        let turns = self.turns();
-        let num_blocks = num_multiprocessors.min((num_tiles * num_kv_heads) as u32);
+        // Boxes of a head's rows of a block: eight of one half, eight of the other, and so on. Block
+        // tables keep within the cache, so its end need not be known here.
+        let halves = head_dim / COLUMNS;
+        let cache = TensorMap::with_strides(
+            input.cache,
+            [COLUMNS, 8, halves, i32::MAX as usize / 8],
+            [head_dim, COLUMNS, 8 * head_dim, 0],
+            [COLUMNS, 8, halves, 2],
+        )?;
+        let PrefillScratch { turns, partial, partial_ml, arrived } = self.prefill_scratch();
+        let (turns, arrived) = (turns.address(), arrived.address());
+        let (partial, partial_ml) = (partial.address(), partial_ml.address());
+        let num_pairs = num_tiles * num_kv_heads;
+        // Parts of a tile wait for each other, so each has a multiprocessor.
+        let num_splits = (num_multiprocessors as usize / num_pairs).max(1);
+        let num_blocks = num_multiprocessors.min((num_pairs * num_splits) as u32);
+        let num_splits = num_splits as i32;
         let (num_tiles, max_blocks) = (num_tiles as i32, input.max_blocks as i32);
         let (num_heads, num_kv_heads) = (num_heads as i32, num_kv_heads as i32);
         let (window, scale) = (window_or_all(input.window), heads.scale());
         let mut launch = self.launch(kernel);
         launch.arg(&query).arg(&cache).arg(&out).arg(&input.block_table).arg(&tiles).arg(&turns);
-        launch.arg(&num_tiles).arg(&num_heads).arg(&num_kv_heads).arg(&max_blocks).arg(&window);
-        launch.arg(&scale);
+        launch.arg(&partial).arg(&partial_ml).arg(&arrived).arg(&num_tiles).arg(&num_splits);
+        launch.arg(&num_heads).arg(&num_kv_heads).arg(&max_blocks).arg(&window).arg(&scale);
         // SAFETY: the heads were checked; the memory is the caller's word.
         unsafe { launch.launch(shape_of(kernel, (num_blocks, 1, 1), WGMMA_THREADS)) }
+    }
+}
+
+/// Scratch memory of [`Kernels::prefill_attention_wgmma`]: for as many parts of tiles as there are
+/// multiprocessors, which is as many as a launch has that cuts tiles into parts.
+#[derive(Debug)]
+pub(super) struct PrefillScratch {
+    /// Two counters of pieces of work, zero between launches.
+    turns: DeviceBuffer,
+    partial: DeviceBuffer,
+    partial_ml: DeviceBuffer,
+    arrived: DeviceBuffer,
+}
+
+impl PrefillScratch {
+    pub(super) fn new(device: &Device) -> Result<Self> {
+        let num_multiprocessors = device.num_multiprocessors() as usize;
+        let num_parts = if device.is_hopper() { num_multiprocessors } else { 0 };
+        let zeros = |len: usize| -> Result<DeviceBuffer> {
+            let buffer = device.allocate(len * size_of::<u32>())?;
+            buffer.fill(0)?;
+            Ok(buffer)
+        };
+        let rows = num_parts * 2 * HALF_ROWS;
+        Ok(Self {
+            turns: zeros(2)?,
+            partial: device.allocate(rows * MAX_HEAD_DIM * size_of::<f32>())?,
+            // Of each of the four lanes that share a row.
+            partial_ml: device.allocate(rows * 4 * 2 * size_of::<f32>())?,
+            arrived: zeros(num_multiprocessors)?,
+        })
     }
 }
 
@@ -293,7 +338,7 @@ unsafe impl DeviceRepr for PrefillTile {}
 /// Cuts sequences into tiles, within one and among them those with the most keys first: they take
 /// longest. A sequence's tiles stay together, so that its keys are in the cache for all of them.
 pub fn prefill_tiles(heads: Heads, sequences: &[PrefillSequence]) -> Vec<PrefillTile> {
-    let tile_tokens = PREFILL_ROWS / heads.group().clamp(1, MAX_GROUP);
+    let tile_tokens = 2 * (HALF_ROWS / heads.group().clamp(1, MAX_GROUP));
     let mut tiles = Vec::new();
     let mut sequences = sequences.to_vec();
     sequences.sort_by_key(|it| std::cmp::Reverse(it.first_position + it.num_tokens));

@@ -10,9 +10,10 @@ use cudarc::driver::sys::{self, CUfunction_attribute};
 use cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig};
 use cudarc::nvrtc::Ptx;
 
+use super::attention::PrefillScratch;
 use super::compile::{Compiler, Cubin};
 use super::spec::{KERNELS, Kernel, KernelSpec};
-use super::{Device, DeviceBuffer, Result};
+use super::{Device, Result};
 
 /// Thread blocks of a cluster.
 const MAX_CLUSTER: usize = 4;
@@ -24,8 +25,7 @@ pub struct Kernels {
     functions: Vec<CudaFunction>,
     /// Clusters of so many thread blocks, each with a multiprocessor for itself, that run at once.
     max_clusters: [usize; MAX_CLUSTER + 1],
-    /// Two counters of prefill attention's pieces of work, zero between launches.
-    turns: DeviceBuffer,
+    prefill_scratch: PrefillScratch,
 }
 
 impl Kernels {
@@ -51,9 +51,8 @@ impl Kernels {
                 *count = count_clusters(&functions, size as u32)?;
             }
         }
-        let turns = device.allocate(2 * size_of::<u32>())?;
-        turns.fill(0)?;
-        Ok(Self { functions, max_clusters, turns, device: device.clone() })
+        let prefill_scratch = PrefillScratch::new(device)?;
+        Ok(Self { functions, max_clusters, prefill_scratch, device: device.clone() })
     }
 
     /// The device that they are loaded on.
@@ -78,8 +77,8 @@ impl Kernels {
         (1..=MAX_CLUSTER).rev().find(|&size| num_tiles <= self.max_clusters[size]).unwrap_or(1)
     }
 
-    pub(super) fn turns(&self) -> u64 {
-        self.turns.address()
+    pub(super) fn prefill_scratch(&self) -> &PrefillScratch {
+        &self.prefill_scratch
     }
 
     pub(super) fn function(&self, kernel: Kernel) -> &CudaFunction {

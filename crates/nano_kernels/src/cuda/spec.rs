@@ -75,10 +75,12 @@ pub struct KernelSpec {
 }
 
 /// Headers that a source may include, by name.
-pub const HEADERS: [(&str, &str); 4] = [
+pub const HEADERS: [(&str, &str); 6] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("hopper.cuh", include_str!("../../kernels/hopper.cuh")),
     ("mma.cuh", include_str!("../../kernels/mma.cuh")),
+    ("prefill_parts.cuh", include_str!("../../kernels/prefill_parts.cuh")),
+    ("prefill_wgmma.cuh", include_str!("../../kernels/prefill_wgmma.cuh")),
     ("rope.cuh", include_str!("../../kernels/rope.cuh")),
 ];
 

@@ -1,4 +1,5 @@
-//! Paged attention against its reference on a GPU; skips where there is none.
+//! Paged attention of one token a sequence against its reference on a GPU; skips where there is
+//! none.
 
 #![allow(
     clippy::unwrap_used,
@@ -7,139 +8,17 @@
     reason = "a test fails by a panic and says what it measured"
 )]
 
+mod cuda_case;
 mod cuda_fixture;
 
-use std::ops::Range;
-
-use cuda_fixture::{Random, assert_close, download, floats, kernels, poisoned};
+use cuda_case::{BLOCK_SIZE, BOUND, Case, MANY_HEADS, Sequence, cache_rows, heads};
+use cuda_fixture::{Random, assert_close, download, kernels, poisoned};
 use half::bf16;
-use nano_kernels::cuda::attention::{
-    AttentionInput, DecodePlan, DecodeRows, Heads, PrefillRows, PrefillSequence, prefill_tiles,
-};
+use nano_kernels::cuda::attention::{AttentionInput, DecodePlan, DecodeRows, Heads};
 use nano_kernels::cuda::rope::RopeWriteKv;
 use nano_kernels::cuda::{DeviceBuffer, Graph, Kernels};
-use nano_kernels::reference::attention::{PagedCache, paged_attention};
-
-const BLOCK_SIZE: usize = 16;
-/// Operands and weights are bf16, sums f32.
-const BOUND: f64 = 5e-3;
-
-/// New tokens of one sequence and the length of its cached prefix.
-#[derive(Clone, Copy, Debug)]
-struct Sequence {
-    prefix: usize,
-    num_tokens: usize,
-}
-
-/// A batch on both sides: scattered blocks, NaN wherever no key may be read.
-struct Case {
-    heads: Heads,
-    window: Option<u32>,
-    sequences: Vec<Sequence>,
-    max_blocks: usize,
-    tables: Vec<Vec<u32>>,
-    cache: Vec<bf16>,
-    query: Vec<bf16>,
-    cache_on: DeviceBuffer,
-    query_on: DeviceBuffer,
-    table_on: DeviceBuffer,
-}
 
 impl Case {
-    fn new(
-        kernels: &Kernels,
-        random: &mut Random,
-        heads: Heads,
-        window: Option<u32>,
-        sequences: &[Sequence],
-    ) -> Self {
-        let num_blocks_of =
-            |sequence: &Sequence| (sequence.prefix + sequence.num_tokens).div_ceil(BLOCK_SIZE);
-        let max_blocks = sequences.iter().map(num_blocks_of).max().unwrap() + 1;
-        let num_blocks: usize = sequences.iter().map(num_blocks_of).sum();
-        let mut free = random.shuffled(num_blocks + 1);
-        let tables: Vec<Vec<u32>> = sequences
-            .iter()
-            .map(|sequence| free.split_off(free.len() - num_blocks_of(sequence)))
-            .map(|table| table.into_iter().map(|block| block as u32).collect())
-            .collect();
-
-        let row_len = heads.head_dim;
-        let block_len = 2 * heads.num_kv_heads * BLOCK_SIZE * row_len;
-        let mut cache = random.values((num_blocks + 1) * block_len);
-        for (sequence, table) in sequences.iter().zip(&tables) {
-            let len = sequence.prefix + sequence.num_tokens;
-            for position in len..len.next_multiple_of(BLOCK_SIZE) {
-                for row in cache_rows(heads, table, position) {
-                    cache[row].fill(bf16::NAN);
-                }
-            }
-        }
-        let num_tokens: usize = sequences.iter().map(|sequence| sequence.num_tokens).sum();
-        let query = random.values(num_tokens * heads.num_heads * row_len);
-
-        // Blocks that every token's window has left behind are gone from the table.
-        let visible_from = |sequence: &Sequence| {
-            window.map_or(0, |window| (sequence.prefix + 1).saturating_sub(window as usize))
-        };
-        let flat: Vec<i32> = sequences
-            .iter()
-            .zip(&tables)
-            .flat_map(|(sequence, table)| {
-                let first_block = visible_from(sequence) / BLOCK_SIZE;
-                (0..max_blocks).map(move |i| match table.get(i) {
-                    Some(&block) if i >= first_block => block as i32,
-                    _ => i32::MAX,
-                })
-            })
-            .collect();
-        let device = kernels.device();
-        Self {
-            cache_on: device.allocate_from(&cache).unwrap(),
-            query_on: device.allocate_from(&query).unwrap(),
-            table_on: device.allocate_from(&flat).unwrap(),
-            heads,
-            window,
-            sequences: sequences.to_vec(),
-            max_blocks,
-            tables,
-            cache,
-            query,
-        }
-    }
-
-    fn input(&self) -> AttentionInput {
-        AttentionInput {
-            cache: self.cache_on.address(),
-            block_table: self.table_on.address(),
-            max_blocks: self.max_blocks,
-            heads: self.heads,
-            window: self.window,
-        }
-    }
-
-    fn expected(&self) -> Vec<f32> {
-        let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
-        let data = floats(&self.cache);
-        let cache = PagedCache { data: &data, block_size: BLOCK_SIZE, num_kv_heads, head_dim };
-        let query = floats(&self.query);
-        let mut rows = query.chunks(num_heads * head_dim);
-        let mut expected = Vec::with_capacity(query.len());
-        for (sequence, table) in self.sequences.iter().zip(&self.tables) {
-            for token in 0..sequence.num_tokens {
-                let position = sequence.prefix + token;
-                let window = self.window.map(|window| window as usize);
-                let row = rows.next().unwrap();
-                expected.extend(paged_attention(row, cache, table, position, window));
-            }
-        }
-        expected
-    }
-
-    fn lengths(&self) -> Vec<i32> {
-        self.sequences.iter().map(|s| (s.prefix + s.num_tokens) as i32).collect()
-    }
-
     /// Each sequence's query, and its newest keys and values as the cache has them.
     fn qkv(&self) -> Vec<bf16> {
         let queries = self.query.chunks(self.heads.num_heads * self.heads.head_dim);
@@ -198,75 +77,6 @@ impl Case {
         assert!(cache.iter().zip(&self.cache).all(|(&a, b)| a == b.to_bits()), "newest rows");
         out.into_iter().map(|bits| bf16::from_bits(bits).to_f32()).collect()
     }
-
-    /// By each kernel that this device has; the one for any device first.
-    fn prefill(&self, kernels: &Kernels) -> Vec<Vec<f32>> {
-        let device = kernels.device();
-        let mut first_token = 0;
-        let sequences: Vec<PrefillSequence> = self
-            .sequences
-            .iter()
-            .enumerate()
-            .map(|(sequence, &Sequence { prefix, num_tokens })| {
-                first_token += num_tokens;
-                PrefillSequence {
-                    sequence,
-                    first_token: first_token - num_tokens,
-                    num_tokens,
-                    first_position: prefix,
-                }
-            })
-            .collect();
-        let tiles = prefill_tiles(self.heads, &sequences);
-        let tiles_on = device.allocate_from(&tiles).unwrap();
-        let (out, input) = (poisoned(device, self.query.len()), self.input());
-        let rows = PrefillRows {
-            query: self.query_on.address(),
-            tiles: tiles_on.address(),
-            num_tiles: tiles.len(),
-            num_tokens: first_token,
-        };
-        // SAFETY: every buffer was allocated with the size of its shape; positions fit the tables.
-        unsafe { kernels.prefill_attention(&input, &rows, out.address()) }.unwrap();
-        let mut found = vec![download(&out)];
-        // Twice: what the first launch leaves behind does not change the second.
-        for round in 0..2 {
-            if !kernels.has_prefill_attention_wgmma() {
-                break;
-            }
-            out.fill(0xff).unwrap();
-            // SAFETY: as above.
-            unsafe { kernels.prefill_attention_wgmma(&input, &rows, out.address()) }.unwrap();
-            if round == 0 {
-                found.push(download(&out));
-            } else {
-                assert_eq!(download(&out), found[1], "equal launches give equal bits");
-            }
-        }
-        found
-    }
-
-    fn check_prefill(&self, what: &str, kernels: &Kernels) {
-        let expected = self.expected();
-        for (number, found) in self.prefill(kernels).iter().enumerate() {
-            assert_close(&format!("{what}, kernel {number}"), found, &expected, BOUND);
-        }
-    }
-}
-
-/// Where the keys of a position lie in the cache, head by head, and then its values.
-fn cache_rows(
-    heads: Heads,
-    table: &[u32],
-    position: usize,
-) -> impl Iterator<Item = Range<usize>> + use<> {
-    let Heads { num_kv_heads, head_dim, .. } = heads;
-    let block = table[position / BLOCK_SIZE] as usize;
-    (0..2 * num_kv_heads).map(move |head| {
-        let tile = block * 2 * num_kv_heads + head;
-        let row = (tile * BLOCK_SIZE + position % BLOCK_SIZE) * head_dim;
-        row..row + head_dim
-    })
 }
 
 fn no_angles(num_positions: usize, head_dim: usize) -> Vec<f32> {
@@ -282,21 +92,6 @@ fn bits(buffer: &DeviceBuffer) -> Vec<u16> {
 fn lengths(lengths: &[usize]) -> Vec<Sequence> {
     lengths.iter().map(|&length| Sequence { prefix: length - 1, num_tokens: 1 }).collect()
 }
-
-const fn heads(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> Heads {
-    Heads { num_heads, num_kv_heads, head_dim }
-}
-
-const MANY_HEADS: [Heads; 8] = [
-    heads(32, 8, 128),
-    heads(32, 8, 64),
-    heads(8, 1, 128),
-    heads(4, 4, 64),
-    heads(6, 2, 128),
-    heads(10, 2, 64),
-    heads(14, 2, 128),
-    heads(12, 2, 64),
-];
 
 #[test]
 fn one_token_sees_all_keys_of_its_sequence() {
@@ -345,70 +140,6 @@ fn a_context_of_32k_is_read_to_the_end() {
         let case = Case::new(&kernels, &mut random, heads, window, &lengths(&[32_768, 32_767]));
         let what = format!("decode 32k, window {window:?}, {heads:?}");
         assert_close(&what, &case.decode(&kernels, &plan), &case.expected(), BOUND);
-        let chunk = [Sequence { prefix: 32_768 - 70, num_tokens: 70 }];
-        let case = Case::new(&kernels, &mut random, heads, window, &chunk);
-        let what = format!("prefill at 32k, window {window:?}, {heads:?}");
-        case.check_prefill(&what, &kernels);
-    }
-}
-
-#[test]
-fn new_tokens_see_the_prefix_and_each_other_causally() {
-    let Some(kernels) = kernels() else { return };
-    let mut random = Random(11);
-    for heads in MANY_HEADS {
-        for batch in [
-            &[(0, 1)][..],
-            &[(0, 16)],
-            &[(0, 33)],
-            &[(15, 17)],
-            &[(0, 70), (100, 33), (45, 1), (0, 128), (511, 2)],
-            &[(640, 300)],
-        ] {
-            let sequences: Vec<Sequence> =
-                batch.iter().map(|&(prefix, num_tokens)| Sequence { prefix, num_tokens }).collect();
-            let case = Case::new(&kernels, &mut random, heads, None, &sequences);
-            let what = format!("prefill {batch:?}, {heads:?}");
-            case.check_prefill(&what, &kernels);
-        }
-    }
-}
-
-/// More pieces of work than the device takes at once, and long ones.
-#[test]
-fn many_new_tokens_are_the_same_to_both_kernels() {
-    let Some(kernels) = kernels() else { return };
-    let mut random = Random(14);
-    for (heads, window) in [
-        (heads(32, 8, 128), None),
-        (heads(32, 8, 64), None),
-        (heads(32, 8, 128), Some(1000)),
-        (heads(12, 4, 128), None),
-        (heads(16, 16, 64), Some(130)),
-    ] {
-        let sequences = [(0, 2048), (4096, 512), (3, 1), (777, 901), (0, 16), (1000, 5)]
-            .map(|(prefix, num_tokens)| Sequence { prefix, num_tokens });
-        let case = Case::new(&kernels, &mut random, heads, window, &sequences);
-        let found = case.prefill(&kernels);
-        for other in &found[1..] {
-            let what = format!("3483 tokens by both kernels, window {window:?}, {heads:?}");
-            assert_close(&what, other, &found[0], BOUND);
-        }
-    }
-}
-
-#[test]
-fn new_tokens_see_their_windows_alone() {
-    let Some(kernels) = kernels() else { return };
-    let mut random = Random(12);
-    for heads in [heads(32, 8, 128), heads(6, 2, 64), heads(2, 2, 128)] {
-        for window in [1, 16, 17, 100, 1000] {
-            let sequences = [(0, 1), (0, 300), (900, 150), (2000, 40)]
-                .map(|(prefix, num_tokens)| Sequence { prefix, num_tokens });
-            let case = Case::new(&kernels, &mut random, heads, Some(window), &sequences);
-            let what = format!("prefill, window {window}, {heads:?}");
-            case.check_prefill(&what, &kernels);
-        }
     }
 }
 
