@@ -175,3 +175,24 @@ fn few_new_tokens_over_a_long_prefix_are_the_same_to_both_kernels() {
         }
     }
 }
+
+/// The multiprocessors that the parts of a tile wait for may be another stream's, whose parts wait
+/// likewise: nobody waits for ever, and the sums are the same.
+#[test]
+fn parts_of_two_streams_at_once_do_not_wait_for_each_other() {
+    let run = |seed| {
+        let Some(kernels) = kernels() else { return };
+        let mut random = Random(seed);
+        let chunk = sequences(&[(3000, 20)]);
+        let case = Case::new(&kernels, &mut random, heads(32, 8, 128), None, &chunk);
+        let first = case.prefill(&kernels).pop();
+        for _ in 0..100 {
+            assert_eq!(case.prefill(&kernels).pop(), first, "equal launches give equal bits");
+        }
+    };
+    std::thread::scope(|scope| {
+        for seed in 20..23 {
+            scope.spawn(move || run(seed));
+        }
+    });
+}

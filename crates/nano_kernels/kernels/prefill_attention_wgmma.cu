@@ -10,10 +10,9 @@
 // scores while the other has the tensor cores. Within a warpgroup the next step's scores are on
 // their way while this step's weights meet the values.
 //
-// Few tiles do not fill the device: then a piece is one of up to num_splits parts of a tile's keys,
-// and a thread block takes one. Each part leaves its output, maxima and sums in scratch memory,
-// waits for the others, and merges its share of the columns of all of them, in a fixed order. All
-// blocks of such a launch run at once, or the waiting would not end.
+// Few tiles do not fill the device: then, IN_PARTS, a piece is one of up to num_splits parts of a
+// tile's keys, and a thread block takes one. Each part leaves its output, maxima and sums in scratch
+// memory, waits for the others, and merges its share of the columns of all of them, in a fixed order.
 //
 // Grid: as many blocks as the device has room for, or pieces of work. Block: NUM_THREADS.
 // Shared memory: 1024 + HALVES ROW_BYTES (2 GROUP_ROWS + STAGES 2 KEYS) bytes, dynamic.
@@ -29,8 +28,8 @@
 //                thread block, and thread blocks that found no more
 //   partial:     [blocks, HEAD_DIM / 8, 2 GROUP_THREADS, 4] f32, scratch
 //   partial_ml:  [blocks, 2 GROUP_THREADS, 2 rows, 2] f32, scratch
-//   arrived:     [num_tiles, num_kv_heads] u32, zeros; left as zeros
-//   num_splits:  1, or at least 2 where there are no more pieces than multiprocessors
+//   arrived:     [num_tiles, num_kv_heads] u64, zeros; left as zeros
+//   num_splits:  1 to 32; with more than 1 there are no more pieces than multiprocessors
 //   window:      1 to 2^30; a window over every length is none
 //   scale:       log2(e) / sqrt(HEAD_DIM)
 //
@@ -68,9 +67,9 @@ __device__ __forceinline__ Keys keys_of(const Tile& tile, int window, int part, 
     keys.num_steps = (keys.num_blocks + BLOCKS_PER_STEP - 1) / BLOCKS_PER_STEP;
     keys.part = part;
     keys.num_parts = 1;
-    const int even = num_splits > 1 ? (keys.num_steps + num_splits - 1) / num_splits : keys.num_steps;
+    const int even = (keys.num_steps + num_splits - 1) / num_splits;
     const int num_steps = max(even, MIN_STEPS_PER_PART);
-    if (keys.num_steps >= num_steps + STEPS_OF_MERGE) {
+    if (IN_PARTS && keys.num_steps >= num_steps + STEPS_OF_MERGE) {
         keys.num_parts = (keys.num_steps + num_steps - 1) / num_steps;
         keys.num_steps = min(num_steps, keys.num_steps - part * num_steps);
         keys.first_block += part * num_steps * BLOCKS_PER_STEP;
@@ -100,7 +99,7 @@ __device__ __forceinline__ void copy(const TensorMap& query, const TensorMap& ca
     u32 tail_phase = 0, query_phase = 1;
     int slot = 0;
     for (int piece = blockIdx.x; piece < num_tiles * num_kv_heads * num_splits;) {
-        const int pair = num_splits > 1 ? piece / num_splits : piece;
+        const int pair = IN_PARTS ? piece / num_splits : piece;
         const Tile tile = tiles[pair / num_kv_heads];
         const int kv_head = pair % num_kv_heads;
         const Keys span = keys_of(tile, window, piece - pair * num_splits, num_splits);
@@ -320,13 +319,16 @@ __device__ __forceinline__ void attend(bf16* out, const Scratch& scratch, int nu
             const bool is_row = row < group_tokens * group && token < tile.num_tokens;
             targets[h] = is_row ? out + at * HEAD_DIM : nullptr;
         }
-        if (span.num_parts > 1) {
-            leave_part(scratch, running, output, num_splits, span.num_parts);
+        if (IN_PARTS && span.num_parts > 1) {
+            u32 shares = leave_part(scratch, running, output, span.part, num_splits, span.num_parts);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 if (targets[h]) targets[h] += lane % 4 * 2;
             }
-            merge_parts(scratch, targets, span.part, span.num_parts, scale);
+            for (; shares != 0; shares &= shares - 1) {
+                merge_share(scratch, targets, blockIdx.x - span.part, __ffs(shares) - 1,
+                            span.num_parts, scale);
+            }
             forget_parts(scratch, num_splits, span.num_parts);
             continue;
         }
@@ -358,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
 prefill_attention_wgmma(const __grid_constant__ TensorMap query,
                         const __grid_constant__ TensorMap cache, bf16* out, const int* block_table,
                         const Tile* tiles, u32* turns, float* partial, float* partial_ml,
-                        u32* arrived, int num_tiles, int num_splits, int num_heads,
+                        u64* arrived, int num_tiles, int num_splits, int num_heads,
                         int num_kv_heads, int max_blocks, int window, float scale) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ unsigned char unaligned[];

@@ -10,8 +10,14 @@
 // turn, two columns at a time, and both rows' maximum and sum.
 struct Scratch {
     float4 *partial, *partial_ml;
-    u32* arrived;
+    u64* arrived;
 };
+// Of a word of `arrived`: how many parts have left what they have, how many have done all, and from
+// bit 32 on which of them have gone without their share of the merge.
+constexpr u64 HAS_LEFT = 1, HAS_DONE = 1 << 16, HAS_GONE = (u64)1 << 32;
+// Clocks that a part waits for the others, about 0.1 ms.
+constexpr i64 PATIENCE = 200000;
+__device__ __forceinline__ u32 num_left(u64 word) { return word & (HAS_DONE - 1); }
 __device__ __forceinline__ i64 partial_at(int slot, int columns) {
     return ((i64)slot * (HEAD_DIM / 8) + columns) * (2 * GROUP_THREADS) + threadIdx.x - GROUP_THREADS;
 }
@@ -19,10 +25,14 @@ __device__ __forceinline__ i64 ml_at(int slot) {
     return (i64)slot * (2 * GROUP_THREADS) + threadIdx.x - GROUP_THREADS;
 }
 
-// Leaves this part's output and waits for those of the others.
-__device__ __forceinline__ void leave_part(const Scratch& scratch, const Running& running,
-                                           const float (&output)[HEAD_DIM / 2], int num_splits,
-                                           int num_parts) {
+// Leaves this part's output and waits for those of the others. Gives the shares of the merge that
+// are this part's to do, a bit each: its own, unless the others do not come, since kernels of another
+// stream may have the multiprocessors that they need. Then it goes, and the last one to come does
+// its share too.
+__device__ __forceinline__ u32 leave_part(const Scratch& scratch, const Running& running,
+                                          const float (&output)[HEAD_DIM / 2], int part,
+                                          int num_splits, int num_parts) {
+    __shared__ u32 shares;
     const float sums[2] = {quad_sum(running.sum[0]), quad_sum(running.sum[1])};
     __stcg(&scratch.partial_ml[ml_at(blockIdx.x)],
            make_float4(running.largest[0], sums[0], running.largest[1], sums[1]));
@@ -33,20 +43,33 @@ __device__ __forceinline__ void leave_part(const Scratch& scratch, const Running
     }
     sync_warpgroups();
     if (threadIdx.x == GROUP_THREADS) {
-        volatile u32* arrived = scratch.arrived + blockIdx.x / num_splits;
+        u64* arrived = scratch.arrived + blockIdx.x / num_splits;
+        const volatile u64* now = arrived;
         __threadfence();
-        atomicAdd((u32*)arrived, 1u);
-        while (*arrived < (u32)num_parts) {}
+        const u64 before = atomicAdd(arrived, HAS_LEFT);
+        shares = 1u << part;
+        if (num_left(before) + 1 == num_parts) {
+            shares |= before / HAS_GONE;
+        } else {
+            const i64 start = clock64();
+            while (num_left(*now) < num_parts && clock64() - start < PATIENCE) {}
+            // Whoever has come since the last look has not seen this part go.
+            const bool goes = num_left(*now) < num_parts &&
+                              num_left(atomicOr(arrived, HAS_GONE << part)) < num_parts;
+            if (goes) shares = 0;
+        }
         __threadfence();
     }
     sync_warpgroups();
+    return shares;
 }
-// When all have come: the last one to call this leaves zero to the next launch.
+// The last part to call this, after all else, leaves zero to the next launch.
 __device__ __forceinline__ void forget_parts(const Scratch& scratch, int num_splits,
                                              int num_parts) {
     if (threadIdx.x != GROUP_THREADS) return;
-    u32* arrived = scratch.arrived + blockIdx.x / num_splits;
-    if (atomicAdd(arrived, 1u) == 2 * num_parts - 1) *arrived = 0;
+    u64* arrived = scratch.arrived + blockIdx.x / num_splits;
+    const u64 others = atomicAdd(arrived, HAS_DONE) % HAS_GONE / HAS_DONE;
+    if (others + 1 == num_parts) *arrived = 0;
 }
 
 // Of the thread's two rows, `columns` pairs of columns from `first` on, merged over all parts;
@@ -119,11 +142,11 @@ __device__ __forceinline__ void merge_columns(const Scratch& scratch, bf16* cons
     }
 }
 
-// The same for this part's share of all pairs.
-__device__ __forceinline__ void merge_parts(const Scratch& scratch, bf16* const (&targets)[2],
-                                            int part, int num_parts, float scale) {
-    const int slot = blockIdx.x - part, first = HEAD_DIM / 8 * part / num_parts;
-    const int columns = HEAD_DIM / 8 * (part + 1) / num_parts - first;
+// The same for one share of all pairs; `slot` is the first part's.
+__device__ __forceinline__ void merge_share(const Scratch& scratch, bf16* const (&targets)[2],
+                                            int slot, int share, int num_parts, float scale) {
+    const int first = HEAD_DIM / 8 * share / num_parts;
+    const int columns = HEAD_DIM / 8 * (share + 1) / num_parts - first;
     if (columns > 4) {
         merge_columns<8>(scratch, targets, slot, num_parts, first, columns, scale);
     } else if (columns > 2) {

@@ -3,8 +3,8 @@
 #pragma once
 #include "hopper.cuh"
 
-#ifndef HEAD_DIM
-#error "HEAD_DIM is 64 or 128"
+#if !defined(HEAD_DIM) || !defined(IN_PARTS)
+#error "HEAD_DIM is 64 or 128, IN_PARTS 0 or 1"
 #endif
 constexpr int KEYS = 128;
 constexpr int STAGES = HEAD_DIM == 64 ? 4 : 2;

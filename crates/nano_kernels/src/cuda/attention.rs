@@ -22,6 +22,8 @@ const NO_WINDOW: u32 = 1 << 30;
 /// Query heads that can share a key and value head.
 const MAX_GROUP: usize = 8;
 const MAX_HEAD_DIM: usize = 128;
+/// Parts that a prefill tile's keys are cut into at most.
+const MAX_SPLITS: usize = 32;
 
 /// What both kinds of attention read; addresses on the device.
 #[derive(Clone, Copy, Debug)]
@@ -231,13 +233,19 @@ impl Kernels {
     ) -> Result<()> {
         let PrefillRows { query, tiles, num_tiles, num_tokens } = *rows;
         let heads = input.heads;
-        let kernel =
-            heads.choose(Kernel::PrefillAttentionWgmma64, Kernel::PrefillAttentionWgmma128)?;
+        // Parts of a tile wait for each other, so each has a multiprocessor.
+        let num_pairs = (num_tiles * heads.num_kv_heads).max(1);
+        let num_multiprocessors = self.device().num_multiprocessors();
+        let num_splits = (num_multiprocessors as usize / num_pairs).clamp(1, MAX_SPLITS);
+        let kernel = if num_splits > 1 {
+            heads.choose(Kernel::PrefillAttentionParts64, Kernel::PrefillAttentionParts128)?
+        } else {
+            heads.choose(Kernel::PrefillAttentionWgmma64, Kernel::PrefillAttentionWgmma128)?
+        };
         if num_tiles == 0 || num_tokens == 0 {
             return Ok(());
         }
         let range = "those of Hopper, which alone has this kernel";
-        let num_multiprocessors = self.device().num_multiprocessors();
         let ok = self.has_prefill_attention_wgmma();
         check(ok, "num_multiprocessors", range, num_multiprocessors as usize)?;
         check(num_tiles <= 1 << 20, "num_tiles", "at most 1048576", num_tiles)?;
@@ -260,9 +268,6 @@ impl Kernels {
         let PrefillScratch { turns, partial, partial_ml, arrived } = self.prefill_scratch();
         let (turns, arrived) = (turns.address(), arrived.address());
         let (partial, partial_ml) = (partial.address(), partial_ml.address());
-        let num_pairs = num_tiles * num_kv_heads;
-        // Parts of a tile wait for each other, so each has a multiprocessor.
-        let num_splits = (num_multiprocessors as usize / num_pairs).max(1);
         let num_blocks = num_multiprocessors.min((num_pairs * num_splits) as u32);
         let num_splits = num_splits as i32;
         let (num_tiles, max_blocks) = (num_tiles as i32, input.max_blocks as i32);
@@ -303,7 +308,7 @@ impl PrefillScratch {
             partial: device.allocate(rows * MAX_HEAD_DIM * size_of::<f32>())?,
             // Of each of the four lanes that share a row.
             partial_ml: device.allocate(rows * 4 * 2 * size_of::<f32>())?,
-            arrived: zeros(num_multiprocessors)?,
+            arrived: zeros(2 * num_multiprocessors)?,
         })
     }
 }

@@ -55,6 +55,10 @@ pub enum Kernel {
     PrefillAttentionWgmma64,
     /// The same on Hopper, `head_dim` 128.
     PrefillAttentionWgmma128,
+    /// Of few tiles, whose keys are cut into parts, `head_dim` 64.
+    PrefillAttentionParts64,
+    /// Of few tiles, whose keys are cut into parts, `head_dim` 128.
+    PrefillAttentionParts128,
 }
 
 /// What the compiler needs to know of a kernel.
@@ -100,10 +104,14 @@ const PREFILL_ATTENTION_WGMMA: &str = include_str!("../../kernels/prefill_attent
 
 const HEAD_DIM_64: &[&str] = &["-DHEAD_DIM=64"];
 const HEAD_DIM_128: &[&str] = &["-DHEAD_DIM=128"];
+const WHOLE_64: &[&str] = &["-DHEAD_DIM=64", "-DIN_PARTS=0"];
+const WHOLE_128: &[&str] = &["-DHEAD_DIM=128", "-DIN_PARTS=0"];
+const PARTS_64: &[&str] = &["-DHEAD_DIM=64", "-DIN_PARTS=1"];
+const PARTS_128: &[&str] = &["-DHEAD_DIM=128", "-DIN_PARTS=1"];
 
 /// Every kernel, in the order of [`Kernel`].
 #[rustfmt::skip]
-pub const KERNELS: [KernelSpec; 26] = [
+pub const KERNELS: [KernelSpec; 28] = [
     plain(Kernel::RmsNorm, "rms_norm", RMS_NORM),
     plain(Kernel::RopeWriteKv, "rope_write_kv", ROPE_WRITE_KV),
     plain(Kernel::SiluMul, "silu_mul", SILU_MUL),
@@ -128,8 +136,10 @@ pub const KERNELS: [KernelSpec; 26] = [
     decode(Kernel::DecodeAttention128, "decode_attention_128", HEAD_DIM_128, 128),
     prefill(Kernel::PrefillAttention64, "prefill_attention_64", HEAD_DIM_64, 64, 64),
     prefill(Kernel::PrefillAttention128, "prefill_attention_128", HEAD_DIM_128, 128, 32),
-    wgmma(Kernel::PrefillAttentionWgmma64, "prefill_attention_wgmma_64", HEAD_DIM_64, 64, 4),
-    wgmma(Kernel::PrefillAttentionWgmma128, "prefill_attention_wgmma_128", HEAD_DIM_128, 128, 2),
+    wgmma(Kernel::PrefillAttentionWgmma64, "prefill_attention_wgmma_64", WHOLE_64, 64, 4),
+    wgmma(Kernel::PrefillAttentionWgmma128, "prefill_attention_wgmma_128", WHOLE_128, 128, 2),
+    wgmma(Kernel::PrefillAttentionParts64, "prefill_attention_parts_64", PARTS_64, 64, 4),
+    wgmma(Kernel::PrefillAttentionParts128, "prefill_attention_parts_128", PARTS_128, 128, 2),
 ];
 
 type Defines = &'static [&'static str];
