@@ -7,7 +7,7 @@
 
 #![allow(clippy::print_stdout, reason = "a bench prints its table")]
 
-mod cuda_few_rows;
+mod cuda_fused_products;
 mod cuda_products;
 mod cuda_timing;
 
@@ -20,6 +20,7 @@ use nano_kernels::cuda::compile::Compiler;
 use nano_kernels::cuda::gather::{Gather, TokenIds};
 use nano_kernels::cuda::gemm::Output;
 use nano_kernels::cuda::norm::RmsNorm;
+use nano_kernels::cuda::product::Epilogue;
 use nano_kernels::cuda::rope::RopeWriteKv;
 use nano_kernels::cuda::sampling::{RowSampling, Sample};
 use nano_kernels::cuda::weights::NUM_DRAWS;
@@ -70,24 +71,24 @@ fn main() -> Result<()> {
         bench.gather(num_tokens)?;
     }
     for (name, out_features, in_features, output) in [
-        ("qkv", 6144, HIDDEN, Output::Bf16),
-        ("output", HIDDEN, HIDDEN, Output::AddBf16),
-        ("gate_up", 2 * INTERMEDIATE, HIDDEN, Output::Bf16),
-        ("down", HIDDEN, INTERMEDIATE, Output::AddBf16),
-        ("lm_head", VOCAB, HIDDEN, Output::F32),
+        ("qkv", 6144, HIDDEN, Some(Output::Bf16)),
+        ("output", HIDDEN, HIDDEN, Some(Output::AddBf16)),
+        ("gate_up", 2 * INTERMEDIATE, HIDDEN, None), // `gated_products` for cuBLASLt
+        ("down", HIDDEN, INTERMEDIATE, Some(Output::AddBf16)),
+        ("lm_head", VOCAB, HIDDEN, Some(Output::F32)),
     ]
     .into_iter()
     .filter(|_| wants("products"))
     {
-        bench.few_rows(name, out_features, in_features)?;
-        // With more rows gate_up is a gated product.
-        if name != "gate_up" {
-            bench.batch_products(name, out_features, in_features, output)?;
+        let epilogue = output.map_or(Epilogue::Gated, Epilogue::from);
+        bench.fused_products(name, out_features, in_features, epilogue)?;
+        if let Some(output) = output {
+            bench.library_products(name, out_features, in_features, output)?;
         }
     }
     if wants("gated") {
         bench.gated_products(&[
-            4, 16, 32, 48, 128, 144, 192, 224, 256, 384, 512, 1024, 2048, 8192,
+            4, 16, 32, 48, 64, 128, 144, 160, 192, 224, 256, 384, 512, 1024, 2048, 8192,
         ])?;
     }
     if wants("sampling") {

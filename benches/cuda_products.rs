@@ -1,15 +1,15 @@
-//! Products of more rows, and gated ones.
+//! Products of more rows by cuBLASLt, and gated ones beside it.
 
 use nano_kernels::cuda::activation::SiluMul;
-use nano_kernels::cuda::gated_product::GatedProduct;
 use nano_kernels::cuda::gemm::{Output, Product, Trial};
+use nano_kernels::cuda::product::{Epilogue, FusedProduct, NormBefore};
 use nano_kernels::cuda::{Gemm, Result};
 
 use super::{Bench, HIDDEN, INTERMEDIATE, num_sets};
 
 impl Bench {
-    /// Of a batch that decodes, and beside it cuBLASLt's.
-    pub(super) fn batch_products(
+    /// Of batches that decode.
+    pub(super) fn library_products(
         &self,
         name: &str,
         out_features: usize,
@@ -29,13 +29,6 @@ impl Bench {
             let product = Product { num_rows, out_features, in_features, output };
             let bytes = (weight_len + num_rows * (in_features + out_features)) * 2;
             let flops = 2.0 * (num_rows * weight_len) as f64;
-            if self.kernels.has_batch_product(num_rows, out_features, in_features) {
-                let name = format!("batch_product {name}, {num_rows} rows");
-                self.report(&name, bytes, flops, |i| {
-                    // SAFETY: every buffer was allocated above with the size of its shape.
-                    unsafe { self.kernels.batch_product(&product, out, input, weight(i)) }
-                })?;
-            }
             let weights = (0..sets).map(weight).collect();
             // SAFETY: every buffer was allocated above with the size of its shape.
             unsafe { gemm.tune(&[Trial { product, out, input, weights }]) }?;
@@ -47,14 +40,15 @@ impl Bench {
         Ok(())
     }
 
-    /// With the gate, and beside it cuBLASLt's product and the gate behind it.
+    /// With the gate and, of up to 192 rows, the norm in front, and beside it cuBLASLt's product and
+    /// the gate behind it.
     pub(super) fn gated_products(&self, all_rows: &[usize]) -> Result<()> {
         let (out_features, in_features) = (2 * INTERMEDIATE, HIDDEN);
         let weight_len = out_features * in_features;
         let sets = num_sets(weight_len * 2);
         let weights = self.values(weight_len, sets)?;
         let weight = |launch: usize| weights.address() + (launch % sets * weight_len * 2) as u64;
-        let mut gemm = Gemm::new(self.device(), None, false)?;
+        let (mut gemm, norms) = (Gemm::new(self.device(), None, false)?, self.norms()?);
         for &num_rows in all_rows {
             let input = self.values(num_rows * in_features, 1)?;
             let both = self.device().allocate(num_rows * out_features * 2)?;
@@ -62,18 +56,21 @@ impl Bench {
             let flops = 2.0 * (num_rows * weight_len) as f64;
             let bytes = (weight_len + num_rows * (in_features + INTERMEDIATE)) * 2;
             let (out, input, both) = (out.address(), input.address(), both.address());
-            if self.kernels.has_gated_product() {
+            if self.device().is_hopper() {
                 self.report(&format!("gated_product, {num_rows} rows"), bytes, flops, |i| {
-                    let launch = GatedProduct {
+                    let launch = FusedProduct {
                         out,
                         input,
                         weight: weight(i),
                         num_rows,
-                        intermediate_size: INTERMEDIATE,
+                        out_features,
                         in_features,
+                        epilogue: Epilogue::Gated,
+                        norm_before: NormBefore::None,
+                        norm_behind: None,
                     };
                     // SAFETY: every buffer was allocated above with the size of its shape.
-                    unsafe { self.kernels.gated_product(&launch) }
+                    unsafe { self.kernels.fused_product(&self.with_norms(&norms, launch)) }
                 })?;
             }
             let product = Product { num_rows, out_features, in_features, output: Output::Bf16 };

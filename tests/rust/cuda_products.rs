@@ -10,12 +10,10 @@
 
 mod cuda_fixture;
 
-use cuda_fixture::{Random, assert_close, download, floats, kernels};
+use cuda_fixture::{Random, assert_close, download, floats, hopper, kernels};
 use half::{bf16, f16};
-use nano_kernels::cuda::gated_product::GatedProduct;
 use nano_kernels::cuda::gemm::{Output, Product, Trial, rows_of_memory};
-use nano_kernels::cuda::row_product::{Epilogue, RowProduct};
-use nano_kernels::cuda::skinny::SkinnyProduct;
+use nano_kernels::cuda::product::{Epilogue, FusedProduct, NormBefore};
 use nano_kernels::cuda::weights::NUM_DRAWS;
 use nano_kernels::cuda::{Device, DeviceBuffer, Gemm};
 use nano_kernels::reference::activation::silu_mul;
@@ -70,6 +68,22 @@ impl Case {
             return values;
         }
         download(&out)[..len].to_vec()
+    }
+
+    /// By a kernel of ours, without a norm.
+    fn launch(&self, out: u64, input: u64, weight: u64) -> FusedProduct {
+        let Product { num_rows, out_features, in_features, output } = self.shape;
+        FusedProduct {
+            out,
+            input,
+            weight,
+            num_rows,
+            out_features,
+            in_features,
+            epilogue: output.into(),
+            norm_before: NormBefore::None,
+            norm_behind: None,
+        }
     }
 
     fn reference(&self) -> Vec<f32> {
@@ -145,15 +159,17 @@ fn a_row_product_with_norm_gate_and_residual_agrees_with_the_references() {
             if epilogue == Epilogue::AddBf16 {
                 out.upload(0, &before).unwrap();
             }
-            let launch = RowProduct {
+            let whole = NormBefore::Whole { weight: norm_on.address(), eps: 1e-5 };
+            let launch = FusedProduct {
                 out: out.address(),
                 input: input_on.address(),
-                norm: with_norm.then(|| norm_on.address()),
                 weight: weight_on.address(),
+                num_rows: 1,
                 out_features,
                 in_features,
                 epilogue,
-                eps: 1e-5,
+                norm_before: if with_norm { whole } else { NormBefore::None },
+                norm_behind: None,
             };
             // SAFETY: every buffer was allocated above with the size of its shape.
             unsafe { kernels.row_product(&launch) }.unwrap();
@@ -182,12 +198,8 @@ fn a_row_product_with_norm_gate_and_residual_agrees_with_the_references() {
 
 #[test]
 fn skinny_products_agree_with_the_reference() {
-    let Some(kernels) = kernels() else { return };
+    let Some(kernels) = hopper() else { return };
     let device = kernels.device();
-    if !kernels.has_skinny_product(1, 64) {
-        println!("skipped: the GPU is no Hopper");
-        return;
-    }
     for (num_rows, out_features, in_features) in [
         (1, 512, 256),
         (3, 151, 192),
@@ -203,23 +215,8 @@ fn skinny_products_agree_with_the_reference() {
         for output in OUTPUTS {
             let case = Case::new(num_rows, out_features, in_features, output);
             let found = case.run_with(device, |out, input, weight| {
-                let launch = SkinnyProduct {
-                    out,
-                    input,
-                    weight,
-                    num_rows,
-                    out_features,
-                    in_features,
-                    epilogue: match output {
-                        Output::Bf16 => Epilogue::Bf16,
-                        Output::AddBf16 => Epilogue::AddBf16,
-                        Output::F32 => Epilogue::F32,
-                    },
-                    norm_before: None,
-                    norm_behind: None,
-                };
                 // SAFETY: `run_with` allocates every buffer with the size of its shape.
-                unsafe { kernels.skinny_product(&launch) }.unwrap();
+                unsafe { kernels.skinny_product(&case.launch(out, input, weight)) }.unwrap();
             });
             let what = format!("skinny {:?}", case.shape);
             assert_close(&what, &found, &case.reference(), ROUNDING);
@@ -229,12 +226,8 @@ fn skinny_products_agree_with_the_reference() {
 
 #[test]
 fn batch_products_agree_with_the_reference() {
-    let Some(kernels) = kernels() else { return };
+    let Some(kernels) = hopper() else { return };
     let device = kernels.device();
-    if !kernels.has_batch_product(64, 8, 8) {
-        println!("skipped: the GPU is no Hopper");
-        return;
-    }
     // Uncut, cut in two and in four, with a last share that is shorter; a tile that is not whole;
     // more tiles than multiprocessors.
     for (num_rows, out_features, in_features) in [
@@ -255,7 +248,7 @@ fn batch_products_agree_with_the_reference() {
             let run = || {
                 case.run_with(device, |out, input, weight| {
                     // SAFETY: `run_with` allocates every buffer with the size of its shape.
-                    unsafe { kernels.batch_product(&case.shape, out, input, weight) }.unwrap();
+                    unsafe { kernels.batch_product(&case.launch(out, input, weight)) }.unwrap();
                 })
             };
             let found = run();
@@ -268,13 +261,9 @@ fn batch_products_agree_with_the_reference() {
 
 #[test]
 fn gated_products_agree_with_the_references() {
-    let Some(kernels) = kernels() else { return };
+    let Some(kernels) = hopper() else { return };
     let device = kernels.device();
-    if !kernels.has_gated_product() {
-        println!("skipped: the GPU is no Hopper");
-        return;
-    }
-    // Few rows; one row tile and one more; pairs of them, with a half that has no rows; more than
+    // Few rows; one row tile, a taller one and one more; pairs of them, with a half that has no rows; more than
     // stay in the cache together.
     for (num_rows, intermediate_size, in_features) in [
         (1, 512, 256),
@@ -288,6 +277,9 @@ fn gated_products_agree_with_the_references() {
         (64, 14336, 72),
         (128, 112, 4096),
         (129, 136, 72),
+        (144, 15_008, 72),
+        (160, 1000, 264),
+        (192, 1160, 1096),
         (200, 9000, 72),
         (300, 1000, 264),
         (385, 232, 1024),
@@ -301,16 +293,19 @@ fn gated_products_agree_with_the_references() {
         let out = device.allocate((num_rows + 1) * intermediate_size * 2).unwrap();
         let run = || {
             out.fill(0xff).unwrap();
-            let launch = GatedProduct {
-                out: out.address(),
-                input: input.address(),
-                weight: weight.address(),
-                num_rows,
-                intermediate_size,
-                in_features,
+            let launch = FusedProduct {
+                epilogue: Epilogue::Gated,
+                ..case.launch(out.address(), input.address(), weight.address())
             };
             // SAFETY: every buffer was allocated above with the size of its shape.
-            unsafe { kernels.gated_product(&launch) }.unwrap();
+            unsafe {
+                if num_rows == 1 {
+                    kernels.skinny_product(&launch)
+                } else {
+                    kernels.fused_product(&launch)
+                }
+            }
+            .unwrap();
             download(&out)
         };
         let found = run();

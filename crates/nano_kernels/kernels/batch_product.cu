@@ -1,41 +1,39 @@
 // Products of a batch that decodes, up to 192 rows, on a Hopper GPU; few rows have kernels of their own.
 //
-//   out = input weight^T                                    [num_tokens, width]
-//   out = silu(input gate^T) * (input up^T), GATED          [num_tokens, width]
+//   x = input, scaled by row with a norm before: see shared_norm.cuh
+//   out = x weight^T                                        [num_tokens, width]
+//   out = out + x weight^T                                  the same, ADD
 //
 // The weights are the wide side of wgmma and are read once; all tokens are the other side, up to
-// NUM_TOKENS of them, so that no row tile is half empty. A tile is TILE_ROWS rows of the weight. With
-// a gate, eight gate rows and the up rows of the same columns take turns in it, so that a thread holds
-// a column's gate and its up.
+// NUM_TOKENS of them, so that no row tile is half empty. A tile is TILE_ROWS rows of the weight.
 //
 // Of STORE and ADD a cluster takes one tile, and each of its blocks an equal share of in_features:
 // a matrix with few rows keeps most multiprocessors busy. Each block then adds up all shares of
-// some tokens, in the order of the blocks. Of STORE_F32 and GATED a block takes whole tiles, one
-// after the other.
+// some tokens, in the order of the blocks. Of STORE_F32 a block takes whole tiles, one after the
+// other.
 //
 // One warp copies through a ring of STAGES stages of shared memory (TMA, 128-byte swizzle), into
-// the next tile while this one's is stored; two warpgroups of 64 weight rows each multiply. The
-// ring fills with weights before the kernel in front of this one has ended.
+// the next tile while this one's is stored; two warpgroups of 64 weight rows each multiply, while
+// three warps add up the squares for a norm before. The ring fills with weights before the kernel in
+// front of this one has ended.
 //
-// Grid: STORE, ADD: a cluster of 1 to 4 a tile. STORE_F32, GATED: any number of blocks.
+// Grid: STORE, ADD: a cluster of 1 to 4 a tile. STORE_F32: any number of blocks.
 // Block: NUM_THREADS. Shared memory: 1024 + STAGES STAGE_BYTES, dynamic.
 //
-//   weight: tensor map of [width, in_features] bf16 with boxes of CHUNK columns and TILE_ROWS rows;
-//           GATED, of [width / 8, gate | up, 8, in_features], with boxes of CHUNK columns and
-//           8 x 2 x 8 rows
+//   weight: tensor map of [width, in_features] bf16 with boxes of CHUNK columns and TILE_ROWS rows
 //   input:  tensor map of [num_tokens, in_features] bf16, with boxes of CHUNK columns and all
 //           tokens: one that reached far behind their end would be slow. Rows of a stage that it
 //           leaves as they were are no token's.
 //   out:    [num_tokens, width] bf16, STORE_F32 f32
-//   num_tiles: of the weight: width / TILE_ROWS, GATED twice that, rounded up
-//   num_steps: of CHUNK columns: in_features / CHUNK, rounded up; every block has a share of them
+//   norm:   before or, ADD, behind, which leaves a sum of squares for each tile
+//   num_tiles: width / TILE_ROWS, rounded up
 //
 // width and in_features are multiples of 8.
 //
 // Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions; NVIDIA, CUTLASS, its
 // persistent cooperative kernels.
 #include "hopper.cuh"
-#include "mma.cuh"
+#include "shared_norm.cuh"
 
 #ifndef NUM_TOKENS
 #error "NUM_TOKENS is 64 to 192, whole 32"
@@ -44,18 +42,18 @@ constexpr int TILE_ROWS = 128;
 constexpr int CHUNK = 64;  // columns: 128 bytes, the width of the swizzle
 constexpr int ROW_BYTES = CHUNK * sizeof(bf16);
 constexpr int GROUP_ROWS = 64, GROUP_THREADS = 128, NUM_THREADS = 3 * GROUP_THREADS;
-constexpr int MULTIPLYING_WARPS = 2 * GROUP_THREADS / WARP;
+constexpr int COPYING_WARPS = GROUP_THREADS / WARP, MULTIPLYING_WARPS = 2 * COPYING_WARPS;
 constexpr int WEIGHT_BYTES = TILE_ROWS * ROW_BYTES, INPUT_BYTES = NUM_TOKENS * ROW_BYTES;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + INPUT_BYTES;
 constexpr int STAGES = (200 << 10) / STAGE_BYTES;
 constexpr int STAGED = TILE_ROWS + 4;  // floats of a token's row of sums, without bank conflicts
-constexpr int AT_ONCE = 8;             // tokens that a warp adds up at once
+constexpr int AT_ONCE = NUM_TOKENS > 96 ? 8 : 4;  // tokens that a warp adds up at once
 static_assert(NUM_TOKENS * STAGED * 4 <= STAGES * STAGE_BYTES, "the sums take the ring's place");
-// Of a thread, by setmaxnreg: 128 x 40 + 256 x 232 are what a launch of 384 x 168 holds.
-#define COPYING_REGISTERS "40"
-#define MULTIPLYING_REGISTERS "232"
+// Of a thread, by setmaxnreg: 128 x 56 + 256 x 224 are what a launch of 384 x 168 holds.
+#define COPYING_REGISTERS "56"
+#define MULTIPLYING_REGISTERS "224"
 
-enum Epilogue { STORE = 0, ADD = 1, STORE_F32 = 2, GATED = 3 };
+enum Epilogue { STORE = 0, ADD = 1, STORE_F32 = 2 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -134,27 +132,10 @@ __device__ __forceinline__ float4 load_there(u32 address) {
 
 // Writes a warp's sums of whole tiles, 16 weight rows down and the tokens across; `first` is the
 // output column of the first one.
-__device__ __forceinline__ void store_whole(const float (&sums)[NUM_TOKENS / 2], void* out,
-                                            int epilogue, int first, int num_tokens, int width,
-                                            int lane) {
-    if (epilogue == GATED) {
-        const int column = first + lane % 4 * 2;
-        bf16* target = (bf16*)out + (i64)(lane / 4) * width + column;
-#pragma unroll
-        for (int j = 0; j < NUM_TOKENS / 8; j++) {
-            const auto gated = [&](int i) {
-                const float gate = sums[i], up = sums[i + 2];
-                return __fdividef(gate, 1.0f + __expf(-gate)) * up;
-            };
-            const u32 pair = transpose_matrix(pack_bf16(gated(4 * j), gated(4 * j + 1)));
-            if (8 * j + lane / 4 < num_tokens && column < width) {
-                *(u32*)(target + (i64)(8 * j) * width) = pair;
-            }
-        }
-        return;
-    }
+__device__ __forceinline__ void store_whole(const float (&sums)[NUM_TOKENS / 2], float* out,
+                                            int first, int num_tokens, int width, int lane) {
     const int token = lane % 4 * 2;
-    float* target = (float*)out + (i64)token * width + first + lane / 4;
+    float* target = out + (i64)token * width + first + lane / 4;
 #pragma unroll
     for (int i = 0; i < NUM_TOKENS / 2; i++) {
         const int down = i % 4 / 2 * 8, across = i / 4 * 8 + i % 2;
@@ -165,22 +146,29 @@ __device__ __forceinline__ void store_whole(const float (&sums)[NUM_TOKENS / 2],
 }
 
 // Adds up what the blocks of a cluster have in the place of their rings, of this block's part of
-// the tokens; `column` is this lane's first one of the output.
-__device__ __forceinline__ void store_shares(u32 shares, bf16* out, bool adds, int column,
-                                             int num_tokens, int width, int rank, int num_ranks,
-                                             int warp, int lane) {
+// the tokens, a warp for each.
+__device__ __forceinline__ void store_shares(u32 shares, bf16* out, const SharedNorm& norm,
+                                             bool adds, int tile, int num_tokens, int width,
+                                             int rank, int num_ranks, int warp, int lane) {
+    const int column = tile * TILE_ROWS + lane * 4;
+    const bool is_mine = column < width, has_norm_behind = norm.weight != nullptr;
     const int part = (num_tokens + num_ranks - 1) / num_ranks;
-    const int end = column < width ? min((rank + 1) * part, num_tokens) : 0;
+    const int end = min((rank + 1) * part, num_tokens);
     uint2 before[AT_ONCE] = {};
     const auto load_before = [&](int first) {
 #pragma unroll
         for (int t = 0; t < AT_ONCE; t++) {
             const int token = first + t * MULTIPLYING_WARPS;
-            if (adds && token < end) before[t] = *(const uint2*)(out + (i64)token * width + column);
+            if (adds && is_mine && token < end) {
+                before[t] = *(const uint2*)(out + (i64)token * width + column);
+            }
         }
     };
     int first = rank * part + warp;
     load_before(first);
+    uint2 factors = {};
+    if (has_norm_behind && is_mine) factors = *(const uint2*)(norm.weight + column);
+    __syncwarp();
     sync_cluster();
     while (first < end) {
         float4 sums[AT_ONCE] = {};
@@ -194,14 +182,33 @@ __device__ __forceinline__ void store_shares(u32 shares, bf16* out, bool adds, i
                            sums[t].w + share.w};
             }
         }
+        float squared[AT_ONCE];
 #pragma unroll
         for (int t = 0; t < AT_ONCE; t++) {
             const int token = first + t * MULTIPLYING_WARPS;
+            const bool is_stored = is_mine && token < end;
+            const i64 at = (i64)token * width + column;
             const u32 low = before[t].x, high = before[t].y;
             const uint2 sum =
                 make_uint2(pack_bf16(low_float(low) + sums[t].x, high_float(low) + sums[t].y),
                            pack_bf16(low_float(high) + sums[t].z, high_float(high) + sums[t].w));
-            if (token < end) *(uint2*)(out + (i64)token * width + column) = sum;
+            if (is_stored) *(uint2*)(out + at) = sum;
+            const float x = low_float(sum.x), y = high_float(sum.x);
+            const float z = low_float(sum.y), w = high_float(sum.y);
+            if (has_norm_behind && is_stored) {
+                *(uint2*)(norm.scaled + at) = make_uint2(
+                    pack_bf16(x * low_float(factors.x), y * high_float(factors.x)),
+                    pack_bf16(z * low_float(factors.y), w * high_float(factors.y)));
+            }
+            squared[t] = is_mine ? x * x + y * y + (z * z + w * w) : 0.0f;
+        }
+        if (has_norm_behind) {
+#pragma unroll
+            for (int t = 0; t < AT_ONCE; t++) {
+                const int token = first + t * MULTIPLYING_WARPS;
+                const float of_tile = warp_reduce(squared[t], Add());
+                if (lane == 0 && token < end) norm.squares[token * NORM_SQUARES + tile] = of_tile;
+            }
         }
         first += AT_ONCE * MULTIPLYING_WARPS;
         load_before(first);
@@ -211,16 +218,20 @@ __device__ __forceinline__ void store_shares(u32 shares, bf16* out, bool adds, i
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
 batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap input,
-              void* out, int num_tokens, int width, int num_tiles, int num_steps, int epilogue) {
+              void* out, const SharedNorm norm, int num_tokens, int width, int in_features,
+              int num_tiles, int epilogue) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ unsigned char unaligned[];
-    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
+    __shared__ __align__(8) float scales[NUM_TOKENS];
     const u32 ring_offset = -shared_address(unaligned) & 1023;
     const u32 ring = shared_address(unaligned) + ring_offset;
     const u32 full = shared_address(barriers), empty = full + STAGES * 8;
+    const u32 has_scales = empty + STAGES * 8;
     const int lane = threadIdx.x % WARP;
     const int rank = cluster_rank(), num_ranks = cluster_size();
-    const bool is_whole = epilogue >= STORE_F32;
+    const bool is_whole = epilogue == STORE_F32;
+    const int num_steps = (in_features + CHUNK - 1) / CHUNK;
     const int share = is_whole ? num_steps : (num_steps + num_ranks - 1) / num_ranks;
     const int first_step = is_whole ? 0 : rank * share;
     const int my_steps = min(share, num_steps - first_step);
@@ -233,6 +244,7 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             init_barrier(full + s * 8, 1);
             init_barrier(empty + s * 8, MULTIPLYING_WARPS);
         }
+        init_barrier(has_scales, COPYING_WARPS - 1);
         publish_barriers();
     }
     __syncthreads();
@@ -245,12 +257,7 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                 const u32 target = ring + stage * STAGE_BYTES, barrier = full + stage * 8;
                 const int column = (first_step + step) * CHUNK;
                 expect_bytes(barrier, WEIGHT_BYTES + num_tokens * ROW_BYTES);
-                if (epilogue == GATED) {
-                    copy_box(target, weight, column, 0, 0, tile * (TILE_ROWS / 16), barrier,
-                             read_once);
-                } else {
-                    copy_box(target, weight, column, tile * TILE_ROWS, barrier, read_once);
-                }
+                copy_box(target, weight, column, tile * TILE_ROWS, barrier, read_once);
             };
             const auto load_input = [&](int stage, int step) {
                 copy_box(ring + stage * STAGE_BYTES + WEIGHT_BYTES, input,
@@ -273,13 +280,18 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                     turn.next(STAGES);
                 }
             }
+        } else if (threadIdx.x >= WARP && norm.num_squares > 0) {
+            wait_for_previous();
+            load_scales<GROUP_THREADS - WARP>(scales, norm, num_tokens, in_features,
+                                              threadIdx.x - WARP);
+            if (lane == 0) arrive(has_scales);
         }
         __syncwarp();
         if (!is_whole) sync_cluster();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 " MULTIPLYING_REGISTERS ";");
         wait_for_previous();
-        const int warp = threadIdx.x / WARP - GROUP_THREADS / WARP, group = warp / 4;
+        const int warp = threadIdx.x / WARP - COPYING_WARPS, group = warp / 4;
         float sums[NUM_TOKENS / 2];
         Turn turn;
         for (int tile = first_tile; tile < num_tiles; tile += stride) {
@@ -303,10 +315,20 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             wait_products<0>();
             pin(sums);
             if (lane == 0) arrive(empty + before * 8);
+            if (norm.num_squares > 0) {
+                wait(has_scales, 0);
+#pragma unroll
+                for (int i = 0; i < NUM_TOKENS / 2; i += 4) {
+                    const float2 scale = *(const float2*)(scales + i * 2 + lane % 4 * 2);
+                    sums[i] *= scale.x;
+                    sums[i + 1] *= scale.y;
+                    sums[i + 2] *= scale.x;
+                    sums[i + 3] *= scale.y;
+                }
+            }
             if (is_whole) {
-                const int first = epilogue == GATED ? tile * TILE_ROWS / 2 + warp * 8
-                                                    : tile * TILE_ROWS + warp * 16;
-                store_whole(sums, out, epilogue, first, num_tokens, width, lane);
+                store_whole(sums, (float*)out, tile * TILE_ROWS + warp * 16, num_tokens, width,
+                            lane);
             }
         }
         if (!is_whole) {
@@ -317,8 +339,8 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                 const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
                 shares[token * STAGED + warp * 16 + lane / 4 + i % 4 / 2 * 8] = sums[i];
             }
-            store_shares(ring, (bf16*)out, epilogue == ADD, first_tile * TILE_ROWS + lane * 4,
-                         num_tokens, width, rank, num_ranks, warp, lane);
+            store_shares(ring, (bf16*)out, norm, epilogue == ADD, first_tile, num_tokens, width,
+                         rank, num_ranks, warp, lane);
             __syncwarp();
         }
     }

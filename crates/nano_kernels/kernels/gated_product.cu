@@ -1,6 +1,7 @@
 // SwiGLU's gate within the product with both its inputs, for many rows on a Hopper GPU.
 //
-//   out = silu(input gate^T) * (input up^T)                 [num_tokens, intermediate_size]
+//   x = input, scaled by row with a norm before: see shared_norm.cuh
+//   out = silu(x gate^T) * (x up^T)                         [num_tokens, intermediate_size]
 //
 // A tile is tile_tokens rows of the input, at most TOKENS, and FEATURES columns of the output. Its
 // gate rows and its up rows of the weight lie one below the other in shared memory and are the wide
@@ -8,11 +9,12 @@
 // float32 and rounded once, where two kernels would round gate and up to bf16 in between.
 //
 // A thread block takes one tile after the other. One warp copies through a ring of STAGES stages of
-// shared memory (TMA, 128-byte swizzle), into the next tile while this one's is stored; two
+// shared memory (TMA, 128-byte swizzle), into the next tile while this one's is stored; NUM_GROUPS
 // warpgroups of 64 rows each multiply. With CLUSTER = 2 the two blocks of a cluster have the same
 // columns and different rows, and each copies one half of the weights for both. All columns of
 // GROUP row tiles come before those of the next, so that their input stays in the L2 cache. The
-// ring fills with weights before the kernel in front of this one has ended.
+// ring fills with weights before the kernel in front of this one has ended. Three more warps add up
+// the squares for a norm before.
 //
 // Grid: any number of clusters. Block: NUM_THREADS.
 // Shared memory: 1024 + STAGES STAGE_BYTES, dynamic.
@@ -22,32 +24,41 @@
 //   input:  tensor map of [num_tokens, hidden_size] bf16, with boxes of CHUNK columns and
 //           tile_tokens rows; those of a stage that a box leaves as they were are no token's
 //   out:    [num_tokens, intermediate_size] bf16
-//   num_steps: of CHUNK columns: hidden_size / CHUNK, rounded up
+//   norm:   before, of up to TOKENS tokens with CLUSTER = 1
 //
 // intermediate_size, hidden_size and tile_tokens are multiples of 8.
 //
 // Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions; NVIDIA, CUTLASS, its
 // persistent cooperative kernels; Shazeer, GLU Variants Improve Transformer, 2020.
 #include "hopper.cuh"
+#include "shared_norm.cuh"
 
-#ifndef CLUSTER
-#error "CLUSTER is 1 or 2"
+#if !defined(CLUSTER) || !defined(TOKENS)
+#error "CLUSTER is 1 or 2, TOKENS 128 or 192"
 #endif
 // 112 columns cut Mistral's 14336 into 128 tiles, which fill the 132 multiprocessors of an H100.
-constexpr int TOKENS = 128, FEATURES = 112, STAGES = 5;
+constexpr int FEATURES = 112, STAGES = TOKENS == 128 ? 5 : 4;
 constexpr int GROUP = 16 / CLUSTER;  // row tiles: 2048 rows, 16 MB of input
 constexpr int CHUNK = 64;            // columns: 128 bytes, the width of the swizzle
 constexpr int ROW_BYTES = CHUNK * sizeof(bf16);
-constexpr int GROUP_ROWS = 64, GROUP_THREADS = 128, NUM_THREADS = 3 * GROUP_THREADS;
+constexpr int GROUP_ROWS = 64, GROUP_THREADS = 128, NUM_GROUPS = TOKENS / GROUP_ROWS;
+constexpr int MULTIPLYING_THREADS = NUM_GROUPS * GROUP_THREADS;
+constexpr int NUM_THREADS = MULTIPLYING_THREADS + GROUP_THREADS;
 constexpr int INPUT_BYTES = TOKENS * ROW_BYTES, HALF_BYTES = FEATURES * ROW_BYTES;
 constexpr int STAGE_BYTES = INPUT_BYTES + 2 * HALF_BYTES;
-// Of a thread, by setmaxnreg: 128 x 40 + 256 x 232 are what a launch of 384 x 168 holds.
-#define COPYING_REGISTERS "40"
-#define MULTIPLYING_REGISTERS "232"
+// Of a thread, by setmaxnreg: 128 x 56 + 256 x 224 are what a launch of 384 x 168 holds, and
+// 128 x 56 + 384 x 152 one of 512 x 128.
+#define COPYING_REGISTERS "56"
+#if TOKENS == 128
+#define MULTIPLYING_REGISTERS "224"
+#else
+#define MULTIPLYING_REGISTERS "152"
+#endif
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
+#if TOKENS == 128
 // d = a b^T over 16 columns, or d += where `adds`.
 __device__ __forceinline__ void multiply(float (&d)[FEATURES], u64 a, u64 b, int adds) {
     asm volatile(
@@ -64,6 +75,26 @@ __device__ __forceinline__ void multiply(float (&d)[FEATURES], u64 a, u64 b, int
         : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64), SIXTEEN(80), SIXTEEN(96)
         : "l"(a), "l"(b), "r"(adds));
 }
+#else
+// The same in two halves: a launch has 128 registers a thread, too few for the whole.
+template <int FIRST>
+__device__ __forceinline__ void multiply_half(float (&d)[FEATURES], u64 a, u64 b, int adds) {
+    asm volatile(
+        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %58, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+        "%53, %54, %55}, %56, %57, adds, 1, 1, 0, 0;\n}"
+        : SIXTEEN(FIRST), SIXTEEN(FIRST + 16), SIXTEEN(FIRST + 32), FOUR(FIRST + 48),
+          FOUR(FIRST + 52)
+        : "l"(a), "l"(b), "r"(adds));
+}
+__device__ __forceinline__ void multiply(float (&d)[FEATURES], u64 a, u64 b, int adds) {
+    multiply_half<0>(d, a, b, adds);
+    multiply_half<FEATURES / 2>(d, a, b + (HALF_BYTES >> 4), adds);
+}
+#endif
 
 __device__ __forceinline__ void sync_blocks() {
 #if CLUSTER == 2
@@ -97,12 +128,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
 __cluster_dims__(2, 1, 1)
 #endif
 gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap input,
-              bf16* out, int num_tokens, int tile_tokens, int intermediate_size, int num_steps) {
+              bf16* out, const SharedNorm norm, int num_tokens, int tile_tokens,
+              int intermediate_size, int hidden_size) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ unsigned char unaligned[];
-    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
+    __shared__ float scales[TOKENS];
     const u32 stages = (shared_address(unaligned) + 1023) & ~1023u;
     const u32 full = shared_address(barriers), empty = full + STAGES * 8;
+    const u32 has_scales = empty + STAGES * 8;
+    const bool has_norm = CLUSTER == 1 && norm.num_squares > 0;
+    const int num_steps = (hidden_size + CHUNK - 1) / CHUNK;
     const int lane = threadIdx.x % WARP;
     const int rank = CLUSTER == 2 ? cluster_rank() : 0;
     const Tiles tiles(num_tokens, tile_tokens, intermediate_size);
@@ -112,15 +148,16 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             init_barrier(full + s * 8, 1);
-            init_barrier(empty + s * 8, CLUSTER * 2 * GROUP_THREADS / WARP);
+            init_barrier(empty + s * 8, CLUSTER * MULTIPLYING_THREADS / WARP);
         }
+        init_barrier(has_scales, GROUP_THREADS / WARP - 1);
         publish_barriers();
     }
     sync_blocks();
 
-    if (threadIdx.x < GROUP_THREADS) {
+    if (threadIdx.x >= MULTIPLYING_THREADS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 " COPYING_REGISTERS ";");
-        if (threadIdx.x == 0) {
+        if (threadIdx.x == MULTIPLYING_THREADS) {
             const u64 keep = keep_policy(), reads = CLUSTER == 2 ? keep : read_once_policy();
             const auto load_weight = [&](int stage, int step, int column) {
                 const u32 target = stages + stage * STAGE_BYTES + INPUT_BYTES;
@@ -161,11 +198,16 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                     turn.next(STAGES);
                 }
             }
+        } else if (threadIdx.x >= MULTIPLYING_THREADS + WARP && has_norm) {
+            wait_for_previous();
+            load_scales<GROUP_THREADS - WARP>(scales, norm, num_tokens, hidden_size,
+                                              threadIdx.x - MULTIPLYING_THREADS - WARP);
+            if (lane == 0) arrive(has_scales);
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 " MULTIPLYING_REGISTERS ";");
         wait_for_previous();
-        const int warpgroup = threadIdx.x / GROUP_THREADS - 1;
+        const int warpgroup = threadIdx.x / GROUP_THREADS;
         const int my_row = warpgroup * GROUP_ROWS + threadIdx.x / WARP % 4 * 16 + lane / 4;
         const bool is_odd = lane % 2 == 1;
         const auto release = [&](int stage) {
@@ -202,21 +244,23 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             release(before);
 
             // Neighbours swap, so that a lane has four columns in a row and four lanes 32 bytes.
-            const auto gated = [&](int i) {
-                const float gate = sums[i], up = sums[i + FEATURES / 2];
+            const auto gated = [&](int i, float scale) {
+                const float gate = sums[i] * scale, up = sums[i + FEATURES / 2] * scale;
                 return __fdividef(gate, 1.0f + __expf(-gate)) * up;
             };
+            if (has_norm) wait(has_scales, 0);
             const int my_column = column + lane % 4 / 2 * 4 + (is_odd ? 8 : 0);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const int first = row + rank * tile_tokens, token = first + my_row + h * 8;
                 const int end = min(first + tile_tokens, num_tokens);
+                const float scale = has_norm ? scales[my_row + h * 8] : 1.0f;
                 bf16* target = out + (i64)token * intermediate_size + my_column;
 #pragma unroll
                 for (int j = 0; j < FEATURES / 8; j += 2) {
                     const int i = 4 * j + 2 * h;
-                    const u32 low = pack_bf16(gated(i), gated(i + 1));
-                    const u32 high = pack_bf16(gated(i + 4), gated(i + 5));
+                    const u32 low = pack_bf16(gated(i, scale), gated(i + 1, scale));
+                    const u32 high = pack_bf16(gated(i + 4, scale), gated(i + 5, scale));
                     const u32 swapped = __shfl_xor_sync(ALL_LANES, is_odd ? low : high, 1);
                     if (token < end && my_column + j * 8 < intermediate_size) {
                         *(uint2*)(target + j * 8) =

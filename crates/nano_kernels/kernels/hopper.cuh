@@ -69,15 +69,6 @@ __device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int c
         "r"(barrier), "l"(policy)
         : "memory");
 }
-__device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int column, int row,
-                                         int plane, int volume, u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
-        ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(plane), "r"(volume), "r"(barrier),
-        "l"(policy)
-        : "memory");
-}
 // Of a cluster, whose blocks lay out their shared memory alike: this one's place, how many they are,
 // all in step, and what one of two does for both.
 __device__ __forceinline__ int cluster_rank() {

@@ -1,23 +1,19 @@
 // Products of up to 32 rows with a weight matrix on the tensor cores of a Hopper GPU, at the rate
 // at which memory gives the weights.
 //
-//   x = input, or with squares to read: input / sqrt(mean square of its row of the residual + eps)
+//   x = input, scaled by row with a norm before: see shared_norm.cuh
 //   out = x weight^T                                    [num_tokens, out_features]
 //   out = out + x weight^T                              the same, ADD
 //   out = silu(x gate^T) * (x up^T), GATED              [num_tokens, out_features / 2]
-//
-// So two products share an RMSNorm. The one that adds to the residual leaves residual * norm behind
-// and, of each row, sums of the residual's squares. The next one takes residual * norm as its input
-// and scales its own sums, to all of whose terms the root mean square is common.
 //
 // The weights are the wide side: 64 of their rows are the M side of a wgmma, the tokens its N side.
 // A thread block takes whole tiles of tile_rows rows over all in_features, so a row's bits depend on
 // the shape of tiles alone. One warp copies weights and another inputs through a ring of stages in shared
 // memory (TMA, 128-byte swizzle). Two warpgroups multiply: each takes 64 rows of a tile or, where a
 // tile has no more, half of a step's columns. The ring fills with weights before the kernel in front
-// of this one has ended: they depend on nothing.
+// of this one has ended: they depend on nothing. Two more warps add up the squares for a norm before.
 //
-// Grid: any number of blocks. Block: 320.
+// Grid: any number of blocks. Block: NUM_THREADS.
 // Shared memory: 1024 + num_stages chunks_per_step 128 (tile_rows + NUM_TOKENS)
 //                + 2 NUM_TOKENS STAGED 4 + NUM_TOKENS 4 + 16 num_stages + 8 bytes, dynamic.
 //
@@ -27,20 +23,18 @@
 //                  [in_features / CHUNK, out_features / 16, 2, 8, CHUNK], with boxes of
 //                  chunks_per_step and tile_rows / 16: eight rows of the gate and eight of up in turn
 //   out:           [num_tokens, out_features] bf16 or f32; GATED, half as wide and rounded once
-//   norm:          [out_features] bf16, or null: no norm behind
-//   scaled:        [num_tokens, out_features] bf16, written with a norm behind
-//   squares:       [32, MAX_SQUARES] f32, written with a norm behind, a sum for each 32 rows or fewer
-//                  of a tile; read with a norm before, num_squares of a row (0: no norm before)
+//   norm:          before or, ADD, behind, which leaves a sum of squares for each 32 rows or fewer of a
+//                  tile
 //
 // in_features is a multiple of CHUNK, out_features with a gate one of 16, tile_rows one of 16 and at
-// most 128; chunks_per_step is even, num_stages at least 2. A product has one norm at most, before it
-// or behind. A warpgroup's operand is 64 rows whatever tile_rows is: behind the last stage lies enough
-// other shared memory for what it reads and does not use.
+// most 128; chunks_per_step is even, num_stages at least 2. A warpgroup's operand is 64 rows whatever
+// tile_rows is: behind the last stage lies enough other shared memory for what it reads and does not
+// use.
 //
-// Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions; Zhang and Sennrich,
-// Root Mean Square Layer Normalization, 2019 (the norm); Shazeer, GLU Variants Improve Transformer,
-// 2020 (the gate).
+// Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions; Shazeer, GLU Variants
+// Improve Transformer, 2020 (the gate).
 #include "hopper.cuh"
+#include "shared_norm.cuh"
 
 #ifndef NUM_TOKENS
 #error "NUM_TOKENS is 8, 16 or 32"
@@ -51,8 +45,9 @@ constexpr int TOKEN_BYTES = NUM_TOKENS * ROW_BYTES;  // of a chunk
 constexpr int GROUP_ROWS = 64, NUM_GROUPS = 2;
 constexpr int GROUP_WARPS = 4, NUM_CONSUMERS = NUM_GROUPS * GROUP_WARPS * WARP;
 constexpr int WEIGHT_WARP = NUM_CONSUMERS / WARP, INPUT_WARP = WEIGHT_WARP + 1;
+constexpr int SCALE_WARP = INPUT_WARP + 1, SCALE_WARPS = 2;  // the first of them, and how many
+constexpr int NUM_THREADS = (SCALE_WARP + SCALE_WARPS) * WARP;
 constexpr int STAGED = 68;  // floats of a token's row in the staging memory, without bank conflicts
-constexpr int MAX_SQUARES = 1024;
 
 enum Epilogue { STORE = 0, ADD = 1, STORE_F32 = 2, GATED = 3 };
 
@@ -84,11 +79,10 @@ __device__ __forceinline__ void sync_consumers() {
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(NUM_CONSUMERS + 2 * WARP, 1)
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
 skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap input,
-               void* out, const bf16* norm, bf16* scaled, float* squares, int num_squares, float eps,
-               int num_tokens, int out_features, int in_features, int tile_rows,
-               int chunks_per_step, int num_stages, int epilogue) {
+               void* out, const SharedNorm norm, int num_tokens, int out_features, int in_features,
+               int tile_rows, int chunks_per_step, int num_stages, int epilogue) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ unsigned char unaligned[];
     const int tile_bytes = tile_rows * ROW_BYTES;  // of a chunk
@@ -105,7 +99,6 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
     const int num_tiles = (out_features + tile_rows - 1) / tile_rows;
     const int step_columns = chunks_per_step * CHUNK;
     const int num_steps = (in_features + step_columns - 1) / step_columns;
-    const int my_tiles = (num_tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
     const bool is_gated = epilogue == GATED;
 
     let_next_begin();
@@ -114,7 +107,7 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
             init_barrier(full + s * 8, 2);
             init_barrier(empty + s * 8, NUM_GROUPS * GROUP_WARPS);
         }
-        init_barrier(has_scales, 1);
+        init_barrier(has_scales, SCALE_WARPS);
         publish_barriers();
     }
     __syncthreads();
@@ -142,45 +135,30 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
         return;
     }
     if (warp == INPUT_WARP) {
+        if (lane != 0) return;
         const u64 keep = keep_policy();
-        if (lane == 0) prefetch(input);
+        prefetch(input);
         wait_for_previous();
         publish_stores();  // those of the kernel in front
-        const int total = my_tiles * num_steps;
-        int step = 0;
-        const auto load = [&]() {
-            const u32 barrier = full + turn.stage * 8;
-            wait(empty + turn.stage * 8, turn.phase ^ 1);
-            expect_bytes(barrier, chunks_per_step * TOKEN_BYTES);
-            copy_box(ring + turn.stage * stage_bytes + chunks_per_step * tile_bytes, input, 0, 0,
-                     step * chunks_per_step, barrier, keep);
-            turn.next(num_stages);
-            if (++step == num_steps) step = 0;
-        };
-        // What has room at once goes first: the scales are not needed before a tile ends.
-        const int ahead = min(total, num_stages);
-        if (lane == 0) {
-            for (int at = 0; at < ahead; at++) load();
-        }
-        __syncwarp();
-        if (num_squares > 0) {
-            float sums[NUM_TOKENS] = {};
-            for (int i = lane; i < num_squares; i += WARP) {
-#pragma unroll
-                for (int token = 0; token < NUM_TOKENS; token++) {
-                    sums[token] += __ldcg(squares + token * MAX_SQUARES + i);
-                }
+        for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+            for (int step = 0; step < num_steps; step++) {
+                const u32 barrier = full + turn.stage * 8;
+                wait(empty + turn.stage * 8, turn.phase ^ 1);
+                expect_bytes(barrier, chunks_per_step * TOKEN_BYTES);
+                copy_box(ring + turn.stage * stage_bytes + chunks_per_step * tile_bytes, input, 0,
+                         0, step * chunks_per_step, barrier, keep);
+                turn.next(num_stages);
             }
-#pragma unroll
-            for (int token = 0; token < NUM_TOKENS; token++) {
-                const float sum = warp_reduce(sums[token], Add());
-                if (lane == 0) scales[token] = rsqrtf(sum / in_features + eps);
-            }
-            if (lane == 0) arrive(has_scales);
         }
-        if (lane == 0) {
-            for (int at = ahead; at < total; at++) load();
-        }
+        return;
+    }
+
+    if (warp >= SCALE_WARP) {
+        if (norm.num_squares == 0) return;
+        wait_for_previous();
+        load_scales<SCALE_WARPS * WARP>(scales, norm, num_tokens, in_features,
+                                        threadIdx.x - SCALE_WARP * WARP);
+        if (lane == 0) arrive(has_scales);
         return;
     }
 
@@ -206,7 +184,8 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
                 before[i] = low_float(((const bf16*)out)[(i64)token * out_features + feature]);
             }
         }
-        const float factor = norm != nullptr && is_mine ? low_float(norm[feature]) : 0.0f;
+        const bool has_norm_behind = norm.weight != nullptr;
+        const float factor = has_norm_behind && is_mine ? low_float(norm.weight[feature]) : 0.0f;
         float sums[NUM_TOKENS / 2] = {};
         for (int step = 0; step < num_steps; step++) {
             wait(full + turn.stage * 8, turn.phase);
@@ -237,13 +216,13 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
             const int group_row = warp % GROUP_WARPS * 16 + lane / 4 + i % 4 / 2 * 8;
             staging[(group * NUM_TOKENS + token) * STAGED + group_row] = sums[i];
         }
-        if (num_squares > 0) wait(has_scales, 0);
+        if (norm.num_squares > 0) wait(has_scales, 0);
         sync_consumers();
         const auto sum = [&](int token, int row) {
             const float* lower = staging + token * STAGED + row % GROUP_ROWS;
             const float* upper = lower + NUM_TOKENS * STAGED;
             const float it = shares_rows ? *lower + *upper : row < GROUP_ROWS ? *lower : *upper;
-            return num_squares > 0 ? it * scales[token] : it;
+            return norm.num_squares > 0 ? it * scales[token] : it;
         };
         if (is_gated) {
             const int half = tile_rows / 2, first = tile * half, width = out_features / 2;
@@ -269,13 +248,13 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
             } else if (is_mine) {
                 ((bf16*)out)[at] = rounded;
             }
-            if (norm == nullptr) continue;
+            if (!has_norm_behind) continue;
             const float kept = low_float(rounded);
-            if (is_mine) scaled[at] = (bf16)pack_bf16(kept * factor, 0.0f);
+            if (is_mine) norm.scaled[at] = (bf16)pack_bf16(kept * factor, 0.0f);
             const float squared = warp_reduce(kept * kept, Add());
             if (lane == 0 && row < tile_rows) {
                 const int parts = (tile_rows + WARP - 1) / WARP;
-                squares[token * MAX_SQUARES + tile * parts + row / WARP] = squared;
+                norm.squares[token * NORM_SQUARES + tile * parts + row / WARP] = squared;
             }
         }
     }

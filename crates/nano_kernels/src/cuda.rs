@@ -15,6 +15,7 @@ pub mod gemm;
 pub mod graph;
 pub mod kernels;
 pub mod norm;
+pub mod product;
 pub mod rope;
 pub mod row_product;
 pub mod sampling;

@@ -23,6 +23,16 @@ pub(crate) fn kernels() -> Option<Kernels> {
     }
 }
 
+/// The same where that is a Hopper GPU.
+pub(crate) fn hopper() -> Option<Kernels> {
+    let kernels = kernels()?;
+    if !kernels.device().is_hopper() {
+        println!("skipped: the GPU is no Hopper");
+        return None;
+    }
+    Some(kernels)
+}
+
 /// A small generator with a fixed seed (xorshift64*).
 pub(crate) struct Random(pub(crate) u64);
 

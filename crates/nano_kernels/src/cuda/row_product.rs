@@ -3,6 +3,7 @@
 use cudarc::driver::LaunchConfig;
 
 use super::kernels::shape;
+use super::product::{Epilogue, FusedProduct, NormBefore};
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
 
@@ -13,44 +14,10 @@ const VECTOR_BYTES: usize = 16;
 /// Shared memory of compute capability 9.0 and 10.x, which has room for the longer ring.
 const MANY_STAGES_BYTES: usize = 200 << 10;
 
-/// What becomes of a product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Epilogue {
-    /// Written in bf16.
-    Bf16,
-    /// Added to what is there in bf16, rounded once.
-    AddBf16,
-    /// Written in f32.
-    F32,
-    /// `silu(first half) * second half` of the features, written in bf16.
-    Gated,
-}
-
-/// One launch; addresses on the device.
-#[derive(Clone, Copy, Debug)]
-pub struct RowProduct {
-    /// `[out_features]`, written; half as wide if gated.
-    pub out: u64,
-    /// `[in_features]` bf16.
-    pub input: u64,
-    /// `[in_features]` bf16: the input is normalised first.
-    pub norm: Option<u64>,
-    /// `[out_features, in_features]` bf16.
-    pub weight: u64,
-    /// Rows of the weight; even if gated.
-    pub out_features: usize,
-    /// A multiple of 8.
-    pub in_features: usize,
-    /// What becomes of it.
-    pub epilogue: Epilogue,
-    /// Added to the mean square by the norm.
-    pub eps: f32,
-}
-
 impl Kernels {
     /// Whether [`row_product`](Self::row_product) has this shape on this device, which keeps the
     /// input and its norm in shared memory.
-    pub fn has_row_product(&self, num_rows: usize, in_features: usize) -> bool {
+    pub(super) fn has_row_product(&self, num_rows: usize, in_features: usize) -> bool {
         let num_bytes = self.ring_bytes() + in_features * 4;
         num_rows == 1
             && in_features.is_multiple_of(8)
@@ -64,33 +31,39 @@ impl Kernels {
         num_stages * ROWS * VECTOR_BYTES * NUM_THREADS as usize
     }
 
-    /// Enqueues a product.
+    /// Enqueues a product of one row, `in_features` of which, a multiple of 8, fit shared memory.
     ///
     /// # Safety
-    /// Every address names as much memory as its shape says, 16-byte aligned, alive until the
-    /// stream has come to the launch; the output overlaps nothing else, and nothing that is still
-    /// in the stream writes the weight.
-    pub unsafe fn row_product(&self, launch: &RowProduct) -> Result<()> {
-        let RowProduct { out, input, norm, weight, out_features, in_features, .. } = *launch;
+    /// As of [`fused_product`](Self::fused_product).
+    pub unsafe fn row_product(&self, launch: &FusedProduct) -> Result<()> {
+        let FusedProduct { out, input, weight, num_rows, out_features, in_features, .. } = *launch;
+        check(num_rows == 1, "num_rows", "1 for row_product", num_rows)?;
         let ok = self.has_row_product(1, in_features);
         check(ok, "in_features", "a multiple of 8 that fits shared memory", in_features)?;
         let is_even = launch.epilogue != Epilogue::Gated || out_features.is_multiple_of(2);
         check(is_even, "out_features", "even where half of them is a gate", out_features)?;
+        check(launch.norm_behind.is_none(), "norm_behind", "absent with one row", 1)?;
+        let (norm, eps) = match launch.norm_before {
+            NormBefore::None => (0, 0.0),
+            NormBefore::Whole { weight, eps } => (weight, eps),
+            NormBefore::Begun { .. } => {
+                return check(false, "norm_before", "whole with one row", 1);
+            }
+        };
         if out_features == 0 {
             return Ok(());
         }
         let function = self.function(Kernel::RowProduct);
         let shared_mem_bytes =
-            (self.ring_bytes() + in_features * if norm.is_some() { 4 } else { 2 }) as u32;
+            (self.ring_bytes() + in_features * if norm != 0 { 4 } else { 2 }) as u32;
         let resident = function.occupancy_max_active_blocks_per_multiprocessor(
             NUM_THREADS,
             shared_mem_bytes as usize,
             None,
         )?;
         let num_blocks = resident.max(1) * self.device().num_multiprocessors();
-        let norm = norm.unwrap_or(0);
         let (rows, columns) = (out_features as i32, in_features as i32);
-        let (epilogue, eps) = (launch.epilogue as i32, launch.eps);
+        let epilogue = launch.epilogue as i32;
         let mut launch = self.launch(Kernel::RowProduct);
         launch.arg(&out).arg(&input).arg(&norm).arg(&weight).arg(&rows);
         launch.arg(&columns).arg(&epilogue).arg(&eps);

@@ -3,76 +3,28 @@
 use cudarc::driver::LaunchConfig;
 
 use super::kernels::shape;
-use super::row_product::Epilogue;
+use super::product::{Epilogue, FusedProduct};
 use super::spec::Kernel;
 use super::tensor_map::TensorMap;
 use super::{Kernels, Result, check};
 
 /// Rows that a launch takes at most.
-pub const MAX_ROWS: usize = 32;
-/// Sums of squares of a row at most.
-const MAX_SQUARES: usize = 1024;
-/// Bytes of the sums of squares between two products that share a norm.
-pub const SQUARES_BYTES: usize = MAX_ROWS * MAX_SQUARES * size_of::<f32>();
+pub(super) const MAX_ROWS: usize = 32;
 /// Rows of a tile that one of these sums holds.
 const SQUARES_ROWS: usize = 32;
 /// Columns of a copy, and their bytes.
-const CHUNK: usize = 64;
+pub(super) const CHUNK: usize = 64;
 const ROW_BYTES: usize = CHUNK * 2;
 /// Weight rows of a warpgroup, and warpgroups.
 const GROUP_ROWS: usize = 64;
 const NUM_GROUPS: usize = 2;
-const NUM_THREADS: u32 = 320;
+const NUM_THREADS: u32 = 384;
 /// Floats of a token's row in the staging memory.
 const STAGED: usize = 68;
 /// Bytes of weights that a stage holds at most, and stages.
 const MAX_STAGE_BYTES: usize = 32 << 10;
 const MAX_STAGES: usize = 16;
 const MIN_STAGES: usize = 4;
-
-/// One launch; addresses on the device.
-#[derive(Clone, Copy, Debug)]
-pub struct SkinnyProduct {
-    /// `[num_rows, out_features]`, written; half as wide if gated.
-    pub out: u64,
-    /// `[num_rows, in_features]` bf16.
-    pub input: u64,
-    /// `[out_features, in_features]` bf16; gated, the gate first.
-    pub weight: u64,
-    /// Rows of input and output, at most [`MAX_ROWS`].
-    pub num_rows: usize,
-    /// Rows of the weight; a multiple of 16 if gated.
-    pub out_features: usize,
-    /// A multiple of 64.
-    pub in_features: usize,
-    /// What becomes of it.
-    pub epilogue: Epilogue,
-    /// The norm of the input, which is what a product with that norm behind it has left.
-    pub norm_before: Option<NormBefore>,
-    /// The norm of the output, to be finished by the next product; with [`Epilogue::AddBf16`].
-    pub norm_behind: Option<NormBehind>,
-}
-
-/// What finishes a norm.
-#[derive(Clone, Copy, Debug)]
-pub struct NormBefore {
-    /// [`SQUARES_BYTES`], as a product with a norm behind it left them, of the same rows and with as
-    /// many outputs as this one has inputs.
-    pub squares: u64,
-    /// Added to the mean square.
-    pub eps: f32,
-}
-
-/// What begins a norm.
-#[derive(Clone, Copy, Debug)]
-pub struct NormBehind {
-    /// `[out_features]` bf16.
-    pub weight: u64,
-    /// `[num_rows, out_features]` bf16, written: the output times the weight.
-    pub scaled: u64,
-    /// [`SQUARES_BYTES`], written.
-    pub squares: u64,
-}
 
 /// How a product is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,61 +76,40 @@ impl Tiling {
 }
 
 impl Kernels {
-    /// Whether [`skinny_product`](Self::skinny_product) has this shape on this device.
-    pub fn has_skinny_product(&self, num_rows: usize, in_features: usize) -> bool {
-        self.device().is_hopper() && num_rows <= MAX_ROWS && in_features.is_multiple_of(CHUNK)
+    fn skinny_tiling(&self, num_rows: usize, out_features: usize) -> Tiling {
+        let device = self.device();
+        let num_multiprocessors = device.num_multiprocessors() as usize;
+        let max_shared_bytes = device.max_shared_bytes() as usize;
+        Tiling::new(out_features, variant(num_rows).1, num_multiprocessors, max_shared_bytes)
     }
 
-    /// Enqueues a product.
+    /// Sums of squares that a product with a norm behind it leaves of a row.
+    pub(super) fn skinny_squares(&self, num_rows: usize, out_features: usize) -> usize {
+        self.skinny_tiling(num_rows, out_features).num_squares(out_features)
+    }
+
+    /// Enqueues a product of up to 32 rows; `in_features` is a multiple of 64, `out_features` with a
+    /// gate one of 16.
     ///
     /// # Safety
-    /// Every address names as much memory as the shape says, 16-byte aligned, alive until the
-    /// stream has come to the launch; what is written overlaps nothing else, and nothing that is
-    /// still in the stream writes the weight.
-    pub unsafe fn skinny_product(&self, launch: &SkinnyProduct) -> Result<()> {
-        let SkinnyProduct { out, num_rows, out_features, in_features, epilogue, .. } = *launch;
-        let ok = self.has_skinny_product(num_rows, in_features);
-        check(ok, "num_rows", "few enough for skinny_product, on Hopper", num_rows)?;
-        let is_whole = epilogue != Epilogue::Gated || out_features.is_multiple_of(16);
-        check(
-            is_whole,
-            "out_features",
-            "a multiple of 16 where half of them is a gate",
-            out_features,
-        )?;
+    /// As of [`fused_product`](Self::fused_product).
+    pub unsafe fn skinny_product(&self, launch: &FusedProduct) -> Result<()> {
+        let FusedProduct { out, num_rows, out_features, in_features, epilogue, .. } = *launch;
+        let is_gated = epilogue == Epilogue::Gated;
+        let max_rows = if self.device().is_hopper() { MAX_ROWS } else { 0 };
+        check(num_rows <= max_rows, "num_rows", "at most 32, on Hopper", num_rows)?;
+        check(in_features.is_multiple_of(CHUNK), "in_features", "a multiple of 64", in_features)?;
+        let is_whole = !is_gated || out_features.is_multiple_of(16);
+        check(is_whole, "out_features", "a multiple of 16 with a gate", out_features)?;
         if num_rows == 0 || out_features == 0 {
             return Ok(());
         }
-        let (kernel, num_tokens) = match num_rows {
-            0..=8 => (Kernel::SkinnyProduct8, 8),
-            9..=16 => (Kernel::SkinnyProduct16, 16),
-            _ => (Kernel::SkinnyProduct32, 32),
-        };
-        let device = self.device();
-        let (num_multiprocessors, max_bytes) =
-            (device.num_multiprocessors() as usize, device.max_shared_bytes() as usize);
-        let tiling = |features| Tiling::new(features, num_tokens, num_multiprocessors, max_bytes);
+        let (kernel, num_tokens) = variant(num_rows);
         let Tiling { tile_rows, num_blocks, chunks_per_step, num_stages, shared_bytes } =
-            tiling(out_features);
+            self.skinny_tiling(num_rows, out_features);
         // With one, a copy would wait for every product.
         check(num_stages >= 2, "num_stages", "at least 2 for the shared memory", num_stages)?;
-
-        let (mut norm, mut scaled, mut squares) = (0, 0, 0);
-        if let Some(behind) = &launch.norm_behind {
-            let adds = epilogue == Epilogue::AddBf16 && launch.norm_before.is_none();
-            check(adds, "norm_behind", "absent where nothing is added to", out_features)?;
-            let is_held = tiling(out_features).num_squares(out_features) <= MAX_SQUARES;
-            check(is_held, "out_features", "few enough for a norm", out_features)?;
-            (norm, scaled, squares) = (behind.weight, behind.scaled, behind.squares);
-        }
-        let (mut num_squares, mut eps) = (0, 0.0);
-        if let Some(before) = &launch.norm_before {
-            // As many as the product with this norm behind it has left: by its tiling.
-            let of_a_row = tiling(in_features).num_squares(in_features);
-            check(of_a_row <= MAX_SQUARES, "in_features", "few enough for a norm", in_features)?;
-            num_squares = of_a_row as i32;
-            (squares, eps) = (before.squares, before.eps);
-        }
+        let norm = self.shared_norm(launch)?;
         // By columns of a copy, so that one copy brings a step.
         let chunks = |address, num_rows, box_rows| {
             let sizes = [CHUNK, num_rows, in_features / CHUNK];
@@ -186,7 +117,7 @@ impl Kernels {
             TensorMap::with_strides(address, sizes, strides, [CHUNK, box_rows, chunks_per_step])
         };
         let input = chunks(launch.input, num_rows, num_tokens)?;
-        let weight = if epilogue == Epilogue::Gated {
+        let weight = if is_gated {
             let half = out_features / 2;
             let sizes = [CHUNK, 8, 2, half / 8, in_features / CHUNK];
             let strides = [in_features, half * in_features, 8 * in_features, CHUNK, 0];
@@ -200,9 +131,8 @@ impl Kernels {
             (tile_rows as i32, chunks_per_step as i32, num_stages as i32);
         let epilogue = epilogue as i32;
         let mut launch = self.launch(kernel);
-        launch.arg(&weight).arg(&input).arg(&out).arg(&norm).arg(&scaled).arg(&squares);
-        launch.arg(&num_squares).arg(&eps).arg(&rows).arg(&features).arg(&columns);
-        launch.arg(&tile_rows).arg(&chunks).arg(&num_stages).arg(&epilogue);
+        launch.arg(&weight).arg(&input).arg(&out).arg(&norm).arg(&rows).arg(&features);
+        launch.arg(&columns).arg(&tile_rows).arg(&chunks).arg(&num_stages).arg(&epilogue);
         let config = LaunchConfig {
             shared_mem_bytes: shared_bytes as u32,
             ..shape((num_blocks as u32, 1, 1), NUM_THREADS)
@@ -212,8 +142,18 @@ impl Kernels {
     }
 }
 
+/// The kernel for so many rows, and the tokens that it multiplies.
+fn variant(num_rows: usize) -> (Kernel, usize) {
+    match num_rows {
+        0..=8 => (Kernel::SkinnyProduct8, 8),
+        9..=16 => (Kernel::SkinnyProduct16, 16),
+        _ => (Kernel::SkinnyProduct32, 32),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::product::NORM_SQUARES;
     use super::*;
 
     /// Of an H100.
@@ -243,7 +183,7 @@ mod tests {
         for num_multiprocessors in [78, 114, 132] {
             for hidden_size in (8..=16_384).step_by(8) {
                 let tiling = Tiling::new(hidden_size, 8, num_multiprocessors, SHARED_BYTES);
-                assert!(tiling.num_squares(hidden_size) <= MAX_SQUARES, "{hidden_size}");
+                assert!(tiling.num_squares(hidden_size) <= NORM_SQUARES, "{hidden_size}");
             }
         }
     }

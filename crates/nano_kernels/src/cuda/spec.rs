@@ -41,7 +41,9 @@ pub enum Kernel {
     BatchProduct192,
     /// Products with a gate, on Hopper.
     GatedProduct,
-    /// The same by pairs of thread blocks.
+    /// The same of up to 192 rows, all in one tile.
+    GatedProduct192,
+    /// The same of any number of rows by pairs of thread blocks.
     GatedProductPairs,
     /// Attention of one token a sequence, `head_dim` 64.
     DecodeAttention64,
@@ -79,13 +81,14 @@ pub struct KernelSpec {
 }
 
 /// Headers that a source may include, by name.
-pub const HEADERS: [(&str, &str); 6] = [
+pub const HEADERS: [(&str, &str); 7] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("hopper.cuh", include_str!("../../kernels/hopper.cuh")),
     ("mma.cuh", include_str!("../../kernels/mma.cuh")),
     ("prefill_parts.cuh", include_str!("../../kernels/prefill_parts.cuh")),
     ("prefill_wgmma.cuh", include_str!("../../kernels/prefill_wgmma.cuh")),
     ("rope.cuh", include_str!("../../kernels/rope.cuh")),
+    ("shared_norm.cuh", include_str!("../../kernels/shared_norm.cuh")),
 ];
 
 const RMS_NORM: &str = include_str!("../../kernels/rms_norm.cu");
@@ -111,7 +114,7 @@ const PARTS_128: &[&str] = &["-DHEAD_DIM=128", "-DIN_PARTS=1"];
 
 /// Every kernel, in the order of [`Kernel`].
 #[rustfmt::skip]
-pub const KERNELS: [KernelSpec; 28] = [
+pub const KERNELS: [KernelSpec; 29] = [
     plain(Kernel::RmsNorm, "rms_norm", RMS_NORM),
     plain(Kernel::RopeWriteKv, "rope_write_kv", ROPE_WRITE_KV),
     plain(Kernel::SiluMul, "silu_mul", SILU_MUL),
@@ -130,8 +133,9 @@ pub const KERNELS: [KernelSpec; 28] = [
     batch(Kernel::BatchProduct128, "batch_product_128", &["-DNUM_TOKENS=128"], 128),
     batch(Kernel::BatchProduct160, "batch_product_160", &["-DNUM_TOKENS=160"], 160),
     batch(Kernel::BatchProduct192, "batch_product_192", &["-DNUM_TOKENS=192"], 192),
-    gated(Kernel::GatedProduct, "gated_product", &["-DCLUSTER=1"]),
-    gated(Kernel::GatedProductPairs, "gated_product_pairs", &["-DCLUSTER=2"]),
+    gated(Kernel::GatedProduct, "gated_product", &["-DCLUSTER=1", "-DTOKENS=128"], 128, 5),
+    gated(Kernel::GatedProduct192, "gated_product_192", &["-DCLUSTER=1", "-DTOKENS=192"], 192, 4),
+    gated(Kernel::GatedProductPairs, "gated_product_pairs", &["-DCLUSTER=2", "-DTOKENS=128"], 128, 5),
     decode(Kernel::DecodeAttention64, "decode_attention_64", HEAD_DIM_64, 64),
     decode(Kernel::DecodeAttention128, "decode_attention_128", HEAD_DIM_128, 128),
     prefill(Kernel::PrefillAttention64, "prefill_attention_64", HEAD_DIM_64, 64, 64),
@@ -172,9 +176,15 @@ const fn batch(
     KernelSpec { name, defines, dynamic_shared_bytes, ..spec }
 }
 
-/// 5 stages of 128 rows of the input and 112 of gate and up each.
-const fn gated(kernel: Kernel, name: &'static str, defines: Defines) -> KernelSpec {
-    let dynamic_shared_bytes = 1024 + 5 * (128 + 2 * 112) * 64 * 2;
+/// `num_stages` of `num_tokens` rows of the input and 112 of gate and up each.
+const fn gated(
+    kernel: Kernel,
+    name: &'static str,
+    defines: Defines,
+    num_tokens: u32,
+    num_stages: u32,
+) -> KernelSpec {
+    let dynamic_shared_bytes = 1024 + num_stages * (num_tokens + 2 * 112) * 64 * 2;
     let spec = plain(kernel, "gated_product", GATED_PRODUCT);
     KernelSpec { name, defines, dynamic_shared_bytes, ..spec }
 }

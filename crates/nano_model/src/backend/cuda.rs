@@ -6,13 +6,13 @@
 
 mod bans;
 mod operators;
-mod skinny;
+mod products;
 mod step;
 
 use nano_kernels::cuda::attention::{DecodePlan, Heads};
 use nano_kernels::cuda::gemm::{Output, Product, Trial, rows_of_memory};
+use nano_kernels::cuda::product::{FusedProduct, SQUARES_BYTES};
 use nano_kernels::cuda::sampling::Sample;
-use nano_kernels::cuda::skinny::{SQUARES_BYTES, SkinnyProduct};
 use nano_kernels::cuda::{Device, DeviceBuffer, Gemm, Kernels, PinnedBuffer};
 
 use crate::config::DecoderSpec;
@@ -51,8 +51,8 @@ pub struct CudaBackend {
     /// Of the step before: `[max_tokens]` u32.
     sampled: DeviceBuffer,
     bans: Bans,
-    /// A product of few rows that waits for the norm behind it.
-    waiting: Option<SkinnyProduct>,
+    /// A product that waits for the norm behind it.
+    waiting: Option<FusedProduct>,
     /// The numbers of dummy weights, while there are any to make.
     draws: Option<DeviceBuffer>,
     /// Logits on the host, of a step that keeps them.
@@ -88,7 +88,7 @@ struct Activations {
     gathered: DeviceBuffer,
     /// `[max_sequences, vocab_size]` f32.
     logits: DeviceBuffer,
-    /// Sums of squares between two products of few rows, for the norm that they share.
+    /// Sums of squares between two products, for the norm that they share.
     squares: DeviceBuffer,
 }
 
@@ -142,7 +142,7 @@ impl CudaBackend {
         let rows = |num_rows: usize, width: usize, element_bytes: usize| {
             device.allocate(rows_of_memory(num_rows) * width * element_bytes)
         };
-        let fuses_gate = kernels.has_gated_product() && !is_deterministic;
+        let fuses_gate = device.is_hopper() && !is_deterministic;
         let tokens = |width| rows(limits.max_tokens.max(limits.max_sequences), width, BF16_BYTES);
         let activations = Activations {
             residual: tokens(spec.hidden_size)?,
@@ -199,16 +199,12 @@ impl CudaBackend {
         for input in [residual, normed, context, gated] {
             input.fill(0x3c)?;
         }
-        let (kernels, is_deterministic) = (&self.kernels, self.is_deterministic);
         let mut trials = Vec::new();
         for &num_rows in num_rows {
             let mut add =
                 |weights: Vec<&CudaWeight>, out: &DeviceBuffer, input: &DeviceBuffer, output| {
                     let Some(first) = weights.first() else { return };
-                    let is_own = kernels.has_row_product(num_rows, first.columns)
-                        || kernels.has_skinny_product(num_rows, first.columns)
-                        || kernels.has_batch_product(num_rows, first.rows, first.columns);
-                    if !is_deterministic && is_own {
+                    if self.product_kernel(num_rows, first, Output::into(output)).is_some() {
                         return;
                     }
                     trials.push(Trial {

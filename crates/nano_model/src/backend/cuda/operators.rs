@@ -4,12 +4,10 @@ use half::bf16;
 use nano_kernels::cuda::DeviceBuffer;
 use nano_kernels::cuda::activation::SiluMul;
 use nano_kernels::cuda::attention::{AttentionInput, DecodeRows, Heads, PrefillRows};
-use nano_kernels::cuda::gated_product::GatedProduct;
 use nano_kernels::cuda::gather::{Gather, TokenIds};
-use nano_kernels::cuda::gemm::{Output, Product};
-use nano_kernels::cuda::norm::RmsNorm;
+use nano_kernels::cuda::gemm::Output;
+use nano_kernels::cuda::product::Epilogue;
 use nano_kernels::cuda::rope::RopeWriteKv;
-use nano_kernels::cuda::row_product::{Epilogue, RowProduct};
 
 use super::step::{CudaStep, StepInput};
 use super::{BF16_BYTES, CudaBackend, CudaHidden, CudaWeight, no_room};
@@ -20,95 +18,6 @@ use crate::error::Result;
 use crate::weights::TensorBytes;
 
 impl CudaBackend {
-    pub(super) fn norm(&mut self, hidden: CudaHidden, norm: &CudaWeight) -> Result<CudaHidden> {
-        self.launch_waiting()?;
-        let out = self.activations.normed.address();
-        let launch = RmsNorm {
-            out,
-            input: hidden.address,
-            weight: norm.buffer.address(),
-            num_tokens: hidden.num_rows,
-            hidden_size: self.spec.hidden_size,
-            eps: self.spec.rms_norm_eps,
-        };
-        // SAFETY: activations have rows for the largest step and live as long as this value; the
-        // weight outlives the step by the executor's order of drops.
-        unsafe { self.kernels.rms_norm(&launch) }?;
-        Ok(CudaHidden { address: out, ..hidden })
-    }
-
-    /// A product with the norm before it: in one launch for one row, shared with the product
-    /// before it for few, else in two.
-    fn product(
-        &mut self,
-        out: u64,
-        input: CudaHidden,
-        norm: Option<&CudaWeight>,
-        weight: &CudaWeight,
-        output: Output,
-    ) -> Result<CudaHidden> {
-        let epilogue = match output {
-            Output::Bf16 => Epilogue::Bf16,
-            Output::AddBf16 => Epilogue::AddBf16,
-            Output::F32 => Epilogue::F32,
-        };
-        if let Some(out) = self.row_product(out, input, norm, weight, epilogue)? {
-            return Ok(out);
-        }
-        if self.is_skinny(input.num_rows, weight) {
-            return self.skinny_product(out, input, norm, weight, epilogue);
-        }
-        self.launch_waiting()?;
-        let input = norm.map_or(Ok(input), |norm| self.norm(input, norm))?;
-        let product = Product {
-            num_rows: input.num_rows,
-            out_features: weight.rows,
-            in_features: weight.columns,
-            output,
-        };
-        let (from, weight) = (input.address, weight.buffer.address());
-        let Product { num_rows, out_features, in_features, .. } = product;
-        let is_batch = self.kernels.has_batch_product(num_rows, out_features, in_features);
-        // SAFETY: as in `norm`; weights were written long before any step.
-        unsafe {
-            if is_batch && !self.is_deterministic {
-                self.kernels.batch_product(&product, out, from, weight)?;
-            } else {
-                self.gemm.product(&product, out, from, weight)?;
-            }
-        }
-        Ok(CudaHidden { address: out, ..input })
-    }
-
-    /// `None` where there are more rows, or every row must be computed alike.
-    fn row_product(
-        &mut self,
-        out: u64,
-        input: CudaHidden,
-        norm: Option<&CudaWeight>,
-        weight: &CudaWeight,
-        epilogue: Epilogue,
-    ) -> Result<Option<CudaHidden>> {
-        let has_shape = self.kernels.has_row_product(input.num_rows, weight.columns);
-        if self.is_deterministic || !has_shape {
-            return Ok(None);
-        }
-        self.launch_waiting()?;
-        let launch = RowProduct {
-            out,
-            input: input.address,
-            norm: norm.map(|norm| norm.buffer.address()),
-            weight: weight.buffer.address(),
-            out_features: weight.rows,
-            in_features: weight.columns,
-            epilogue,
-            eps: self.spec.rms_norm_eps,
-        };
-        // SAFETY: as in `norm`.
-        unsafe { self.kernels.row_product(&launch) }?;
-        Ok(Some(CudaHidden { address: out, ..input }))
-    }
-
     /// One checkpoint tensor into its place in a weight.
     fn place(&self, buffer: &DeviceBuffer, offset: usize, part: TensorBytes<'_>) -> Result<usize> {
         let element_bytes = match part.dtype {
@@ -292,25 +201,9 @@ impl Backend for CudaBackend {
         gate_up: &CudaWeight,
     ) -> Result<CudaHidden> {
         let out = self.activations.gated.address();
-        if let Some(gated) = self.row_product(out, *hidden, Some(norm), gate_up, Epilogue::Gated)? {
-            return Ok(gated);
-        }
-        if self.fuses_gate && self.is_skinny(hidden.num_rows, gate_up) {
-            return self.skinny_product(out, *hidden, Some(norm), gate_up, Epilogue::Gated);
-        }
-        if self.fuses_gate {
-            let input = self.norm(*hidden, norm)?;
-            let launch = GatedProduct {
-                out,
-                input: input.address,
-                weight: gate_up.buffer.address(),
-                num_rows: input.num_rows,
-                intermediate_size: self.spec.intermediate_size,
-                in_features: gate_up.columns,
-            };
-            // SAFETY: as in `norm`; weights were written long before any step.
-            unsafe { self.kernels.gated_product(&launch) }?;
-            return Ok(CudaHidden { address: out, ..input });
+        let epilogue = Epilogue::Gated;
+        if let Some(kernel) = self.product_kernel(hidden.num_rows, gate_up, epilogue) {
+            return self.fused_product(kernel, out, *hidden, Some(norm), gate_up, epilogue);
         }
         let both = self.activations.gate_up.address();
         let both = self.product(both, *hidden, Some(norm), gate_up, Output::Bf16)?;

@@ -1,0 +1,217 @@
+//! Products of our own: what they are told, and which kernel has which shape.
+
+use cudarc::driver::DeviceRepr;
+
+use super::gemm::Output;
+use super::{Kernels, Result, batch_product, check, skinny};
+
+/// Rows at most of a product that shares a norm with another one.
+pub const NORM_ROWS: usize = 192;
+/// Sums of squares of a row at most.
+pub(super) const NORM_SQUARES: usize = 1024;
+/// Bytes of the sums of squares between two products that share a norm.
+pub const SQUARES_BYTES: usize = NORM_ROWS * NORM_SQUARES * size_of::<f32>();
+
+/// What becomes of a product, as the kernels count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Epilogue {
+    /// Written in bf16.
+    Bf16,
+    /// Added to what is there in bf16, rounded once.
+    AddBf16,
+    /// Written in f32.
+    F32,
+    /// `silu(first half) * second half` of the features, rounded once to bf16.
+    Gated,
+}
+
+impl From<Output> for Epilogue {
+    fn from(output: Output) -> Self {
+        match output {
+            Output::Bf16 => Self::Bf16,
+            Output::AddBf16 => Self::AddBf16,
+            Output::F32 => Self::F32,
+        }
+    }
+}
+
+/// One launch with what is around the product; addresses on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct FusedProduct {
+    /// `[num_rows, out_features]`, written; half as wide if gated.
+    pub out: u64,
+    /// `[num_rows, in_features]` bf16.
+    pub input: u64,
+    /// `[out_features, in_features]` bf16; gated, the gate first.
+    pub weight: u64,
+    /// Rows of input and output.
+    pub num_rows: usize,
+    /// Rows of the weight.
+    pub out_features: usize,
+    /// Columns of the input.
+    pub in_features: usize,
+    /// What becomes of it.
+    pub epilogue: Epilogue,
+    /// The norm of the input.
+    pub norm_before: NormBefore,
+    /// The norm of the output, to be finished by the next product; with [`Epilogue::AddBf16`].
+    pub norm_behind: Option<NormBehind>,
+}
+
+/// The norm before a product.
+#[derive(Clone, Copy, Debug)]
+pub enum NormBefore {
+    /// There is none.
+    None,
+    /// Of one row: all of it.
+    Whole {
+        /// `[in_features]` bf16.
+        weight: u64,
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// Of 2 to [`NORM_ROWS`] rows: what a product with that norm behind it has left to do.
+    Begun {
+        /// [`SQUARES_BYTES`], as that product left them.
+        squares: u64,
+        /// Of a row: [`Kernels::num_squares`] of that product.
+        num_squares: usize,
+        /// Added to the mean square.
+        eps: f32,
+    },
+}
+
+/// What begins a norm.
+#[derive(Clone, Copy, Debug)]
+pub struct NormBehind {
+    /// `[out_features]` bf16.
+    pub weight: u64,
+    /// `[num_rows, out_features]` bf16, written: the output times the weight.
+    pub scaled: u64,
+    /// [`SQUARES_BYTES`], written.
+    pub squares: u64,
+}
+
+/// Which kernel a product has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProductKernel {
+    /// `kernels/row_product.cu`.
+    Row,
+    /// `kernels/skinny_product.cu`.
+    Skinny,
+    /// `kernels/batch_product.cu`.
+    Batch,
+    /// `kernels/gated_product.cu`.
+    Gated,
+}
+
+/// `SharedNorm` of `kernels/shared_norm.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct SharedNorm {
+    weight: u64,
+    scaled: u64,
+    squares: u64,
+    num_squares: i32,
+    eps: f32,
+}
+
+// SAFETY: plain numbers, laid out as the source's structure is.
+unsafe impl DeviceRepr for SharedNorm {}
+
+impl FusedProduct {
+    /// Features of the output.
+    pub(super) fn width(&self) -> usize {
+        if self.epilogue == Epilogue::Gated { self.out_features / 2 } else { self.out_features }
+    }
+}
+
+impl Kernels {
+    /// The kernel of ours that such products have on this device, if there is one; else they are
+    /// [`Gemm`](super::Gemm)'s.
+    pub fn product_kernel(
+        &self,
+        num_rows: usize,
+        out_features: usize,
+        in_features: usize,
+        epilogue: Epilogue,
+    ) -> Option<ProductKernel> {
+        let is_gated = epilogue == Epilogue::Gated;
+        let has_whole = |size| out_features.is_multiple_of(if is_gated { 2 * size } else { size });
+        if self.has_row_product(num_rows, in_features) && has_whole(1) {
+            return Some(ProductKernel::Row);
+        }
+        if !self.device().is_hopper() || !has_whole(if is_gated { 8 } else { 1 }) {
+            return None;
+        }
+        if num_rows <= skinny::MAX_ROWS && in_features.is_multiple_of(skinny::CHUNK) {
+            Some(ProductKernel::Skinny)
+        } else if !in_features.is_multiple_of(8) {
+            None
+        } else if is_gated {
+            Some(ProductKernel::Gated)
+        } else {
+            let is_batch = num_rows <= batch_product::MAX_ROWS && has_whole(8);
+            is_batch.then_some(ProductKernel::Batch)
+        }
+    }
+
+    /// Sums of squares of a row that a product leaves for a norm behind it, if its kernel can.
+    pub fn num_squares(&self, launch: &FusedProduct) -> Option<usize> {
+        let FusedProduct { num_rows, out_features, in_features, epilogue, .. } = *launch;
+        match self.product_kernel(num_rows, out_features, in_features, epilogue)? {
+            _ if epilogue != Epilogue::AddBf16 => None,
+            ProductKernel::Skinny => Some(self.skinny_squares(num_rows, out_features)),
+            ProductKernel::Batch => Some(batch_product::num_squares(out_features)),
+            ProductKernel::Row | ProductKernel::Gated => None,
+        }
+    }
+
+    /// The norms of a product of several rows, as the kernels take them.
+    pub(super) fn shared_norm(&self, launch: &FusedProduct) -> Result<SharedNorm> {
+        let is_held = |num_squares: usize| (1..=NORM_SQUARES).contains(&num_squares);
+        let mut norm = SharedNorm { weight: 0, scaled: 0, squares: 0, num_squares: 0, eps: 0.0 };
+        if let Some(behind) = &launch.norm_behind {
+            let has_one = matches!(launch.norm_before, NormBefore::None);
+            check(has_one, "norm_behind", "absent with a norm before", 1)?;
+            let num_squares = self.num_squares(launch).unwrap_or(0);
+            check(is_held(num_squares), "sums of squares", "1 to 1024 of a row", num_squares)?;
+            let NormBehind { weight, scaled, squares } = *behind;
+            norm = SharedNorm { weight, scaled, squares, ..norm };
+        }
+        match launch.norm_before {
+            NormBefore::None => {}
+            NormBefore::Whole { .. } => {
+                check(false, "num_rows", "1 with a whole norm before", launch.num_rows)?;
+            }
+            NormBefore::Begun { squares, num_squares, eps } => {
+                let num_rows = launch.num_rows;
+                check(num_rows <= NORM_ROWS, "num_rows", "at most 192 with a norm", num_rows)?;
+                check(is_held(num_squares), "num_squares", "1 to 1024", num_squares)?;
+                norm = SharedNorm { squares, num_squares: num_squares as i32, eps, ..norm };
+            }
+        }
+        Ok(norm)
+    }
+
+    /// Enqueues a product by its [`product_kernel`](Self::product_kernel).
+    ///
+    /// # Safety
+    /// Every address names as much memory as the shape says, 16-byte aligned, alive until the
+    /// stream has come to the launch; what is written overlaps nothing else, and nothing that is
+    /// still in the stream writes the weight.
+    pub unsafe fn fused_product(&self, launch: &FusedProduct) -> Result<()> {
+        let FusedProduct { num_rows, out_features, in_features, epilogue, .. } = *launch;
+        let kernel = self.product_kernel(num_rows, out_features, in_features, epilogue);
+        // SAFETY: the caller's word.
+        unsafe {
+            match kernel {
+                Some(ProductKernel::Row) => self.row_product(launch),
+                Some(ProductKernel::Skinny) => self.skinny_product(launch),
+                Some(ProductKernel::Batch) => self.batch_product(launch),
+                Some(ProductKernel::Gated) => self.gated_product(launch),
+                None => check(false, "num_rows", "what a kernel has with these features", num_rows),
+            }
+        }
+    }
+}
