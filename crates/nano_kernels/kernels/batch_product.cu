@@ -244,7 +244,7 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             init_barrier(full + s * 8, 1);
             init_barrier(empty + s * 8, MULTIPLYING_WARPS);
         }
-        init_barrier(has_scales, COPYING_WARPS - 1);
+        init_barrier(has_scales, GROUP_THREADS - WARP);
         publish_barriers();
     }
     __syncthreads();
@@ -284,7 +284,7 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             wait_for_previous();
             load_scales<GROUP_THREADS - WARP>(scales, norm, num_tokens, in_features,
                                               threadIdx.x - WARP);
-            if (lane == 0) arrive(has_scales);
+            arrive(has_scales);
         }
         __syncwarp();
         if (!is_whole) sync_cluster();
