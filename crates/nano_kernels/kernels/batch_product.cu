@@ -115,17 +115,19 @@ __device__ __forceinline__ void multiply_tile(float (&d)[NUM_TOKENS / 2], u64 a,
 __device__ __forceinline__ void sync_multiplying() {
     asm volatile("bar.sync 1, 256;" ::: "memory");
 }
-// Where another block of the cluster has what this one has at `address`, and four floats there.
+// Where another block of the cluster has what this one has at `address`, and four floats there, if
+// they are wanted.
 __device__ __forceinline__ u32 address_in(int rank, u32 address) {
     u32 there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     return there;
 }
-__device__ __forceinline__ float4 load_there(u32 address) {
-    float4 value;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-                 : "r"(address)
+__device__ __forceinline__ float4 load_there(u32 address, int is_wanted) {
+    float4 value = {};
+    asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n"
+                 "@wanted ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "+f"(value.x), "+f"(value.y), "+f"(value.z), "+f"(value.w)
+                 : "r"(address), "r"(is_wanted)
                  : "memory");
     return value;
 }
@@ -176,8 +178,8 @@ __device__ __forceinline__ void store_shares(u32 shares, bf16* out, const Shared
             const u32 there = address_in(r, shares + lane * 16);
 #pragma unroll
             for (int t = 0; t < AT_ONCE; t++) {
-                const int token = min(first + t * MULTIPLYING_WARPS, end - 1);
-                const float4 share = load_there(there + token * STAGED * 4);
+                const int token = first + t * MULTIPLYING_WARPS;
+                const float4 share = load_there(there + token * STAGED * 4, token < end);
                 sums[t] = {sums[t].x + share.x, sums[t].y + share.y, sums[t].z + share.z,
                            sums[t].w + share.w};
             }
@@ -244,7 +246,7 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             init_barrier(full + s * 8, 1);
             init_barrier(empty + s * 8, MULTIPLYING_WARPS);
         }
-        init_barrier(has_scales, COPYING_WARPS - 1);
+        init_barrier(has_scales, GROUP_THREADS - WARP);
         publish_barriers();
     }
     __syncthreads();
@@ -284,7 +286,7 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             wait_for_previous();
             load_scales<GROUP_THREADS - WARP>(scales, norm, num_tokens, in_features,
                                               threadIdx.x - WARP);
-            if (lane == 0) arrive(has_scales);
+            arrive(has_scales);
         }
         __syncwarp();
         if (!is_whole) sync_cluster();

@@ -150,7 +150,7 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             init_barrier(full + s * 8, 1);
             init_barrier(empty + s * 8, CLUSTER * MULTIPLYING_THREADS / WARP);
         }
-        init_barrier(has_scales, GROUP_THREADS / WARP - 1);
+        init_barrier(has_scales, GROUP_THREADS - WARP);
         publish_barriers();
     }
     sync_blocks();
@@ -202,7 +202,7 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             wait_for_previous();
             load_scales<GROUP_THREADS - WARP>(scales, norm, num_tokens, hidden_size,
                                               threadIdx.x - MULTIPLYING_THREADS - WARP);
-            if (lane == 0) arrive(has_scales);
+            arrive(has_scales);
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 " MULTIPLYING_REGISTERS ";");

@@ -59,5 +59,4 @@ __device__ __forceinline__ void load_scales(float* scales, const SharedNorm& nor
             }
         }
     }
-    __syncwarp();
 }

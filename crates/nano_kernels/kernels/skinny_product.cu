@@ -107,7 +107,7 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
             init_barrier(full + s * 8, 2);
             init_barrier(empty + s * 8, NUM_GROUPS * GROUP_WARPS);
         }
-        init_barrier(has_scales, SCALE_WARPS);
+        init_barrier(has_scales, SCALE_WARPS * WARP);
         publish_barriers();
     }
     __syncthreads();
@@ -158,7 +158,7 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
         wait_for_previous();
         load_scales<SCALE_WARPS * WARP>(scales, norm, num_tokens, in_features,
                                         threadIdx.x - SCALE_WARP * WARP);
-        if (lane == 0) arrive(has_scales);
+        arrive(has_scales);
         return;
     }
 
