@@ -61,6 +61,15 @@ __device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int c
         : "memory");
 }
 __device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int column, int row,
+                                         int plane, int volume, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
+        ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(plane), "r"(volume), "r"(barrier),
+        "l"(policy)
+        : "memory");
+}
+__device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int column, int row,
                                          int half, int group, int plane, u32 barrier, u64 policy) {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"

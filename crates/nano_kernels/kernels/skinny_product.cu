@@ -47,6 +47,7 @@ constexpr int GROUP_WARPS = 4, NUM_CONSUMERS = NUM_GROUPS * GROUP_WARPS * WARP;
 constexpr int WEIGHT_WARP = NUM_CONSUMERS / WARP, INPUT_WARP = WEIGHT_WARP + 1;
 constexpr int SCALE_WARP = INPUT_WARP + 1, SCALE_WARPS = 2;  // the first of them, and how many
 constexpr int NUM_THREADS = (SCALE_WARP + SCALE_WARPS) * WARP;
+constexpr int AT_ONCE = 4;  // tokens of a thread
 constexpr int STAGED = 68;  // floats of a token's row in the staging memory, without bank conflicts
 
 enum Epilogue { STORE = 0, ADD = 1, STORE_F32 = 2, GATED = 3 };
@@ -225,36 +226,53 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
             return norm.num_squares > 0 ? it * scales[token] : it;
         };
         if (is_gated) {
-            const int half = tile_rows / 2, first = tile * half, width = out_features / 2;
-            for (int i = threadIdx.x; i < num_tokens * half; i += NUM_CONSUMERS) {
-                const int token = i / half, row = i % half;
-                if (first + row >= width) continue;
-                const int gate_row = row / 8 * 16 + row % 8;
+            constexpr int APART = NUM_CONSUMERS / GROUP_ROWS;
+            const int half = tile_rows / 2, width = out_features / 2;
+            const int row = threadIdx.x % GROUP_ROWS, column = tile * half + row;
+            const bool is_mine = row < half && column < width;
+            const int gate_row = row < half ? row / 8 * 16 + row % 8 : 0;
+#pragma unroll
+            for (int i = 0; i < NUM_TOKENS / APART; i++) {
+                const int token = threadIdx.x / GROUP_ROWS + i * APART;
                 const float gate = sum(token, gate_row), up = sum(token, gate_row + 8);
-                ((bf16*)out)[(i64)token * width + first + row] =
-                    (bf16)pack_bf16(gate / (1.0f + __expf(-gate)) * up, 0.0f);
+                const float gated = __fdividef(gate, 1.0f + __expf(-gate)) * up;
+                if (is_mine && token < num_tokens) {
+                    ((bf16*)out)[(i64)token * width + column] = (bf16)pack_bf16(gated, 0.0f);
+                }
             }
             continue;
         }
+        // Several at once, so that their latencies overlap.
 #pragma unroll
-        for (int i = 0; i < NUM_TOKENS / 2; i++) {
-            const int token = first_token + i * tokens_apart;
-            if (token >= num_tokens) break;
-            const i64 at = (i64)token * out_features + feature;
-            const float value = is_mine ? before[i] + sum(token, row) : 0.0f;
-            const bf16 rounded = (bf16)pack_bf16(value, 0.0f);
-            if (is_mine && epilogue == STORE_F32) {
-                ((float*)out)[at] = value;
-            } else if (is_mine) {
-                ((bf16*)out)[at] = rounded;
+        for (int first = 0; first < NUM_TOKENS / 2; first += AT_ONCE) {
+            if (first * tokens_apart >= num_tokens) break;
+            float squared[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const int token = first_token + (first + i) * tokens_apart;
+                const bool is_one = is_mine && token < num_tokens;
+                const i64 at = (i64)token * out_features + feature;
+                const float value = is_one ? before[first + i] + sum(token, row) : 0.0f;
+                const bf16 rounded = (bf16)pack_bf16(value, 0.0f);
+                const float kept = low_float(rounded);
+                squared[i] = kept * kept;
+                if (is_one && epilogue == STORE_F32) {
+                    ((float*)out)[at] = value;
+                } else if (is_one) {
+                    ((bf16*)out)[at] = rounded;
+                    if (has_norm_behind) norm.scaled[at] = (bf16)pack_bf16(kept * factor, 0.0f);
+                }
             }
             if (!has_norm_behind) continue;
-            const float kept = low_float(rounded);
-            if (is_mine) norm.scaled[at] = (bf16)pack_bf16(kept * factor, 0.0f);
-            const float squared = warp_reduce(kept * kept, Add());
-            if (lane == 0 && row < tile_rows) {
-                const int parts = (tile_rows + WARP - 1) / WARP;
-                norm.squares[token * NORM_SQUARES + tile * parts + row / WARP] = squared;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) squared[i] = warp_reduce(squared[i], Add());
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const int token = first_token + (first + i) * tokens_apart;
+                if (lane == 0 && row < tile_rows && token < num_tokens) {
+                    const int parts = (tile_rows + WARP - 1) / WARP;
+                    norm.squares[token * NORM_SQUARES + tile * parts + row / WARP] = squared[i];
+                }
             }
         }
     }
