@@ -275,7 +275,7 @@ __device__ __forceinline__ void attend(bf16* out, const Scratch& scratch, int nu
         wait_products<0>();
         pin(scores);
         if (lane == 0) arrive(barriers.keys_free + turn.stage * 8);
-        if (span.num_steps == 1 && lane == 0) arrive(query_free);
+        if (span.num_steps == 1) arrive(query_free);  // each thread has read its work too
         weigh(0);
         pack_weights();
         wait(barriers.values_full + turn.stage * 8, turn.phase);
@@ -293,7 +293,7 @@ __device__ __forceinline__ void attend(bf16* out, const Scratch& scratch, int nu
             wait_products<1>();
             pin(scores);
             if (lane == 0) arrive(barriers.keys_free + turn.stage * 8);
-            if (step == span.num_steps - 1 && lane == 0) arrive(query_free);
+            if (step == span.num_steps - 1) arrive(query_free);
             wait_products<0>();
             pin(output);
             if (lane == 0) arrive(barriers.values_free + before.stage * 8);
@@ -375,7 +375,7 @@ prefill_attention_wgmma(const __grid_constant__ TensorMap query,
         constexpr int MULTIPLYING_WARPS = 2 * GROUP_THREADS / WARP;
         for (int w = 0; w < 2; w++) {
             init_barrier(barriers.query_full + w * 8, 1);
-            init_barrier(barriers.query_free + w * 8, MULTIPLYING_WARPS / 2);
+            init_barrier(barriers.query_free + w * 8, GROUP_THREADS);
         }
         init_barrier(barriers.tail, COPYING_WARPS);
         for (int s = 0; s < STAGES; s++) {

@@ -137,9 +137,10 @@ def sections(root: Path) -> dict[str, str]:
     ]
     if steps:
         texts["steps"] = "\n\n".join(steps)
-    old = root / COMMITTED / "cuda-h100-end-to-end.json"
-    if old.exists():
-        texts["vllm"] = beside_vllm(results.read(old), results.read(old.with_name("vllm.json")))
+    by_card = sorted((root / COMMITTED).glob("cuda-*-end-to-end.json"), reverse=True)
+    if by_card:
+        vllm = results.read(root / COMMITTED / "vllm.json")
+        texts["vllm"] = beside_vllm(map(results.read, by_card), vllm)
     return texts
 
 

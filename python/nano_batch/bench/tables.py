@@ -119,12 +119,15 @@ def readable(milliseconds: float) -> str:
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
-def beside_vllm(ours: Result, vllm: Result) -> str:
-    """The figures of benches/cuda_end_to_end.py beside those noted of vLLM on such a card."""
-    theirs = vllm["cards"][ours["card"]]
-    counts = (1, 16, 64, 256)
-    mix = median(value for key, value in ours.items() if re.fullmatch(r"nano_run\d+_toks", key))
-    sides = ({**ours, "nano_run_toks": mix}, theirs)
+def beside_vllm(ours: Iterable[Result], vllm: Result) -> str:
+    """The figures of benches/cuda_end_to_end.py beside those noted of vLLM on such cards."""
+    counts = (1, 4, 16, 64, 256)
+    sides, head = [], [""]
+    for result in ours:
+        mix = [value for key, value in result.items() if re.fullmatch(r"nano_run\d+_toks", key)]
+        sides += [{**result, "nano_run_toks": median(mix)}, vllm["cards"][result["card"]]]
+        card = " ".join(result["card"].split()[1:2])
+        head += [f"{card}: nano_batch", f"{vllm['name']} {vllm['version']}"]
     rows = [
         ("time between tokens, one stream", "itl_bs1_ms", "{:.2f} ms"),
         ("first token", "ttft512_ms", "{:.1f} ms"),
@@ -133,7 +136,7 @@ def beside_vllm(ours: Result, vllm: Result) -> str:
         ("prefill of 16 prompts of 2048, tok/s", "prefill_16x2048_toks", "{:,.0f}"),
     ]
     lines = [[name, *(form.format(side[key]) for side in sides)] for name, key, form in rows]
-    return _markdown(["", "nano_batch", f"{vllm['name']} {vllm['version']}"], lines)
+    return _markdown(head, lines)
 
 
 def wrapped(text: str) -> str:
