@@ -186,13 +186,16 @@ pub fn threshold(logits: &[f32], sampling: &Sampling, kept: &mut Vec<f32>) -> f3
 
 /// The smallest logit of the smallest set whose probability reaches `top_p`: a binary search by
 /// selection, linear in the number of logits.
-fn least_of_nucleus(kept: &mut [f32], largest: f32, sampling: &Sampling) -> f32 {
+fn least_of_nucleus(kept: &mut Vec<f32>, largest: f32, sampling: &Sampling) -> f32 {
     let inverse = f64::from(sampling.temperature).recip();
-    let mass = |logits: &[f32]| -> f64 {
-        logits.iter().map(|&logit| (f64::from(logit - largest) * inverse).exp()).sum()
-    };
-    let mut wanted = mass(kept) * f64::from(sampling.top_p);
-    let mut candidates = kept;
+    let exponent = |logit: f32| f64::from(logit - largest) * inverse;
+    let mass = |logits: &[f32]| -> f64 { logits.iter().map(|&logit| exponent(logit).exp()).sum() };
+    let total = mass(kept);
+    let mut wanted = total * f64::from(sampling.top_p);
+    // Tokens that would not reach 1 - p if all were as likely as they: most, and never kept.
+    let unlikely = ((total - wanted) / kept.len() as f64).ln();
+    kept.retain(|&logit| exponent(logit) >= unlikely);
+    let mut candidates = kept.as_mut_slice();
     while candidates.len() > 1 {
         let middle = candidates.len() / 2;
         candidates.select_nth_unstable_by(middle, descending);
