@@ -156,6 +156,18 @@ def check_program(*arguments):
     return done.stdout
 
 
+@pytest.mark.parametrize(
+    ("prompt", "seed"), [("Elinor and Marianne", 2), ('"My dear Mr. Bennet," said his lady,', 3)]
+)
+def test_the_samples_come_as_they_stand(prompt, seed):
+    options = ["--top-p", "0.95", "--max-tokens", "90", "--seed", str(seed)]
+    text = check_program("-m", "nano_batch", "generate", "--prompt", prompt, *options)
+    quoted = " ".join(re.findall(r"^> ?(.*)$", README, re.MULTILINE)).replace("**", "")
+    # Other processors may round otherwise, and sooner or later choose another token.
+    first_words = " ".join(text.split()[:30])
+    assert first_words in " ".join(quoted.split())
+
+
 @pytest.mark.parametrize("block", PROGRAMS, ids=str)
 def test_a_python_example_runs_as_written(block):
     output = check_program("-c", block.content)

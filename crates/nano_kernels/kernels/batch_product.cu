@@ -17,7 +17,8 @@
 // three warps add up the squares for a norm before. The ring fills with weights before the kernel in
 // front of this one has ended.
 //
-// Grid: STORE, ADD: a cluster of 1 to 4 a tile. STORE_F32: any number of blocks.
+// Grid: STORE, ADD: a cluster of 1 to 4 a tile, each of its blocks with a step or more. STORE_F32: any
+// number of blocks, without clusters.
 // Block: NUM_THREADS. Shared memory: 1024 + STAGES STAGE_BYTES, dynamic.
 //
 //   weight: tensor map of [width, in_features] bf16 with boxes of CHUNK columns and TILE_ROWS rows

@@ -14,7 +14,8 @@
 // tile's keys, and a thread block takes one. Each part leaves its output, maxima and sums in scratch
 // memory, waits for the others, and merges its share of the columns of all of them, in a fixed order.
 //
-// Grid: as many blocks as the device has room for, or pieces of work. Block: NUM_THREADS.
+// Grid: as many blocks as the device has room for, or pieces of work; IN_PARTS, one for each of num_tiles
+// num_kv_heads num_splits pieces. Block: NUM_THREADS.
 // Shared memory: 1024 + HALVES ROW_BYTES (2 GROUP_ROWS + STAGES 2 KEYS) bytes, dynamic.
 //
 //   query:       tensor map of [num_tokens, num_heads, HEAD_DIM] bf16, rotated, with boxes of

@@ -28,7 +28,7 @@ __device__ __forceinline__ i64 ml_at(int slot) {
 // Leaves this part's output and waits for those of the others. Gives the shares of the merge that
 // are this part's to do, a bit each: its own, unless the others do not come, since kernels of another
 // stream may have the multiprocessors that they need. Then it goes, and the last one to come does
-// its share too.
+// its share too. For all multiplying threads of a block; there are at most 32 parts.
 __device__ __forceinline__ u32 leave_part(const Scratch& scratch, const Running& running,
                                           const float (&output)[HEAD_DIM / 2], int part,
                                           int num_splits, int num_parts) {

@@ -182,9 +182,9 @@ sample(u32* chosen, u32* answer, const float* all_logits, const RowSampling* row
         }
         least = fmaxf(least, __fadd_rn(largest, row.min_p_margin));
 
-        // A sum that some token of the warp has. No logit is above the largest, so a token wins
-        // neither with noise below `least_uniform` nor with a logit that no noise lifts so high:
-        // most need no logarithms, and of most fours nobody has to know the noise.
+        // A sum that some token has: at first that of the largest logit, then the best of this warp.
+        // No logit is above the largest, so a token with noise below `least_uniform` cannot win, nor
+        // one whose logit no noise lifts so high: most need no logarithm, many not even their noise.
         const u32 first = ~(u32)best_key;
         float noise[4];
         uniforms(noise, row, first / 4);
@@ -208,8 +208,8 @@ sample(u32* chosen, u32* answer, const float* all_logits, const RowSampling* row
             u32 candidates = 0;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const bool is_one = scaled[i] + MAX_GUMBEL >= bound && noise[i] >= least_uniform;
-                candidates |= is_one << i;
+                const bool is_candidate = scaled[i] + MAX_GUMBEL >= bound && noise[i] >= least_uniform;
+                candidates |= is_candidate << i;
             }
             // Lanes take their candidates together, whichever of the four they are.
             for (; __any_sync(ALL_LANES, candidates); candidates &= candidates - 1) {

@@ -24,8 +24,8 @@ struct SharedNorm {
 };
 
 // What the sums of a product with a norm before it are scaled by, for each token, by THREADS threads
-// that do nothing else: the products need not wait for it before they end. A few lanes take a token
-// each, so that many loads are on their way at once, which is what this costs.
+// that do nothing else: the products need not wait for it before they end. A few lanes share a token, so
+// that many loads are on their way at once: their latency is what this takes.
 template <int THREADS>
 __device__ __forceinline__ void load_scales(float* scales, const SharedNorm& norm, int num_tokens,
                                             int in_features, int thread) {

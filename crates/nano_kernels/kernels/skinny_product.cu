@@ -214,8 +214,8 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
 #pragma unroll
         for (int i = 0; i < NUM_TOKENS / 2; i++) {
             const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-            const int group_row = warp % GROUP_WARPS * 16 + lane / 4 + i % 4 / 2 * 8;
-            staging[(group * NUM_TOKENS + token) * STAGED + group_row] = sums[i];
+            const int gropair_row = warp % GROUP_WARPS * 16 + lane / 4 + i % 4 / 2 * 8;
+            staging[(group * NUM_TOKENS + token) * STAGED + gropair_row] = sums[i];
         }
         if (norm.num_squares > 0) wait(has_scales, 0);
         sync_consumers();
@@ -228,15 +228,15 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
         if (is_gated) {
             constexpr int APART = NUM_CONSUMERS / GROUP_ROWS;
             const int half = tile_rows / 2, width = out_features / 2;
-            const int row = threadIdx.x % GROUP_ROWS, column = tile * half + row;
-            const bool is_mine = row < half && column < width;
-            const int gate_row = row < half ? row / 8 * 16 + row % 8 : 0;
+            const int pair_row = threadIdx.x % GROUP_ROWS, column = tile * half + pair_row;
+            const bool has_column = pair_row < half && column < width;
+            const int gate_row = pair_row < half ? pair_row / 8 * 16 + pair_row % 8 : 0;
 #pragma unroll
             for (int i = 0; i < NUM_TOKENS / APART; i++) {
                 const int token = threadIdx.x / GROUP_ROWS + i * APART;
                 const float gate = sum(token, gate_row), up = sum(token, gate_row + 8);
                 const float gated = __fdividef(gate, 1.0f + __expf(-gate)) * up;
-                if (is_mine && token < num_tokens) {
+                if (has_column && token < num_tokens) {
                     ((bf16*)out)[(i64)token * width + column] = (bf16)pack_bf16(gated, 0.0f);
                 }
             }

@@ -54,7 +54,7 @@ def _throughput(result: Result, peer: Result | None) -> str:
     lines = []
     for count in result["workload"]["concurrency"]:
         key = f"scale{count}_toks"
-        transformers = {1: f"{serial:,.1f}", static: f"{theirs[f'static{static}_toks']:,.1f}"}
+        transformers = {1: _rate(serial), static: _rate(theirs[f"static{static}_toks"])}
         row = [str(count), transformers.get(count, "")]
         row += [_rate(side[key]) if key in side else "" for _, side in sides]
         row.insert(3, f"{result['nano_batch'][key] / serial:,.1f} x")

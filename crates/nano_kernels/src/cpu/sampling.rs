@@ -24,6 +24,7 @@ struct Offer<'a> {
 impl Kernel for Offer<'_> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
+        // A chunk without a token that can win needs no noise, a part without one no scalar code.
         let Self { logits, sampling, choice } = self;
         for (chunk, logits) in logits.chunks(4 * LANES).enumerate() {
             if !logits.iter().fold(false, |any, &logit| any | choice.can_win(logit)) {

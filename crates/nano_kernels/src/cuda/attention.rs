@@ -308,6 +308,7 @@ impl PrefillScratch {
             partial: device.allocate(rows * MAX_HEAD_DIM * size_of::<f32>())?,
             // Of each of the four lanes that share a row.
             partial_ml: device.allocate(rows * 4 * 2 * size_of::<f32>())?,
+            // A u64 for each tile and head: there are no more of them than multiprocessors.
             arrived: zeros(2 * num_multiprocessors)?,
         })
     }

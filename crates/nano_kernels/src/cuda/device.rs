@@ -266,7 +266,7 @@ impl DeviceBuffer {
     /// first of which begins at `offset_bytes` in both buffers.
     ///
     /// # Panics
-    /// If either buffer is shorter than the rows.
+    /// If either buffer is shorter than the rows, or a row than `width`.
     ///
     /// # Safety
     /// As for [`enqueue_upload`](Self::enqueue_upload).
@@ -277,6 +277,7 @@ impl DeviceBuffer {
         (num_rows, pitch): (usize, usize),
         width: usize,
     ) -> Result<()> {
+        assert!(width <= pitch, "{width} bytes of rows of {pitch}");
         let target = self.interval(offset_bytes, num_rows * pitch);
         let rows = &source.as_slice()[offset_bytes..][..num_rows * pitch];
         let copy = sys::CUDA_MEMCPY2D {
@@ -294,7 +295,7 @@ impl DeviceBuffer {
             dstDevice: target,
             dstArray: std::ptr::null_mut(),
             dstPitch: pitch,
-            WidthInBytes: width.min(pitch),
+            WidthInBytes: width,
             Height: num_rows,
         };
         // SAFETY: both bounds are checked; the time until the copy is the caller's word.

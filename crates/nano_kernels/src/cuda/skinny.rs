@@ -10,7 +10,7 @@ use super::{Kernels, Result, check};
 
 /// Rows that a launch takes at most.
 pub(super) const MAX_ROWS: usize = 32;
-/// Rows of a tile that one of these sums holds.
+/// Rows of a tile whose squares are one sum, for a norm behind.
 const SQUARES_ROWS: usize = 32;
 /// Columns of a copy, and their bytes.
 pub(super) const CHUNK: usize = 64;

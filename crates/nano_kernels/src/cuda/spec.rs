@@ -3,7 +3,7 @@
 /// A kernel in one variant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kernel {
-    /// Residual addition and RMSNorm.
+    /// RMSNorm.
     RmsNorm,
     /// RoPE and the K/V write.
     RopeWriteKv,

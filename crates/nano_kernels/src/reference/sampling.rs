@@ -3,8 +3,8 @@
 //! 1. Thresholds: `top_k` keeps the k largest logits (all that equal the k-th); `top_p` keeps,
 //!    of these, the smallest set whose probability at the temperature reaches p (all that equal
 //!    its last); `min_p` keeps, of these, what reaches that share of the largest probability.
-//! 2. The choice is the argmax of `logit / temperature + gumbel` over what is kept, which samples
-//!    from its softmax. The lowest token id wins a tie.
+//! 2. The choice is the argmax of `(logit - largest) / temperature + gumbel` over what is kept, which
+//!    samples from its softmax. The lowest token id wins a tie.
 //!
 //! The noise is a function of seed, position and token id, so neither the batch nor the order of
 //! evaluation plays a part, and no logits need to be sorted. Temperature 0 is the argmax.
@@ -295,10 +295,13 @@ mod tests {
 
     #[test]
     fn the_bound_on_noise_leaves_room_for_rounding() {
-        for step in 0..1 << 17 {
-            let uniform = ((step << 6) as f32 + 0.5) / (1 << 23) as f32;
-            let back = uniform_of_gumbel(gumbel_of(uniform));
+        const LAST: u32 = (1 << 23) - 1;
+        for word in (0..=LAST).step_by(64).chain(LAST - 1000..=LAST) {
+            let uniform = (word as f32 + 0.5) / (1 << 23) as f32;
+            let noise = gumbel_of(uniform);
+            let back = uniform_of_gumbel(noise);
             assert!((back - uniform).abs() < UNIFORM_ERROR / 4.0, "{uniform} {back}");
+            assert!(noise < MAX_GUMBEL - 0.05, "{uniform} {noise}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! A step on its way to the device: packed into one pinned buffer and sent with one copy.
+//! A step on its way to the device: packed into one pinned buffer and sent with a copy or two.
 
 use nano_kernels::cuda::attention::{Heads, PrefillSequence, PrefillTile, prefill_tiles};
 use nano_kernels::cuda::sampling::RowSampling;
@@ -145,7 +145,7 @@ impl StepBuffers {
         self.max_blocks
     }
 
-    /// Enqueues the copy of a step.
+    /// Enqueues the copy of a step: all at once, or of long block tables only what is used.
     pub(super) fn upload(&mut self, input: &StepInput<'_>) -> Result<CudaStep> {
         let StepInput { batch, sampling, graph_rows, keeps_logits } = *input;
         let decodes = batch.sequences.iter().take_while(|it| it.num_rows == 1 && !self.only_tiles);
