@@ -214,8 +214,8 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
 #pragma unroll
         for (int i = 0; i < NUM_TOKENS / 2; i++) {
             const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-            const int gropair_row = warp % GROUP_WARPS * 16 + lane / 4 + i % 4 / 2 * 8;
-            staging[(group * NUM_TOKENS + token) * STAGED + gropair_row] = sums[i];
+            const int group_row = warp % GROUP_WARPS * 16 + lane / 4 + i % 4 / 2 * 8;
+            staging[(group * NUM_TOKENS + token) * STAGED + group_row] = sums[i];
         }
         if (norm.num_squares > 0) wait(has_scales, 0);
         sync_consumers();
