@@ -54,11 +54,7 @@ static_assert(NUM_TOKENS * STAGED * 4 <= STAGES * STAGE_BYTES, "the sums take th
 #define COPYING_REGISTERS "56"
 #define MULTIPLYING_REGISTERS "224"
 
-enum Epilogue { STORE = 0, ADD = 1, STORE_F32 = 2 };
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
 #define NAMES_64 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
     "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"

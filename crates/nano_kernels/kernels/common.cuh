@@ -34,6 +34,9 @@ __device__ __forceinline__ void begin() {
     wait_for_previous();
 }
 
+// What becomes of a product, as cuda/product.rs counts.
+enum Epilogue { STORE = 0, ADD = 1, STORE_F32 = 2, GATED = 3 };
+
 // One 16-byte access: eight bf16 values.
 struct alignas(16) Bf16x8 {
     u32 pairs[4];

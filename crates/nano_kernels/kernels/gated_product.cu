@@ -56,8 +56,6 @@ constexpr int STAGE_BYTES = INPUT_BYTES + 2 * HALF_BYTES;
 #endif
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
 #if TOKENS == 128
 // d = a b^T over 16 columns, or d += where `adds`.
 __device__ __forceinline__ void multiply(float (&d)[FEATURES], u64 a, u64 b, int adds) {

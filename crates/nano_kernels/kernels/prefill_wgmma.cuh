@@ -25,8 +25,6 @@ constexpr int BOX_BYTES = BLOCK_SIZE / 8 * EIGHTS_BYTES;
 #define MULTIPLYING_REGISTERS "232"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
 // d = a b^T over 16 columns, or d += where `adds`: queries and keys.
 __device__ __forceinline__ void multiply_keys(float (&d)[64], u64 a, u64 b, int adds) {
     asm volatile(

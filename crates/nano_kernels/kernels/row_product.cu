@@ -36,8 +36,6 @@ constexpr int STAGES = 10;
 constexpr int STAGES = 4;  // the shared memory is smaller there
 #endif
 
-enum Epilogue { STORE = 0, ADD = 1, STORE_F32 = 2, GATED = 3 };
-
 __device__ __forceinline__ float dot(const Bf16x8& a, const Bf16x8& b, float sum) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {

@@ -11,14 +11,14 @@
 #pragma once
 #include "common.cuh"
 
-#if !defined(NORM_ROWS) || !defined(NORM_SQUARES)
-#error "NORM_ROWS and NORM_SQUARES are the rows with shared norms, and their sums of squares, at most"
+#ifndef NORM_SQUARES
+#error "NORM_SQUARES is the number of sums of squares that a row has at most"
 #endif
 
 struct SharedNorm {
     const bf16* weight;  // [out_features], or null: no norm behind
     bf16* scaled;        // [num_tokens, out_features], written with a norm behind
-    float* squares;      // [NORM_ROWS, NORM_SQUARES], written with a norm behind, read with one before
+    float* squares;      // [num_tokens, NORM_SQUARES], written with a norm behind, read with one before
     int num_squares;     // of a row, read; 0: no norm before
     float eps;
 };

@@ -50,10 +50,7 @@ constexpr int NUM_THREADS = (SCALE_WARP + SCALE_WARPS) * WARP;
 constexpr int AT_ONCE = 4;  // tokens of a thread
 constexpr int STAGED = 68;  // floats of a token's row in the staging memory, without bank conflicts
 
-enum Epilogue { STORE = 0, ADD = 1, STORE_F32 = 2, GATED = 3 };
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 __device__ __forceinline__ void multiply(float (&d)[NUM_TOKENS / 2], u64 a, u64 b) {
 #if NUM_TOKENS == 8
     asm volatile(

@@ -11,7 +11,7 @@ use std::ptr;
 
 use cudarc::nvrtc::sys;
 
-use super::product::{NORM_ROWS, NORM_SQUARES};
+use super::product::NORM_SQUARES;
 use super::spec::{HEADERS, KernelSpec};
 use super::{Error, Result};
 
@@ -158,7 +158,6 @@ fn options(spec: &KernelSpec, architecture: &str) -> Vec<String> {
     let fixed = ["--std=c++17", "--no-cache", "--ptxas-options=-v"];
     let mut options: Vec<String> = fixed.iter().map(|&option| option.to_owned()).collect();
     options.push(format!("--gpu-architecture={architecture}"));
-    options.push(format!("-DNORM_ROWS={NORM_ROWS}"));
     options.push(format!("-DNORM_SQUARES={NORM_SQUARES}"));
     options.extend(spec.defines.iter().map(|&define| define.to_owned()));
     options
