@@ -103,9 +103,7 @@ fn new_tokens_see_the_prefix_and_each_other_causally() {
             &[(0, 70), (100, 33), (45, 1), (0, 128), (511, 2)],
             &[(640, 300)],
         ] {
-            let sequences: Vec<Sequence> =
-                batch.iter().map(|&(prefix, num_tokens)| Sequence { prefix, num_tokens }).collect();
-            let case = Case::new(&kernels, &mut random, heads, None, &sequences);
+            let case = Case::new(&kernels, &mut random, heads, None, &sequences(batch));
             let what = format!("prefill {batch:?}, {heads:?}");
             case.check_prefill(&what, &kernels);
         }
@@ -124,9 +122,8 @@ fn many_new_tokens_are_the_same_to_both_kernels() {
         (heads(12, 4, 128), None),
         (heads(16, 16, 64), Some(130)),
     ] {
-        let sequences = [(0, 2048), (4096, 512), (3, 1), (777, 901), (0, 16), (1000, 5)]
-            .map(|(prefix, num_tokens)| Sequence { prefix, num_tokens });
-        let case = Case::new(&kernels, &mut random, heads, window, &sequences);
+        let batch = [(0, 2048), (4096, 512), (3, 1), (777, 901), (0, 16), (1000, 5)];
+        let case = Case::new(&kernels, &mut random, heads, window, &sequences(&batch));
         let found = case.prefill(&kernels);
         for other in &found[1..] {
             let what = format!("3483 tokens by both kernels, window {window:?}, {heads:?}");
@@ -141,9 +138,8 @@ fn new_tokens_see_their_windows_alone() {
     let mut random = Random(12);
     for heads in [heads(32, 8, 128), heads(6, 2, 64), heads(2, 2, 128)] {
         for window in [1, 16, 17, 100, 1000] {
-            let sequences = [(0, 1), (0, 300), (900, 150), (2000, 40)]
-                .map(|(prefix, num_tokens)| Sequence { prefix, num_tokens });
-            let case = Case::new(&kernels, &mut random, heads, Some(window), &sequences);
+            let batch = [(0, 1), (0, 300), (900, 150), (2000, 40)];
+            let case = Case::new(&kernels, &mut random, heads, Some(window), &sequences(&batch));
             let what = format!("prefill, window {window}, {heads:?}");
             case.check_prefill(&what, &kernels);
         }
