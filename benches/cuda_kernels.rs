@@ -119,9 +119,8 @@ fn main() -> Result<()> {
     {
         bench.decode(&format!("{num_sequences} x {length}"), &vec![length; num_sequences])?;
     }
-    let ragged: Vec<usize> = (0..64).map(|i| 100 + (i * 1237) % 1949).collect();
-    if wants("decode") {
-        bench.decode("64 x 100..2048", &ragged)?;
+    for num_sequences in [16, 64, 256].into_iter().filter(|_| wants("decode")) {
+        bench.uneven_decodes(num_sequences)?;
     }
     for (num_sequences, num_tokens, prefix) in [
         (1, 512, 0),
@@ -351,18 +350,27 @@ impl Bench {
         })
     }
 
+    fn uneven_decodes(&self, num_sequences: usize) -> Result<()> {
+        let uneven: Vec<usize> = (0..num_sequences).map(|i| 100 + (i * 1237) % 1949).collect();
+        self.decode(&format!("{num_sequences} x 100..2048"), &uneven)?;
+        let mut with_long = vec![512; num_sequences];
+        with_long[num_sequences / 2] = 32_768;
+        self.decode(&format!("{} x 512 and 1 x 32768", num_sequences - 1), &with_long)
+    }
+
     fn decode(&self, name: &str, lengths: &[usize]) -> Result<()> {
-        let batch = Batch::new(self, lengths, lengths.len())?;
-        let plan = DecodePlan::new(self.device(), HEADS, lengths.len())?;
+        let num_sequences = lengths.len();
+        let batch = Batch::new(self, lengths, num_sequences)?;
+        let plan = DecodePlan::new(self.device(), HEADS, num_sequences, None)?;
         let longest = lengths.iter().copied().max().unwrap_or(1);
-        let length: Vec<i32> = lengths.iter().map(|&length| length as i32).collect();
-        let length = self.device().allocate_from(&length)?;
+        let on_device: Vec<u32> = lengths.iter().map(|&length| length as u32).collect();
+        let parts = self.device().allocate_from(&plan.parts(&on_device, num_sequences))?;
         let cos_sin = self.device().allocate_from(&vec![0.5_f32; longest * HEADS.head_dim])?;
         let rows = DecodeRows {
             qkv: batch.rows.address(),
             cos_sin: cos_sin.address(),
-            length: length.address(),
-            num_sequences: lengths.len(),
+            parts: parts.address(),
+            num_sequences,
         };
         let keys: usize = lengths.iter().sum();
         let (bytes, flops) = (keys * KV_BYTES, keys as f64 * FLOPS_PER_KEY);

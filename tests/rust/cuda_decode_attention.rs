@@ -50,19 +50,19 @@ impl Case {
         plan: &DecodePlan,
         qkv: &[bf16],
         cos_sin: &[f32],
-        lengths: &[i32],
+        lengths: &[u32],
     ) -> (Vec<u16>, Vec<u16>) {
         let device = kernels.device();
         let cache = device.allocate_from(&self.older()).unwrap();
         let qkv = device.allocate_from(qkv).unwrap();
         let cos_sin = device.allocate_from(cos_sin).unwrap();
-        let length = device.allocate_from(lengths).unwrap();
+        let parts = device.allocate_from(&plan.parts(lengths, lengths.len())).unwrap();
         let out = poisoned(device, self.query.len());
         let input = AttentionInput { cache: cache.address(), ..self.input() };
         let rows = DecodeRows {
             qkv: qkv.address(),
             cos_sin: cos_sin.address(),
-            length: length.address(),
+            parts: parts.address(),
             num_sequences: lengths.len(),
         };
         // SAFETY: every buffer was allocated with the size of its shape; lengths fit the tables.
@@ -98,7 +98,7 @@ fn one_token_sees_all_keys_of_its_sequence() {
     let Some(kernels) = kernels() else { return };
     let mut random = Random(8);
     for heads in MANY_HEADS {
-        let plan = DecodePlan::new(kernels.device(), heads, 70).unwrap();
+        let plan = DecodePlan::new(kernels.device(), heads, 70, None).unwrap();
         for batch in
             [vec![1], vec![16], vec![17], vec![513], vec![3000], vec![1, 16, 31, 2, 700, 64]]
         {
@@ -108,7 +108,7 @@ fn one_token_sees_all_keys_of_its_sequence() {
         }
     }
     let heads = heads(32, 8, 128);
-    let plan = DecodePlan::new(kernels.device(), heads, 70).unwrap();
+    let plan = DecodePlan::new(kernels.device(), heads, 70, None).unwrap();
     let batch: Vec<usize> = (0..70).map(|_| 1 + random.below(200)).collect();
     let case = Case::new(&kernels, &mut random, heads, None, &lengths(&batch));
     assert_close("decode 70 sequences", &case.decode(&kernels, &plan), &case.expected(), BOUND);
@@ -119,7 +119,7 @@ fn one_token_sees_its_window_alone() {
     let Some(kernels) = kernels() else { return };
     let mut random = Random(9);
     for heads in [heads(32, 8, 128), heads(6, 2, 64)] {
-        let plan = DecodePlan::new(kernels.device(), heads, 8).unwrap();
+        let plan = DecodePlan::new(kernels.device(), heads, 8, None).unwrap();
         for window in [1, 15, 16, 17, 100, 4096] {
             let batch = [1, 15, 16, 17, 99, 1000, 4500];
             let case = Case::new(&kernels, &mut random, heads, Some(window), &lengths(&batch));
@@ -136,7 +136,7 @@ fn a_context_of_32k_is_read_to_the_end() {
     for (heads, window) in
         [(heads(32, 8, 128), None), (heads(32, 8, 64), None), (heads(32, 8, 128), Some(4096))]
     {
-        let plan = DecodePlan::new(kernels.device(), heads, 2).unwrap();
+        let plan = DecodePlan::new(kernels.device(), heads, 2, None).unwrap();
         let case = Case::new(&kernels, &mut random, heads, window, &lengths(&[32_768, 32_767]));
         let what = format!("decode 32k, window {window:?}, {heads:?}");
         assert_close(&what, &case.decode(&kernels, &plan), &case.expected(), BOUND);
@@ -149,7 +149,7 @@ fn decoding_turns_and_writes_as_the_kernel_for_prompts_does() {
     let Some(kernels) = kernels() else { return };
     let mut random = Random(15);
     for heads in MANY_HEADS {
-        let plan = DecodePlan::new(kernels.device(), heads, 70).unwrap();
+        let plan = DecodePlan::new(kernels.device(), heads, 70, None).unwrap();
         for window in [None, Some(1), Some(17), Some(4096)] {
             for batch in [vec![1], vec![16], vec![17], vec![1, 16, 17, 2000, 64, 4097], vec![9; 70]]
             {
@@ -158,7 +158,7 @@ fn decoding_turns_and_writes_as_the_kernel_for_prompts_does() {
         }
     }
     let heads = heads(32, 8, 128);
-    let plan = DecodePlan::new(kernels.device(), heads, 2).unwrap();
+    let plan = DecodePlan::new(kernels.device(), heads, 2, None).unwrap();
     for batch in [[32_768, 32_753], [1024, 1025], [513, 512], [8193, 16]] {
         check_turned(&kernels, &mut random, &plan, heads, None, &batch);
     }
@@ -236,15 +236,15 @@ fn one_graph_serves_any_lengths_and_a_padding_row_gets_zeros() {
     let heads = heads(32, 8, 128);
     let longest = [2000; 5];
     let mut case = Case::new(&kernels, &mut random, heads, None, &lengths(&longest));
-    let plan = DecodePlan::new(device, heads, 5).unwrap();
-    let length_on = device.allocate_from(&[0_i32; 5]).unwrap();
+    let plan = DecodePlan::new(device, heads, 5, None).unwrap();
+    let parts_on = device.allocate_from(&plan.parts(&[], 5)).unwrap();
     let qkv_on = device.allocate_from(&case.qkv()).unwrap();
     let cos_sin_on = device.allocate_from(&no_angles(2000, heads.head_dim)).unwrap();
     let out = poisoned(device, case.query.len());
     let rows = DecodeRows {
         qkv: qkv_on.address(),
         cos_sin: cos_sin_on.address(),
-        length: length_on.address(),
+        parts: parts_on.address(),
         num_sequences: 5,
     };
     let graph = Graph::capture(device, || {
@@ -253,9 +253,9 @@ fn one_graph_serves_any_lengths_and_a_padding_row_gets_zeros() {
     })
     .unwrap();
     for batch in [[2000, 1, 16, 500, 1999], [3, 700, 2, 33, 64], [1, 1, 1, 1, 1]] {
-        let mut on_device: Vec<i32> = batch.iter().map(|&length| length as i32).collect();
+        let mut on_device: Vec<u32> = batch.iter().map(|&length| length as u32).collect();
         on_device[3] = 0;
-        length_on.upload(0, &on_device).unwrap();
+        parts_on.upload(0, &plan.parts(&on_device, 5)).unwrap();
         case.sequences = lengths(&batch);
         qkv_on.upload(0, &case.qkv()).unwrap();
         let mut expected = case.expected();

@@ -5,33 +5,32 @@
 //
 // over the positions p in [max(0, length - window), length), of which the last is the token's own.
 //
-// A thread block takes one split of one sequence and one K/V head: an equal share of the
-// sequence's cache blocks, worked out here from the length, so that one launch shape, and a graph
-// that holds it, serves any lengths. Each warp streams every NUM_WARPS-th cache block through its
-// own ring in shared memory and keeps a running softmax; the warp with the newest block puts the
-// token's row into it. The group's heads share each key and value on the tensor cores, with keys as
-// the rows and heads as the 8 columns of a product:
+// A thread block takes one part of one sequence and one K/V head: an equal share of the cache
+// blocks within the window. The list of parts is made anew for each step, as even as it gets, so
+// that one launch shape, and a graph that holds it, serves any lengths. Each warp streams every
+// NUM_WARPS-th cache block through its own ring in shared memory and keeps a running softmax; the
+// warp with the newest block puts the token's row into it. The group's heads share each key and
+// value on the tensor cores, with keys as the rows and heads as the 8 columns of a product:
 //
 //   scores  [16 keys x 8 heads]        = K [16 x HEAD_DIM]    query^T [HEAD_DIM x 8]
 //   output  [HEAD_DIM x 8 heads]      += V^T [HEAD_DIM x 16]  weights [16 x 8]
 //
-// Warps are merged through shared memory, splits by the thread block that finishes last; both in
+// Warps are merged through shared memory, parts by the thread block that finishes last; both in
 // a fixed order, so equal launches give equal bits.
 //
-// Grid: (num_splits, num_kv_heads, num_sequences). Block: 32 NUM_WARPS.
+// Grid: (num_kv_heads, num_parts). Block: 32 NUM_WARPS.
 // Shared memory: NUM_WARPS STAGES 2 BLOCK_SIZE HEAD_DIM 2 bytes, dynamic.
 //
 //   out:         [num_sequences, num_heads, HEAD_DIM] bf16; zeros for a length of 0
-//   partial:     [num_sequences, num_kv_heads, num_splits, group, HEAD_DIM] f32, scratch
-//   partial_ml:  [num_sequences, num_kv_heads, num_splits, group, 2] f32, scratch
+//   partial:     [num_parts, num_kv_heads, group, HEAD_DIM] f32, scratch
+//   partial_ml:  [num_parts, num_kv_heads, group, 2] f32, scratch
 //   arrived:     [num_sequences, num_kv_heads] u32, zeros; left as zeros
 //   qkv:         [num_sequences, num_heads + 2 num_kv_heads, HEAD_DIM] bf16, none of it rotated
 //   cos_sin:     [max_position, 2, HEAD_DIM / 2] f32: cosines, then sines
 //   cache:       one layer, [num_blocks, k | v, num_kv_heads, BLOCK_SIZE, HEAD_DIM] bf16; written
 //                at each sequence's last position
 //   block_table: [num_sequences, max_blocks] i32
-//   length:      [num_sequences] i32, the new token included; 0 for a padding row of a fixed launch
-//                shape, of which nothing is written to the cache
+//   parts:       [num_parts] Part, those of a sequence one after the other
 //   window:      1 to 2^30; a window over every length is none
 //   scale:       log2(e) / sqrt(HEAD_DIM)
 //
@@ -46,32 +45,37 @@
 constexpr int NUM_WARPS = 4;
 constexpr int STAGES = 3;
 constexpr int MAX_GROUP = 8;
-// Fewer cache blocks than this are not worth a split of their own: one a warp.
-constexpr int MIN_BLOCKS_PER_SPLIT = NUM_WARPS;
 constexpr int TILE = BLOCK_SIZE * HEAD_DIM;  // elements of a block's keys, or of its values
 constexpr int CHUNKS = HEAD_DIM / 8;         // 16-byte chunks of a row
 constexpr int DIM_TILES = HEAD_DIM / 16;
 constexpr int HALF_DIM = HEAD_DIM / 2;
 
+// One of the parts that a sequence's keys are cut into.
+struct __align__(16) Part {
+    int sequence;
+    int length;     // the new token included; 0 for a padding row of a fixed launch shape, of which
+                    // nothing is written to the cache
+    int index;
+    int num_parts;  // 0 for one that only fills a fixed launch shape
+};
 // The interval of cache blocks that a thread block works through.
 struct Share {
     int first_position;  // positions before it lie outside the window
     int length;
     int begin, end;      // cache blocks, as indices into the block table
-    int num_splits;      // splits that have work
+    int num_parts;       // those that have work
 };
 
-__device__ __forceinline__ Share share_of(int length, int window) {
+__device__ __forceinline__ Share share_of(const Part& part, int window) {
     Share share;
-    share.length = length;
-    share.first_position = max(0, length - window);
+    share.length = part.length;
+    share.first_position = max(0, part.length - window);
     const int first_block = share.first_position / BLOCK_SIZE;
-    const int num_blocks = (length + BLOCK_SIZE - 1) / BLOCK_SIZE - first_block;
-    const int even = (num_blocks + gridDim.x - 1) / gridDim.x;
-    const int per_split = max(even, MIN_BLOCKS_PER_SPLIT);
-    share.num_splits = max(1, (num_blocks + per_split - 1) / per_split);
-    share.begin = first_block + blockIdx.x * per_split;
-    share.end = min(share.begin + per_split, first_block + num_blocks);
+    const int num_blocks = (part.length + BLOCK_SIZE - 1) / BLOCK_SIZE - first_block;
+    const int per_part = max(1, (num_blocks + part.num_parts - 1) / max(1, part.num_parts));
+    share.num_parts = min(part.num_parts, max(1, (num_blocks + per_part - 1) / per_part));
+    share.begin = first_block + part.index * per_part;
+    share.end = min(share.begin + per_part, first_block + num_blocks);
     return share;
 }
 
@@ -185,24 +189,24 @@ __device__ __forceinline__ float shrink_of(float largest, float sum, float merge
     return sum > 0.0f ? exp2_fast(largest - merged_largest) : 0.0f;  // a part without keys: 0
 }
 
-// What the splits of one sequence and K/V head left behind, merged by a whole thread block. Each
-// thread weighs the splits for itself: all loads of MERGED splits are on their way at once.
-__device__ void merge_splits(bf16* out, const float* partial, const float* partial_ml, int group,
-                             int num_splits) {
+// What the parts of one sequence and K/V head left behind, merged by a whole thread block. Each
+// thread weighs the parts for itself: all loads of MERGED parts are on their way at once.
+__device__ void merge_parts(bf16* out, const float* partial, const float* partial_ml, int group,
+                            int num_parts) {
     constexpr int MERGED = 8;
     for (int e = threadIdx.x * 4; e < group * HEAD_DIM; e += blockDim.x * 4) {
         const int h = e / HEAD_DIM;
         float largest = NEGATIVE_INFINITY, total = 0.0f;
         float4 value = {};
-        for (int first = 0; first < num_splits; first += MERGED) {
+        for (int first = 0; first < num_parts; first += MERGED) {
             float2 ml[MERGED];
             float4 parts[MERGED];
 #pragma unroll
             for (int i = 0; i < MERGED; i++) {
-                const i64 s = min(first + i, num_splits - 1);
+                const i64 s = min(first + i, num_parts - 1);
                 ml[i] = __ldcg((const float2*)partial_ml + s * group + h);
                 parts[i] = __ldcg((const float4*)(partial + s * group * HEAD_DIM + e));
-                if (first + i >= num_splits) ml[i] = make_float2(NEGATIVE_INFINITY, 0.0f);
+                if (first + i >= num_parts) ml[i] = make_float2(NEGATIVE_INFINITY, 0.0f);
             }
             float merged_largest = largest;
 #pragma unroll
@@ -230,23 +234,24 @@ __device__ void merge_splits(bf16* out, const float* partial, const float* parti
 
 extern "C" __global__ void __launch_bounds__(NUM_WARPS* WARP)
 decode_attention(bf16* out, float* partial, float* partial_ml, u32* arrived, const bf16* qkv,
-                 const float* cos_sin, bf16* cache, const int* block_table, const int* length,
+                 const float* cos_sin, bf16* cache, const int* block_table, const Part* parts,
                  int num_heads, int max_blocks, int window, float scale) {
     extern __shared__ __align__(128) bf16 shared[];
     __shared__ float warp_largest[NUM_WARPS][MAX_GROUP], warp_sum[NUM_WARPS][MAX_GROUP];
     __shared__ bool is_last;
     let_next_begin();
-    const int split = blockIdx.x, kv_head = blockIdx.y, sequence = blockIdx.z;
-    const int num_kv_heads = gridDim.y, group = num_heads / num_kv_heads;
+    const int kv_head = blockIdx.x;
+    const int num_kv_heads = gridDim.x, group = num_heads / num_kv_heads;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const Share share = share_of(length[sequence], window);
-    // Without a wait, so that there is room for the next kernel: the first split's blocks wait for all.
-    if (split >= share.num_splits) return;
+    const Part part = parts[blockIdx.y];
+    const Share share = share_of(part, window);
+    // Without a wait, so that there is room for the next kernel: a first part's blocks wait for all.
+    if (part.index >= share.num_parts) return;
 
     // Stream this warp's cache blocks: begin + warp, begin + warp + NUM_WARPS and so on. Only the
     // token's own row comes from the kernel in front: all others are there already.
     bf16* ring = shared + warp * STAGES * 2 * TILE;
-    const int* table = block_table + (i64)sequence * max_blocks;
+    const int* table = block_table + (i64)part.sequence * max_blocks;
     const i64 values_offset = (i64)num_kv_heads * TILE;
     const int position = max(share.length - 1, 0);
     const auto keys_of = [&](int block) {
@@ -280,7 +285,7 @@ decode_attention(bf16* out, float* partial, float* partial_ml, u32* arrived, con
 
     u32 heads[DIM_TILES][2];
     const int column = lane / 4;
-    const bf16* row = qkv + (i64)sequence * (num_heads + 2 * num_kv_heads) * HEAD_DIM;
+    const bf16* row = qkv + (i64)part.sequence * (num_heads + 2 * num_kv_heads) * HEAD_DIM;
     const bf16* head = row + (kv_head * group + column) * HEAD_DIM;
 #pragma unroll
     for (int k = 0; k < DIM_TILES; k++) {
@@ -341,12 +346,13 @@ decode_attention(bf16* out, float* partial, float* partial_ml, u32* arrived, con
     }
     __syncthreads();
 
-    // Merge the warps: into the output, or into this split's part of it.
-    const i64 pair = (i64)sequence * num_kv_heads + kv_head;
-    const i64 first_part = pair * gridDim.x * group;
+    // Merge the warps: into the output, or into this part of it.
+    const i64 pair = (i64)part.sequence * num_kv_heads + kv_head;
+    const i64 first_of_sequence = (i64)(blockIdx.y - part.index) * num_kv_heads;
+    const i64 first_row = (first_of_sequence + kv_head * part.num_parts) * group;
     bf16* pair_out = out + pair * group * HEAD_DIM;
-    float* pair_partial = partial + first_part * HEAD_DIM;
-    float* pair_ml = partial_ml + first_part * 2;
+    float* pair_partial = partial + first_row * HEAD_DIM;
+    float* pair_ml = partial_ml + first_row * 2;
     for (int e = threadIdx.x; e < group * HEAD_DIM; e += blockDim.x) {
         const int h = e / HEAD_DIM;
         float largest = NEGATIVE_INFINITY, sum = 0.0f, value = 0.0f;
@@ -358,27 +364,27 @@ decode_attention(bf16* out, float* partial, float* partial_ml, u32* arrived, con
             sum += shrink * warp_sum[w][h];
             value += shrink * ((const float*)(shared + w * STAGES * 2 * TILE))[e];
         }
-        if (share.num_splits == 1) {
+        if (share.num_parts == 1) {
             pair_out[e] = (bf16)pack_bf16(sum > 0.0f ? value / sum : 0.0f, 0.0f);
         } else {
-            pair_partial[split * group * HEAD_DIM + e] = value;
+            pair_partial[part.index * group * HEAD_DIM + e] = value;
             if (e % HEAD_DIM == 0) {
-                pair_ml[(split * group + h) * 2] = largest;
-                pair_ml[(split * group + h) * 2 + 1] = sum;
+                pair_ml[(part.index * group + h) * 2] = largest;
+                pair_ml[(part.index * group + h) * 2 + 1] = sum;
             }
         }
     }
-    if (share.num_splits == 1) return;
+    if (share.num_parts == 1) return;
 
     // The thread block that arrives last sees what all others wrote.
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        is_last = atomicAdd(&arrived[pair], 1u) == share.num_splits - 1;
+        is_last = atomicAdd(&arrived[pair], 1u) == share.num_parts - 1;
         if (is_last) arrived[pair] = 0;
     }
     __syncthreads();
     if (!is_last) return;
     __threadfence();
-    merge_splits(pair_out, pair_partial, pair_ml, group, share.num_splits);
+    merge_parts(pair_out, pair_partial, pair_ml, group, share.num_parts);
 }

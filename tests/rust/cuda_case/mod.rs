@@ -127,8 +127,8 @@ impl Case {
         expected
     }
 
-    pub(crate) fn lengths(&self) -> Vec<i32> {
-        self.sequences.iter().map(|s| (s.prefix + s.num_tokens) as i32).collect()
+    pub(crate) fn lengths(&self) -> Vec<u32> {
+        self.sequences.iter().map(|s| (s.prefix + s.num_tokens) as u32).collect()
     }
 }
 

@@ -142,6 +142,8 @@ impl CudaBackend {
         let rows = |num_rows: usize, width: usize, element_bytes: usize| {
             device.allocate(rows_of_memory(num_rows) * width * element_bytes)
         };
+        let max_sequences = rows_of_memory(limits.max_sequences);
+        let widest = spec.layers.iter().map(|it| it.window.unwrap_or(u32::MAX)).max();
         let fuses_gate = device.is_hopper() && !is_deterministic;
         let tokens = |width| rows(limits.max_tokens.max(limits.max_sequences), width, BF16_BYTES);
         let activations = Activations {
@@ -161,7 +163,7 @@ impl CudaBackend {
             limits,
             is_deterministic,
             fuses_gate,
-            decode_plan: DecodePlan::new(device, heads, rows_of_memory(limits.max_sequences))?,
+            decode_plan: DecodePlan::new(device, heads, max_sequences, widest)?,
             activations,
             sampled: rows(limits.max_tokens, 1, size_of::<u32>())?,
             bans: Bans::new(device)?,
@@ -248,6 +250,7 @@ impl CudaBackend {
         let StepLimits { max_tokens, max_sequences } = self.limits;
         let steps = StepBuffers::new(
             device,
+            &self.decode_plan,
             self.heads,
             rows_of_memory(max_tokens.max(max_sequences)),
             rows_of_memory(max_sequences),
@@ -275,7 +278,7 @@ impl CudaBackend {
     pub fn upload(&mut self, input: &StepInput<'_>) -> Result<CudaStep> {
         self.kept.clear();
         match &mut self.room {
-            Some(room) => room.steps.upload(input),
+            Some(room) => room.steps.upload(input, &self.decode_plan),
             None => Err(no_room()),
         }
     }

@@ -163,7 +163,7 @@ impl Backend for CudaBackend {
         let decodes = DecodeRows {
             qkv: self.activations.qkv.address(),
             cos_sin: room.cos_sin.address(),
-            length: step.length,
+            parts: step.parts,
             num_sequences: step.num_decodes,
         };
         let prefills = PrefillRows {

@@ -1,6 +1,8 @@
 //! A step on its way to the device: packed into one pinned buffer and sent with a copy or two.
 
-use nano_kernels::cuda::attention::{Heads, PrefillSequence, PrefillTile, prefill_tiles};
+use nano_kernels::cuda::attention::{
+    DecodePart, DecodePlan, Heads, PrefillSequence, PrefillTile, prefill_tiles,
+};
 use nano_kernels::cuda::sampling::RowSampling;
 use nano_kernels::cuda::{Device, DeviceBuffer, Event, PinnedBuffer};
 
@@ -40,7 +42,7 @@ pub struct CudaStep {
     pub(super) from_sampled: u64,
     pub(super) position: u64,
     pub(super) slot: u64,
-    pub(super) length: u64,
+    pub(super) parts: u64,
     /// `None` in a graph, all of whose rows have logits.
     pub(super) logit_row: Option<u64>,
     pub(super) sampling: u64,
@@ -72,6 +74,7 @@ pub(super) struct StepBuffers {
 struct Counts {
     tokens: usize,
     sequences: usize,
+    parts: usize,
     tiles: usize,
     logit_rows: usize,
 }
@@ -82,7 +85,7 @@ struct Layout {
     from_sampled: usize,
     position: usize,
     slot: usize,
-    length: usize,
+    parts: usize,
     logit_row: usize,
     sampling: usize,
     tiles: usize,
@@ -103,7 +106,7 @@ impl Layout {
             from_sampled: take(counts.tokens * 4),
             position: take(counts.tokens * 4),
             slot: take(counts.tokens * 4),
-            length: take(counts.sequences * 4),
+            parts: take(counts.parts * size_of::<DecodePart>()),
             logit_row: take(counts.logit_rows * 4),
             sampling: take(counts.logit_rows * size_of::<RowSampling>()),
             tiles: take(counts.tiles * size_of::<PrefillTile>()),
@@ -117,6 +120,7 @@ impl StepBuffers {
     /// For steps of up to so many tokens and sequences.
     pub(super) fn new(
         device: &Device,
+        plan: &DecodePlan,
         heads: Heads,
         max_tokens: usize,
         max_sequences: usize,
@@ -125,8 +129,13 @@ impl StepBuffers {
     ) -> Result<Self> {
         // At worst every sequence begins a tile, and one token follows the other.
         let tiles = max_sequences + max_tokens;
-        let counts =
-            Counts { tokens: max_tokens, sequences: max_sequences, tiles, logit_rows: max_tokens };
+        let counts = Counts {
+            tokens: max_tokens,
+            sequences: max_sequences,
+            parts: plan.parts(&[], max_sequences).len(),
+            tiles,
+            logit_rows: max_tokens,
+        };
         let num_bytes = Layout::new(counts, max_blocks).end;
         let staging = || -> Result<(PinnedBuffer, Event)> {
             Ok((device.allocate_pinned(num_bytes)?, device.new_event()?))
@@ -146,22 +155,25 @@ impl StepBuffers {
     }
 
     /// Enqueues the copy of a step: all at once, or of long block tables only what is used.
-    pub(super) fn upload(&mut self, input: &StepInput<'_>) -> Result<CudaStep> {
+    pub(super) fn upload(&mut self, input: &StepInput<'_>, plan: &DecodePlan) -> Result<CudaStep> {
         let StepInput { batch, sampling, graph_rows, keeps_logits } = *input;
         let decodes = batch.sequences.iter().take_while(|it| it.num_rows == 1 && !self.only_tiles);
-        let num_decodes = decodes.count();
+        let lengths: Vec<u32> = decodes.map(|it| it.context_len() as u32).collect();
+        let mut num_decodes = lengths.len();
         let mut tiles = self.tiles(&batch.sequences, num_decodes);
-        let mut counts = Counts {
-            tokens: batch.token_ids.len(),
-            sequences: batch.sequences.len(),
-            tiles: tiles.len(),
-            logit_rows: batch.logit_rows.len(),
-        };
         if let Some(rows) = graph_rows {
             let num_tiles = if self.only_tiles { rows } else { 0 };
-            counts = Counts { tokens: rows, sequences: rows, tiles: num_tiles, logit_rows: rows };
             tiles.resize(num_tiles, PrefillTile::default());
+            num_decodes = rows - num_tiles;
         }
+        let parts = plan.parts(&lengths, num_decodes);
+        let counts = Counts {
+            tokens: graph_rows.unwrap_or(batch.token_ids.len()),
+            sequences: graph_rows.unwrap_or(batch.sequences.len()),
+            parts: parts.len(),
+            tiles: tiles.len(),
+            logit_rows: graph_rows.unwrap_or(batch.logit_rows.len()),
+        };
         let layout = Layout::new(counts, self.max_blocks);
 
         self.turn = 1 - self.turn;
@@ -177,13 +189,11 @@ impl StepBuffers {
         for &row in &batch.previous_rows {
             from_sampled[row as usize] = 1;
         }
-        let lengths = batch.sequences[..num_decodes].iter();
-        let lengths: Vec<u32> = lengths.map(|it| it.context_len() as u32).collect();
         staging.write(layout.token, &filled(&batch.token_ids, counts.tokens, 0));
         staging.write(layout.from_sampled, &from_sampled);
         staging.write(layout.position, &filled(&batch.positions, counts.tokens, 0));
         staging.write(layout.slot, &filled(&batch.slot_mapping, counts.tokens, NO_SLOT));
-        staging.write(layout.length, &filled(&lengths, counts.sequences, 0));
+        staging.write(layout.parts, &parts);
         staging.write(layout.logit_row, &batch.logit_rows);
         staging.write(layout.sampling, sampling);
         staging.write(layout.tiles, &tiles);
@@ -210,7 +220,7 @@ impl StepBuffers {
         let at = |offset: usize| self.device.address() + offset as u64;
         Ok(CudaStep {
             num_tokens: counts.tokens,
-            num_decodes: if self.only_tiles { 0 } else { graph_rows.unwrap_or(num_decodes) },
+            num_decodes,
             num_tiles: counts.tiles,
             num_logit_rows: counts.logit_rows,
             num_sampled: sampling.len(),
@@ -219,7 +229,7 @@ impl StepBuffers {
             from_sampled: at(layout.from_sampled),
             position: at(layout.position),
             slot: at(layout.slot),
-            length: at(layout.length),
+            parts: at(layout.parts),
             logit_row: graph_rows.is_none().then(|| at(layout.logit_row)),
             sampling: at(layout.sampling),
             tiles: at(layout.tiles),
