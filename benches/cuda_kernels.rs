@@ -317,8 +317,9 @@ impl Bench {
     }
 
     fn sample(&self, num_rows: usize, name: &str, temperature: f32, top_p: f32) -> Result<()> {
-        let logits: Vec<f32> =
-            (0..num_rows * VOCAB).map(|i| (i * 7919 % 10_007) as f32 / 1000.0).collect();
+        // No two alike in a row, as those of a model.
+        let spread = |i: usize| (i as u32).wrapping_mul(0x9e37_79b1) as f32;
+        let logits: Vec<f32> = (0..num_rows * VOCAB).map(|i| spread(i) * 2e-9).collect();
         let rows: Vec<RowSampling> = (0..num_rows as u32)
             .map(|position| Sampling {
                 temperature,

@@ -3,10 +3,10 @@
 // (logit - largest) / temperature + gumbel, the lowest id on a tie. Temperature 0 is the argmax.
 //
 // No sort: a threshold is found by quartering the range of the 32-bit keys that order floats, with
-// one pass over the row for two bits. Sums have a fixed order, so a row's choice is the same in
-// any batch.
+// one pass over the row for two bits, until one logit is left. Sums have a fixed order, so a row's
+// choice is the same in any batch.
 //
-// Grid: num_rows. Block: 1024 threads. Shared memory: 384 bytes.
+// Grid: num_rows. Block: 1024 threads. Shared memory: 1 KB.
 //
 //   chosen: [num_rows] u32; NO_TOKEN where no logit is a finite number or one is +infinity
 //   answer: [num_rows] u32, the same in the host's memory
@@ -80,53 +80,72 @@ constexpr float MAX_GUMBEL = 16.7f;
 constexpr float UNIFORM_ERROR = 4e-6f;
 constexpr int NUM_CUTS = 3;
 
-// For each cut and over the block, the sum of `weight(logit)` over the logits at or above it.
-template <typename Weight>
-__device__ void sums_above(float (&sums)[NUM_CUTS], const float* logits, int vocab_size,
-                           const float (&cuts)[NUM_CUTS], float* scratch, Weight weight) {
+// For each cut, over the logits at or above it: how many they are, and the sum of their weights.
+struct Above {
+    float sum[NUM_CUTS];
+    u32 count[NUM_CUTS];
+};
+__device__ __forceinline__ void warp_sum(Above& above) {
 #pragma unroll
-    for (int c = 0; c < NUM_CUTS; c++) sums[c] = 0.0f;
+    for (int c = 0; c < NUM_CUTS; c++) {
+        above.sum[c] = warp_reduce(above.sum[c], Add());
+        above.count[c] = __reduce_add_sync(ALL_LANES, above.count[c]);
+    }
+}
+
+// Over the block; `scratch` holds one a warp.
+template <typename Weight>
+__device__ Above sum_above(const float* logits, int vocab_size, const float (&cuts)[NUM_CUTS],
+                           Above* scratch, Weight weight) {
+    Above above = {};
 #pragma unroll 8
     for (int token = threadIdx.x; token < vocab_size; token += blockDim.x) {
         const float logit = logits[token];
         const float amount = weight(logit);
 #pragma unroll
-        for (int c = 0; c < NUM_CUTS; c++) sums[c] += logit >= cuts[c] ? amount : 0.0f;
+        for (int c = 0; c < NUM_CUTS; c++) {
+            const bool is_above = logit >= cuts[c];
+            above.sum[c] += is_above ? amount : 0.0f;
+            above.count[c] += is_above;
+        }
     }
-#pragma unroll
-    for (int c = 0; c < NUM_CUTS; c++) sums[c] = block_reduce(sums[c], scratch, Add());
+    warp_sum(above);
+    __syncthreads();  // the last call's readers are done with the scratch
+    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = above;
+    __syncthreads();
+    above = scratch[threadIdx.x % WARP];
+    warp_sum(above);
+    return above;
 }
 
-// The largest number at least `low` above which (itself included) the weights still sum to
-// `share` of what they sum to above `low`; or, if `is_count`, to `share` itself.
+// A number that splits the logits as the largest one above which (itself included) the weights
+// still sum to `wanted` does. That lies between `low_value`, above which there are at most `count`
+// logits, and the largest logit.
 template <typename Weight>
 __device__ float find_threshold(const float* logits, int vocab_size, float low_value,
-                                float high_value, float share, bool is_count, float* scratch,
+                                float largest, float wanted, u32 count, Above* scratch,
                                 Weight weight) {
-    u32 low = order_key(low_value), high = order_key(high_value);
-    float cuts[NUM_CUTS], sums[NUM_CUTS];
-    float wanted = share;
-    if (!is_count) {
-        for (int c = 0; c < NUM_CUTS; c++) cuts[c] = low_value;
-        sums_above(sums, logits, vocab_size, cuts, scratch, weight);
-        wanted = sums[0] * share;
-    }
-    while (low < high) {
+    u32 low = order_key(low_value), high = order_key(largest), count_above_high = 0;
+    // With one logit left between the two, nothing is left to find out.
+    while (low < high && count - count_above_high > 1) {
         // Three keys in (low, high], ascending; the sums above them descend.
         const u64 range = high - low;
         u32 keys[NUM_CUTS];
+        float cuts[NUM_CUTS];
         for (int c = 0; c < NUM_CUTS; c++) {
             keys[c] = low + (u32)((range * (c + 1) + NUM_CUTS) / (NUM_CUTS + 1));
             cuts[c] = from_order_key(keys[c]);
         }
-        sums_above(sums, logits, vocab_size, cuts, scratch, weight);
+        const Above above = sum_above(logits, vocab_size, cuts, scratch, weight);
         u32 next_high = high;
         for (int c = NUM_CUTS - 1; c >= 0; c--) {
-            if (sums[c] >= wanted) {
+            if (above.sum[c] >= wanted) {
                 low = keys[c];
+                count = above.count[c];
                 break;
             }
             next_high = keys[c] - 1;
+            count_above_high = above.count[c];
         }
         high = next_high;
     }
@@ -150,7 +169,7 @@ struct Best {
 extern "C" __global__ void __launch_bounds__(1024, 1)
 sample(u32* chosen, u32* answer, const float* all_logits, const RowSampling* rows, int vocab_size) {
     __shared__ u64 scratch[WARP];
-    __shared__ float sum_scratch[WARP];
+    __shared__ Above sums[WARP];
     begin();
     const RowSampling row = rows[blockIdx.x];
     const float* logits = all_logits + (i64)blockIdx.x * vocab_size;
@@ -169,16 +188,20 @@ sample(u32* chosen, u32* answer, const float* all_logits, const RowSampling* row
         float least = -3.402823466e38f;  // the lowest finite number
         if (row.top_k != 0 && row.top_k < vocab_size) {
             const auto one = [](float) { return 1.0f; };
-            least = find_threshold(logits, vocab_size, least, largest, (float)row.top_k, true,
-                                   sum_scratch, one);
+            least = find_threshold(logits, vocab_size, least, largest, (float)row.top_k,
+                                   vocab_size, sums, one);
         }
         if (row.top_p < 1.0f) {
             // Finite, or the largest would weigh 0 times infinity.
             const float scale = fminf(1.0f / row.temperature, 3.402823466e38f);
             // Not above 1, and a logit that is no number counts nothing: it is above no cut.
             const auto mass = [&](float logit) { return __expf((logit - largest) * scale); };
-            least = find_threshold(logits, vocab_size, least, largest, row.top_p, false,
-                                   sum_scratch, mass);
+            const float cuts[NUM_CUTS] = {least, least, least};
+            const Above all = sum_above(logits, vocab_size, cuts, sums, mass);
+            // So far down a whole vocabulary weighs less than 1 - top_p, and the largest logit 1.
+            const float depth = (logf(vocab_size / (1.0f - row.top_p)) + 1.0f) / scale;
+            least = find_threshold(logits, vocab_size, fmaxf(least, largest - depth), largest,
+                                   all.sum[0] * row.top_p, all.count[0], sums, mass);
         }
         least = fmaxf(least, __fadd_rn(largest, row.min_p_margin));
 
