@@ -145,6 +145,14 @@ __device__ __forceinline__ void commit_products() {
 template <int IN_FLIGHT> __device__ __forceinline__ void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
 }
+// Writes zero to rows of 128 bytes, as `thread` of `num_threads`. Rows of a stage that no copy writes
+// are multiplied all the same, and a product with zero takes the least power.
+__device__ __forceinline__ void clear_rows(u32 rows, int num_rows, int thread, int num_threads) {
+    for (int i = thread; i < num_rows * 8; i += num_threads) {
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(rows + i * 16), "r"(0)
+                     : "memory");
+    }
+}
 // Keeps the compiler from moving uses of what wgmma writes across its waits.
 template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
 #pragma unroll
