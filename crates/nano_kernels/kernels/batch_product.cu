@@ -23,8 +23,8 @@
 //
 //   weight: tensor map of [width, in_features] bf16 with boxes of CHUNK columns and TILE_ROWS rows
 //   input:  tensor map of [num_tokens, in_features] bf16, with boxes of CHUNK columns and all
-//           tokens: one that reached far behind their end would be slow. Rows of a stage that it
-//           leaves as they were are no token's.
+//           tokens: one that reached far behind their end would be slow. Rows of a stage behind
+//           them are no token's, and zero.
 //   out:    [num_tokens, width] bf16, STORE_F32 f32
 //   norm:   before or, ADD, behind, which leaves a sum of squares for each tile
 //   num_tiles: width / TILE_ROWS, rounded up
@@ -289,6 +289,13 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
         if (!is_whole) sync_cluster();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 " MULTIPLYING_REGISTERS ";");
+        for (int s = 0; s < STAGES; s++) {
+            clear_rows(ring + s * STAGE_BYTES + WEIGHT_BYTES + num_tokens * ROW_BYTES,
+                       NUM_TOKENS - num_tokens, threadIdx.x - GROUP_THREADS,
+                       MULTIPLYING_WARPS * WARP);
+        }
+        publish_shared();
+        sync_multiplying();
         wait_for_previous();
         const int warp = threadIdx.x / WARP - COPYING_WARPS, group = warp / 4;
         float sums[NUM_TOKENS / 2];

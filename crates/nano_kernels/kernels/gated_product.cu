@@ -9,12 +9,12 @@
 // float32 and rounded once, where two kernels would round gate and up to bf16 in between.
 //
 // A thread block takes one tile after the other. One warp copies through a ring of STAGES stages of
-// shared memory (TMA, 128-byte swizzle), into the next tile while this one's is stored; NUM_GROUPS
-// warpgroups of 64 rows each multiply. With CLUSTER = 2 the two blocks of a cluster have the same
-// columns and different rows, and each copies one half of the weights for both. All columns of
-// GROUP row tiles come before those of the next, so that their input stays in the L2 cache. The
-// ring fills with weights before the kernel in front of this one has ended. Three more warps add up
-// the squares for a norm before.
+// shared memory (TMA, 128-byte swizzle), into the next tile while this one's is stored; warpgroups
+// multiply 64 rows each, as many as a tile's rows need. With CLUSTER = 2 the two blocks of a cluster
+// have the same columns and different rows, and each copies one half of the weights for both. All
+// columns of GROUP row tiles come before those of the next, so that their input stays in the L2
+// cache. The ring fills with weights before the kernel in front of this one has ended. Three more
+// warps add up the squares for a norm before.
 //
 // Grid: any number of clusters. Block: NUM_THREADS.
 // Shared memory: 1024 + STAGES STAGE_BYTES, dynamic.
@@ -22,7 +22,7 @@
 //   weight: tensor map of [2 intermediate_size, hidden_size] bf16, the gate first, with boxes of
 //           CHUNK columns and FEATURES rows
 //   input:  tensor map of [num_tokens, hidden_size] bf16, with boxes of CHUNK columns and
-//           tile_tokens rows; those of a stage that a box leaves as they were are no token's
+//           tile_tokens rows; those of a stage behind them are no token's, and zero
 //   out:    [num_tokens, intermediate_size] bf16
 //   norm:   before, of up to TOKENS tokens with CLUSTER = 1
 //
@@ -41,8 +41,8 @@ constexpr int FEATURES = 112, STAGES = TOKENS == 128 ? 5 : 4;
 constexpr int GROUP = 16 / CLUSTER;  // row tiles: 2048 rows, 16 MB of input
 constexpr int CHUNK = 64;            // columns: 128 bytes, the width of the swizzle
 constexpr int ROW_BYTES = CHUNK * sizeof(bf16);
-constexpr int GROUP_ROWS = 64, GROUP_THREADS = 128, NUM_GROUPS = TOKENS / GROUP_ROWS;
-constexpr int MULTIPLYING_THREADS = NUM_GROUPS * GROUP_THREADS;
+constexpr int GROUP_ROWS = 64, GROUP_THREADS = 128;
+constexpr int MULTIPLYING_THREADS = TOKENS / GROUP_ROWS * GROUP_THREADS;
 constexpr int NUM_THREADS = MULTIPLYING_THREADS + GROUP_THREADS;
 constexpr int INPUT_BYTES = TOKENS * ROW_BYTES, HALF_BYTES = FEATURES * ROW_BYTES;
 constexpr int STAGE_BYTES = INPUT_BYTES + 2 * HALF_BYTES;
@@ -141,12 +141,14 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
     const int rank = CLUSTER == 2 ? cluster_rank() : 0;
     const Tiles tiles(num_tokens, tile_tokens, intermediate_size);
     const int first_tile = blockIdx.x / CLUSTER, num_clusters = gridDim.x / CLUSTER;
+    const int warpgroup = threadIdx.x / GROUP_THREADS;
+    const int num_groups = (tile_tokens + GROUP_ROWS - 1) / GROUP_ROWS;  // that multiply
 
     let_next_begin();
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             init_barrier(full + s * 8, 1);
-            init_barrier(empty + s * 8, CLUSTER * MULTIPLYING_THREADS / WARP);
+            init_barrier(empty + s * 8, CLUSTER * num_groups * GROUP_THREADS / WARP);
         }
         init_barrier(has_scales, GROUP_THREADS - WARP);
         publish_barriers();
@@ -202,10 +204,16 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                                               threadIdx.x - MULTIPLYING_THREADS - WARP);
             arrive(has_scales);
         }
-    } else {
+    } else if (warpgroup < num_groups) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 " MULTIPLYING_REGISTERS ";");
+        for (int s = 0; s < STAGES; s++) {
+            clear_rows(stages + s * STAGE_BYTES + tile_tokens * ROW_BYTES,
+                       num_groups * GROUP_ROWS - tile_tokens, threadIdx.x,
+                       num_groups * GROUP_THREADS);
+        }
+        publish_shared();
+        asm volatile("bar.sync 1, %0;" ::"r"(num_groups * GROUP_THREADS) : "memory");
         wait_for_previous();
-        const int warpgroup = threadIdx.x / GROUP_THREADS;
         const int my_row = warpgroup * GROUP_ROWS + threadIdx.x / WARP % 4 * 16 + lane / 4;
         const bool is_odd = lane % 2 == 1;
         const auto release = [&](int stage) {

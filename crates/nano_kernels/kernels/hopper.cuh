@@ -79,7 +79,8 @@ __device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int c
         : "memory");
 }
 // Of a cluster, whose blocks lay out their shared memory alike: this one's place, how many they are,
-// all in step, and what one of two does for both.
+// all in step with what each has in its shared memory, and what one of two does for both. The
+// barrier's own release is a fence of the whole GPU, which waits for stores to the device's memory.
 __device__ __forceinline__ int cluster_rank() {
     int rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -91,7 +92,11 @@ __device__ __forceinline__ int cluster_size() {
     return size;
 }
 __device__ __forceinline__ void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    asm volatile(
+        "fence.release.sync_restrict::shared::cta.cluster;\n"
+        "barrier.cluster.arrive.relaxed.aligned;\n"
+        "barrier.cluster.wait.aligned;" ::
+            : "memory");
 }
 // At either's barrier. Naming the cluster's scope would put a fence of the whole GPU before it.
 __device__ __forceinline__ void arrive_at(int rank, u32 barrier) {
@@ -139,6 +144,14 @@ __device__ __forceinline__ void commit_products() {
 }
 template <int IN_FLIGHT> __device__ __forceinline__ void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
+}
+// Writes zero to rows of 128 bytes, as `thread` of `num_threads`. Rows of a stage that no copy writes
+// are multiplied all the same, and a product with zero takes the least power.
+__device__ __forceinline__ void clear_rows(u32 rows, int num_rows, int thread, int num_threads) {
+    for (int i = thread; i < num_rows * 8; i += num_threads) {
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(rows + i * 16), "r"(0)
+                     : "memory");
+    }
 }
 // Keeps the compiler from moving uses of what wgmma writes across its waits.
 template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
