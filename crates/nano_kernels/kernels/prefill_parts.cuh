@@ -7,7 +7,7 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // What a part leaves behind: of its slot, the thread's elements of the first and the next row in
-// turn, two columns at a time, and both rows' maximum and sum.
+// turn, two columns at a time, and both rows' largest score and sum.
 struct Scratch {
     float4 *partial, *partial_ml;
     u64* arrived;
@@ -68,7 +68,7 @@ __device__ __forceinline__ void forget_parts(const Scratch& scratch, int num_spl
                                              int num_parts) {
     if (threadIdx.x != GROUP_THREADS) return;
     u64* arrived = scratch.arrived + blockIdx.x / num_splits;
-    const u64 others = atomicAdd(arrived, HAS_DONE) % HAS_GONE / HAS_DONE;
+    const u32 others = atomicAdd(arrived, HAS_DONE) % HAS_GONE / HAS_DONE;
     if (others + 1 == num_parts) *arrived = 0;
 }
 
