@@ -16,7 +16,9 @@ struct Scratch {
 // bit 32 on which of them have gone without their share of the merge.
 constexpr u64 HAS_LEFT = 1, HAS_DONE = 1 << 16, HAS_GONE = (u64)1 << 32;
 // Clocks that a part waits for the others, about 0.1 ms.
-constexpr i64 PATIENCE = 200000;
+#ifndef PATIENCE
+#define PATIENCE 200000
+#endif
 __device__ __forceinline__ u32 num_left(u64 word) { return word & (HAS_DONE - 1); }
 __device__ __forceinline__ i64 partial_at(int slot, int columns) {
     return ((i64)slot * (HEAD_DIM / 8) + columns) * (2 * GROUP_THREADS) + threadIdx.x - GROUP_THREADS;
