@@ -12,9 +12,11 @@ mod cuda_case;
 mod cuda_fixture;
 
 use cuda_case::{BOUND, Case, MANY_HEADS, Sequence, heads};
-use cuda_fixture::{Random, assert_close, download, kernels, poisoned};
+use cuda_fixture::{Random, assert_close, download, hopper, kernels, poisoned};
 use nano_kernels::cuda::Kernels;
 use nano_kernels::cuda::attention::{PrefillRows, PrefillSequence, prefill_tiles};
+use nano_kernels::cuda::compile::Compiler;
+use nano_kernels::cuda::spec::KERNELS;
 
 impl Case {
     /// By each kernel that this device has; the one for any device first.
@@ -168,6 +170,27 @@ fn few_new_tokens_over_a_long_prefix_are_the_same_to_both_kernels() {
         for window in [None, Some(1), Some(17), Some(1000), Some(3000)] {
             check(heads, window, &[(5000, 1), (0, 16), (4096, 17), (100, 64), (700, 3), (2050, 9)]);
             check(heads, window, &[(4999, 130)]);
+        }
+    }
+}
+
+/// A part that does not wait for the others leaves its share of the merge to the last one to come:
+/// here all do, and no bit changes.
+#[test]
+fn parts_that_go_leave_their_shares_to_the_last() {
+    let Some(kernels) = hopper() else { return };
+    let mut specs = KERNELS;
+    for spec in specs.iter_mut().filter(|spec| spec.defines.contains(&"-DIN_PARTS=1")) {
+        spec.defines = [spec.defines, &["-DPATIENCE=0"]].concat().leak();
+    }
+    let compiler = Compiler::new(Compiler::default_cache_dir()).unwrap();
+    let impatient = Kernels::load_from(&specs, kernels.device(), &compiler).unwrap();
+    let mut random = Random(17);
+    for heads in [heads(32, 8, 128), heads(8, 1, 128), heads(6, 2, 64)] {
+        for batch in [&[(5000, 17)][..], &[(900, 130)], &[(4096, 3), (0, 16), (2050, 40)]] {
+            let case = Case::new(&kernels, &mut random, heads, None, &sequences(batch));
+            let (expected, found) = (case.prefill(&kernels).pop(), case.prefill(&impatient).pop());
+            assert_eq!(found, expected, "{batch:?}, {heads:?}");
         }
     }
 }

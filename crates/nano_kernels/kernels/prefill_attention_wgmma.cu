@@ -4,11 +4,11 @@
 // A thread block takes one piece of work after the other: a tile of consecutive tokens and one K/V
 // head. Two warpgroups take half of its tokens each: GROUP_ROWS rows, which are those tokens times
 // the group's query heads (row = token * group + head). COPYING_WARPS warps copy: a warpgroup's
-// queries as soon as it has read those before, keys and values KEYS at a time through STAGES stages
-// of shared memory (TMA, 128-byte swizzle, one box for a head's rows of a cache block). The
-// warpgroups multiply, keep their running softmax in registers, and take turns: one softens its
-// scores while the other has the tensor cores. Within a warpgroup the next step's scores are on
-// their way while this step's weights meet the values.
+// queries as soon as it has read those before, keys and values KEYS at a time, a step's, through
+// STAGES stages of shared memory (TMA, 128-byte swizzle, one box for a head's rows of a cache block);
+// the last of several steps is half as wide where that is enough. The warpgroups multiply, with
+// queries and their running softmax in registers, each at its own pace. Within one, a step's keys meet
+// the queries, and its largest scores are looked for, while the step before's weights meet the values.
 //
 // Few tiles do not fill the device: then, IN_PARTS, a piece is one of up to num_splits parts of a
 // tile's keys, and a thread block takes one. Each part leaves its output, maxima and sums in scratch
@@ -49,6 +49,7 @@ struct Tile {
 struct Keys {
     int first_block, num_blocks, num_steps, end;
     int part, num_parts;  // num_steps is 0 from num_parts on
+    bool ends_in_half;    // the last step is half as wide; not of parts, which wait for the longest
 };
 // What the copying warps tell a warpgroup.
 struct Work {
@@ -79,6 +80,8 @@ __device__ __forceinline__ Keys keys_of(const Tile& tile, int window, int part, 
         keys.end = min(keys.end, (keys.first_block + keys.num_blocks) * BLOCK_SIZE);
     }
     if (part >= keys.num_parts) keys.num_steps = 0;
+    const int num_last = keys.num_blocks - (keys.num_steps - 1) * BLOCKS_PER_STEP;
+    keys.ends_in_half = !IN_PARTS && keys.num_steps > 1 && num_last <= BLOCKS_PER_STEP / 2;
     return keys;
 }
 
@@ -112,11 +115,15 @@ __device__ __forceinline__ void copy(const TensorMap& query, const TensorMap& ca
                 const int eights = (block * 2 * num_kv_heads + kv_head) * (BLOCK_SIZE / 8);
                 const int next = (step + 1) * BLOCKS_PER_STEP + box_block;
                 if (step + 1 < span.num_steps) block = table[min(next, span.num_blocks - 1)];
+                const bool is_last = step + 1 == span.num_steps;
+                // Half a step is its first blocks.
+                const bool copies = !(is_last && span.ends_in_half) || warp < COPYING_WARPS / 2;
+                const u32 num_bytes = copies ? TILE_BYTES / COPYING_WARPS : 0;
                 const u32 keys_full = barriers.keys_full + turn.stage * 8;
                 wait(barriers.keys_free + turn.stage * 8, turn.phase ^ 1);
-                if (lane == 0) expect_bytes(keys_full, TILE_BYTES / COPYING_WARPS);
+                if (lane == 0) expect_bytes(keys_full, num_bytes);
                 __syncwarp();
-                if (lane < BOXES) {
+                if (lane < BOXES && copies) {
                     copy_box(keys + turn.stage * TILE_BYTES + box_offset, cache, 0, 0, 0, eights,
                              keys_full, keep);
                 }
@@ -136,14 +143,14 @@ __device__ __forceinline__ void copy(const TensorMap& query, const TensorMap& ca
                 }
                 // Behind the end anything may lie, and a weight of 0 times no number is none: there
                 // the values become zeros before the others see them.
-                const bool is_tail = step + 1 == span.num_steps && span.end % BLOCK_SIZE != 0;
+                const bool is_tail = is_last && span.end % BLOCK_SIZE != 0;
                 const u32 stage = values + turn.stage * TILE_BYTES;
                 const u32 values_full = barriers.values_full + turn.stage * 8;
                 const u32 full = is_tail ? barriers.tail : values_full;
                 wait(barriers.values_free + turn.stage * 8, turn.phase ^ 1);
-                if (lane == 0) expect_bytes(full, TILE_BYTES / COPYING_WARPS);
+                if (lane == 0) expect_bytes(full, num_bytes);
                 __syncwarp();
-                if (lane < BOXES) {
+                if (lane < BOXES && copies) {
                     copy_box(stage + box_offset, cache, 0, 0, 0,
                              eights + num_kv_heads * (BLOCK_SIZE / 8), full, keep);
                 }
@@ -186,6 +193,104 @@ __device__ __forceinline__ void copy(const TensorMap& query, const TensorMap& ca
     if (atomicAdd(&turns[1], 1u) == gridDim.x - 1) turns[0] = turns[1] = 0;
 }
 
+// What a multiplying thread holds of a tile. Loops over these registers are unrolled.
+struct Attention {
+    const Barriers& barriers;
+    u32 keys;  // the shared address of the first stage's; values lie behind the last one's
+    Turn turn;
+    Rows rows;
+    Running running;
+    u32 query[HEAD_DIM / 16][4], weights[KEYS / 16][4];
+    float output[HEAD_DIM / 2];
+
+    __device__ __forceinline__ void begin(u32 queries, int first_row) {
+        const int lane = threadIdx.x % WARP, row = first_row + lane % 16;
+#pragma unroll
+        for (int k = 0; k < HEAD_DIM / 16; k++) {
+            const u32 at = queries + k / 4 * HALF_BYTES + row * ROW_BYTES;
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(query[k][0]), "=r"(query[k][1]), "=r"(query[k][2]),
+                           "=r"(query[k][3])
+                         : "r"(at + ((k % 4 * 2 + lane / 16) ^ row % 8) * 16)
+                         : "memory");
+        }
+        running = {{NEGATIVE_INFINITY, NEGATIVE_INFINITY}, {}, {}, {}};
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 2; i++) output[i] = 0.0f;
+    }
+    template <int N> __device__ __forceinline__ void multiply_scores(float (&scores)[N]) {
+        const u32 low = low_half(keys + turn.stage * TILE_BYTES, 16);
+#pragma unroll
+        for (int k = 0; k < HEAD_DIM / 16; k++) {
+            const int at = k / 4 * EIGHT_BYTES + k % 4 * 32;
+            multiply_keys(scores, query[k], descriptor_at(low, at), k > 0);
+        }
+        commit_products();
+    }
+    template <int NUM_KEYS> __device__ __forceinline__ void multiply_weights(int stage) {
+        const u32 low = low_half(keys + (STAGES + stage) * TILE_BYTES, EIGHT_BYTES);
+#pragma unroll
+        for (int k = 0; k < NUM_KEYS / 16; k++) {
+            multiply_values(output, weights[k], descriptor_at(low, k * 2 * EIGHTS_BYTES));
+        }
+        commit_products();
+    }
+    // A step of NUM_KEYS keys. Their product goes with that of the last step's weights and values;
+    // the largest scores are looked for while the latter is on its way.
+    template <int NUM_KEYS>
+    __device__ __forceinline__ void advance(bool is_first, int first_key, int window, float scale) {
+        const bool is_lane_0 = threadIdx.x % WARP == 0;
+        float scores[NUM_KEYS / 2];
+        const Turn before = turn;
+        if (!is_first) turn.next(STAGES);
+        wait(barriers.keys_full + turn.stage * 8, turn.phase);
+        pin(scores);
+        pin(output);
+        begin_products();
+        multiply_scores(scores);
+        if (is_first) {
+            wait_products<0>();
+        } else {
+            multiply_weights<KEYS>(before.stage);
+            wait_products<1>();
+        }
+        pin(scores);
+        if (is_lane_0) arrive(barriers.keys_free + turn.stage * 8);
+        hide(scores, rows, first_key, window);
+        find_largest(running, scores, scale);
+        wait(barriers.values_full + turn.stage * 8, turn.phase);
+        if (!is_first) {
+            wait_products<0>();
+            pin(output);
+            if (is_lane_0) arrive(barriers.values_free + before.stage * 8);
+        }
+        soften(running, scores, scale);
+        const bool shrinks = running.shrink[0] != 1.0f || running.shrink[1] != 1.0f;
+        if (!is_first && __any_sync(ALL_LANES, shrinks)) {
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 2; i++) output[i] *= running.shrink[i / 2 % 2];
+        }
+#pragma unroll
+        for (int k = 0; k < NUM_KEYS / 16; k++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float* pair = &scores[8 * k + 2 * i];
+                weights[k][i] = pack_bf16(pair[0], pair[1]);
+            }
+        }
+    }
+    // The last step's values, of NUM_KEYS keys.
+    template <int NUM_KEYS> __device__ __forceinline__ void finish() {
+        pin(output);
+        begin_products();
+        multiply_weights<NUM_KEYS>(turn.stage);
+        wait_products<0>();
+        pin(output);
+        if (threadIdx.x % WARP == 0) arrive(barriers.values_free + turn.stage * 8);
+        turn.next(STAGES);
+    }
+};
+
 // A multiplying warpgroup.
 __device__ __forceinline__ void attend(bf16* out, const Scratch& scratch, int num_splits,
                                        int num_heads, int group, int window, float scale,
@@ -198,10 +303,10 @@ __device__ __forceinline__ void attend(bf16* out, const Scratch& scratch, int nu
     const u32 query_full = barriers.query_full + warpgroup * 8;
     const u32 query_free = barriers.query_free + warpgroup * 8;
     const u32 my_queries = queries + warpgroup * GROUP_ROWS * ROW_BYTES;
-    const u32 keys = queries + TILE_BYTES, values = keys + STAGES * TILE_BYTES;
-    Turn turn;
+    Attention it = {barriers, queries + TILE_BYTES};
+    const auto& output = it.output;
+    const auto& running = it.running;
     u32 query_phase = 0;
-    if (warpgroup == 1) give_turn(warpgroup);
     for (;;) {
         wait(query_full, query_phase);
         query_phase ^= 1;
@@ -212,105 +317,24 @@ __device__ __forceinline__ void attend(bf16* out, const Scratch& scratch, int nu
         const auto position_of = [&](int row) {
             return tile.first_position + min(first_of_group + row / group, tile.num_tokens - 1);
         };
-        const int warp_first = position_of(first_row), warp_last = position_of(first_row + 15);
         const int my_row = first_row + lane / 4;
-        const int positions[2] = {position_of(my_row), position_of(my_row + 8)};
+        it.rows = {{position_of(my_row), position_of(my_row + 8)},
+                   tile.first_position,
+                   tile.first_position + tile.num_tokens - 1};
+        it.begin(my_queries, first_row);
+        arrive(query_free);  // each thread has read its work too
 
-        float scores[64], output[HEAD_DIM / 2];
-        u32 weights[KEYS / 16][4];
-        Running running = {{NEGATIVE_INFINITY, NEGATIVE_INFINITY}, {}, {}};
-        const auto multiply_scores = [&](int stage) {
-#pragma unroll
-            for (int k = 0; k < HEAD_DIM / 16; k++) {
-                const u32 at = keys + stage * TILE_BYTES + k / 4 * EIGHT_BYTES + k % 4 * 32;
-                multiply_keys(scores, descriptor(my_queries + k / 4 * HALF_BYTES + k % 4 * 32),
-                              keys_descriptor(at), k > 0);
-            }
-            commit_products();
-        };
-        const auto multiply_weights = [&](int stage) {
-#pragma unroll
-            for (int k = 0; k < KEYS / 16; k++) {
-                const u32 at = values + stage * TILE_BYTES + k * 2 * EIGHTS_BYTES;
-                multiply_values(output, weights[k], values_descriptor(at));
-            }
-            commit_products();
-        };
-        const auto weigh = [&](int step) {
-            const int first_key = span.first_block * BLOCK_SIZE + step * KEYS;
-            if (first_key + KEYS - 1 > warp_first || first_key <= warp_last - window) {
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const int last = positions[h] - first_key - lane % 4 * 2, none = last - window;
-#pragma unroll
-                    for (int j = 0; j < 16; j++) {
-#pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            const bool visible = j * 8 + i <= last && j * 8 + i > none;
-                            if (!visible) scores[4 * j + 2 * h + i] = NEGATIVE_INFINITY;
-                        }
-                    }
-                }
-            }
-            soften(running, scores, scale);
-        };
-        const auto pack_weights = [&] {
-#pragma unroll
-            for (int k = 0; k < KEYS / 16; k++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float* pair = &scores[8 * k + 2 * i];
-                    weights[k][i] = pack_bf16(pair[0], pair[1]);
-                }
-            }
-        };
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 2; i++) output[i] = 0.0f;
-
-        wait(barriers.keys_full + turn.stage * 8, turn.phase);
-        await_turn(warpgroup);
-        pin(scores);
-        begin_products();
-        multiply_scores(turn.stage);
-        give_turn(warpgroup);
-        wait_products<0>();
-        pin(scores);
-        if (lane == 0) arrive(barriers.keys_free + turn.stage * 8);
-        if (span.num_steps == 1) arrive(query_free);  // each thread has read its work too
-        weigh(0);
-        pack_weights();
-        wait(barriers.values_full + turn.stage * 8, turn.phase);
-        for (int step = 1; step < span.num_steps; step++) {
-            const Turn before = turn;
-            turn.next(STAGES);
-            wait(barriers.keys_full + turn.stage * 8, turn.phase);
-            await_turn(warpgroup);
-            pin(scores);
-            pin(output);
-            begin_products();
-            multiply_scores(turn.stage);
-            multiply_weights(before.stage);
-            give_turn(warpgroup);
-            wait_products<1>();
-            pin(scores);
-            if (lane == 0) arrive(barriers.keys_free + turn.stage * 8);
-            if (step == span.num_steps - 1) arrive(query_free);
-            wait_products<0>();
-            pin(output);
-            if (lane == 0) arrive(barriers.values_free + before.stage * 8);
-            weigh(step);
-            wait(barriers.values_full + turn.stage * 8, turn.phase);
-#pragma unroll
-            for (int i = 0; i < HEAD_DIM / 2; i++) output[i] *= running.shrink[i / 2 % 2];
-            pack_weights();
+        const bool ends_in_half = !IN_PARTS && span.ends_in_half;
+        int first_key = span.first_block * BLOCK_SIZE;
+        const int end = first_key + (span.num_steps - ends_in_half) * KEYS;
+        it.advance<KEYS>(true, first_key, window, scale);
+        while ((first_key += KEYS) < end) it.advance<KEYS>(false, first_key, window, scale);
+        if (ends_in_half) {
+            it.advance<KEYS / 2>(false, first_key, window, scale);
+            it.finish<KEYS / 2>();
+        } else {
+            it.finish<KEYS>();
         }
-        pin(output);
-        begin_products();
-        multiply_weights(turn.stage);
-        wait_products<0>();
-        pin(output);
-        if (lane == 0) arrive(barriers.values_free + turn.stage * 8);
-        turn.next(STAGES);
 
         bf16* targets[2];
 #pragma unroll
@@ -353,7 +377,6 @@ __device__ __forceinline__ void attend(bf16* out, const Scratch& scratch, int nu
             }
         }
     }
-    if (warpgroup == 0) await_turn(warpgroup);
 }
 #endif
 

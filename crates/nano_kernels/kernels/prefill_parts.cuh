@@ -7,7 +7,7 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // What a part leaves behind: of its slot, the thread's elements of the first and the next row in
-// turn, two columns at a time, and both rows' maximum and sum.
+// turn, two columns at a time, and both rows' largest score and sum.
 struct Scratch {
     float4 *partial, *partial_ml;
     u64* arrived;
@@ -16,7 +16,9 @@ struct Scratch {
 // bit 32 on which of them have gone without their share of the merge.
 constexpr u64 HAS_LEFT = 1, HAS_DONE = 1 << 16, HAS_GONE = (u64)1 << 32;
 // Clocks that a part waits for the others, about 0.1 ms.
-constexpr i64 PATIENCE = 200000;
+#ifndef PATIENCE
+#define PATIENCE 200000
+#endif
 __device__ __forceinline__ u32 num_left(u64 word) { return word & (HAS_DONE - 1); }
 __device__ __forceinline__ i64 partial_at(int slot, int columns) {
     return ((i64)slot * (HEAD_DIM / 8) + columns) * (2 * GROUP_THREADS) + threadIdx.x - GROUP_THREADS;
@@ -68,7 +70,7 @@ __device__ __forceinline__ void forget_parts(const Scratch& scratch, int num_spl
                                              int num_parts) {
     if (threadIdx.x != GROUP_THREADS) return;
     u64* arrived = scratch.arrived + blockIdx.x / num_splits;
-    const u64 others = atomicAdd(arrived, HAS_DONE) % HAS_GONE / HAS_DONE;
+    const u32 others = atomicAdd(arrived, HAS_DONE) % HAS_GONE / HAS_DONE;
     if (others + 1 == num_parts) *arrived = 0;
 }
 

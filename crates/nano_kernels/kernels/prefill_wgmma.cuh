@@ -25,18 +25,32 @@ constexpr int BOX_BYTES = BLOCK_SIZE / 8 * EIGHTS_BYTES;
 #define MULTIPLYING_REGISTERS "232"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// d = a b^T over 16 columns, or d += where `adds`: queries and keys.
-__device__ __forceinline__ void multiply_keys(float (&d)[64], u64 a, u64 b, int adds) {
+// Sums of a wgmma, as its assembly names them.
+#define NAMES_32                                                                                  \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "  \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_64                                                                                  \
+    NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+             "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// d = a b^T over 16 columns, or d += where `adds`: queries and a step's keys, or half of them. Each
+// has registers of its own: wgmmas of two widths with the same ones would wait for each other.
+__device__ __forceinline__ void multiply_keys(float (&d)[KEYS / 2], const u32 (&a)[4], u64 b,
+                                              int adds) {
     asm volatile(
-        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %66, 0;\n"
+        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %69, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
-        "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
-        "%56, %57, %58, %59, %60, %61, %62, %63},"
-        " %64, %65, adds, 1, 1, 0, 0;\n}"
+        "{" NAMES_64 "}, {%64, %65, %66, %67}, %68, adds, 1, 1, 0;\n}"
         : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
-        : "l"(a), "l"(b), "r"(adds));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
+}
+__device__ __forceinline__ void multiply_keys(float (&d)[KEYS / 4], const u32 (&a)[4], u64 b,
+                                              int adds) {
+    asm volatile(
+        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{" NAMES_32 "}, {%32, %33, %34, %35}, %36, adds, 1, 1, 0;\n}"
+        : SIXTEEN(0), SIXTEEN(16)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
 }
 // d += a b over 16 rows of values, whose columns are contiguous.
 __device__ __forceinline__ void multiply_values(float (&d)[HEAD_DIM / 2], const u32 (&a)[4],
@@ -44,36 +58,28 @@ __device__ __forceinline__ void multiply_values(float (&d)[HEAD_DIM / 2], const 
 #if HEAD_DIM == 128
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
-        "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
-        "%56, %57, %58, %59, %60, %61, %62, %63},"
-        " {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+        "{" NAMES_64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
         : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 #else
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31},"
-        " {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+        "{" NAMES_32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
         : SIXTEEN(0), SIXTEEN(16)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 #endif
 }
-__device__ __forceinline__ u64 keys_descriptor(u32 address) {
-    return (descriptor(address) & ~((u64)0x3fff << 32)) | (u64)(EIGHTS_BYTES >> 4) << 32;
+// What wgmma knows of keys or values, see `descriptor`: the lower half for an address, and the whole
+// for so many bytes behind it. An addition a product is all that lies between them.
+__device__ __forceinline__ u32 low_half(u32 address, int leading_bytes) {
+    return (address & 0x3ffff) >> 4 | (u32)(leading_bytes >> 4) << 16;
 }
-// The same with rows along what is summed over: from one half to the other too.
-__device__ __forceinline__ u64 values_descriptor(u32 address) {
-    return (keys_descriptor(address) & ~((u64)0x3fff << 16)) | (u64)(EIGHT_BYTES >> 4) << 16;
-}
-// The warpgroups' turns on the tensor cores, by two of the hardware's barriers.
-__device__ __forceinline__ void await_turn(int group) {
-    asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
-}
-__device__ __forceinline__ void give_turn(int group) {
-    asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory");
+__device__ __forceinline__ u64 descriptor_at(u32 low, int num_bytes) {
+    u64 d;
+    asm("mov.b64 %0, {%1, %2};"
+        : "=l"(d)
+        : "r"(low + num_bytes / 16), "r"((u32)(EIGHTS_BYTES >> 4) | 1u << 30));
+    return d;
 }
 __device__ __forceinline__ void sync_copying_warps() {
     asm volatile("bar.sync 4, 128;" ::: "memory");
@@ -96,9 +102,15 @@ struct Barriers {
 };
 constexpr int NUM_BARRIERS = 5 + 4 * STAGES;
 
-// The running softmax of a thread's two rows, lane / 4 and + 8 of its warp's sixteen.
+// The running softmax of a thread's two rows, lane / 4 and + 8 of its warp's sixteen: the largest
+// score so far, or one not much smaller, scaled too; the sum of all weights, relative to it; and what
+// those before shrink by.
 struct Running {
-    float largest[2], sum[2], shrink[2];
+    float largest[2], reference[2], sum[2], shrink[2];
+};
+// Their positions, and the first and the last of the tile.
+struct Rows {
+    int positions[2], first, last;
 };
 
 // Over the four lanes that share a row.
@@ -107,27 +119,55 @@ __device__ __forceinline__ float quad_sum(float sum) {
     return sum + __shfl_xor_sync(ALL_LANES, sum, 2);
 }
 
-// Turns scores into weights 2^(scale (score - largest)).
-__device__ __forceinline__ void soften(Running& running, float (&scores)[64], float scale) {
+// Hides the keys, from `first_key` on, that a row does not see.
+template <int N>
+__device__ __forceinline__ void hide(float (&scores)[N], const Rows& rows, int first_key,
+                                     int window) {
+    if (first_key + 2 * N - 1 <= rows.first && first_key > rows.last - window) return;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int last = rows.positions[h] - first_key - threadIdx.x % 4 * 2, none = last - window;
+#pragma unroll
+        for (int j = 0; j < N / 4; j++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const bool visible = j * 8 + i <= last && j * 8 + i > none;
+                if (!visible) scores[4 * j + 2 * h + i] = NEGATIVE_INFINITY;
+            }
+        }
+    }
+}
+template <int N>
+__device__ __forceinline__ void find_largest(Running& running, const float (&scores)[N],
+                                             float scale) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         float largest = running.largest[h];
 #pragma unroll
-        for (int j = 0; j < 16; j++) {
+        for (int j = 0; j < N / 4; j++) {
             largest = fmaxf(largest, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
         }
         largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
+        // Growth by little does not count: weights up to 2^8 do no harm, and nothing need shrink.
+        if ((largest - running.largest[h]) * scale <= 8.0f) largest = running.largest[h];
         // No key of this row is visible yet: any finite reference gives weights of zero.
-        const float reference = largest == NEGATIVE_INFINITY ? 0.0f : largest * scale;
-        running.shrink[h] = exp2_fast(fmaf(running.largest[h], scale, -reference));
+        running.reference[h] = largest == NEGATIVE_INFINITY ? 0.0f : largest * scale;
+        running.shrink[h] = exp2_fast(fmaf(running.largest[h], scale, -running.reference[h]));
         running.largest[h] = largest;
+    }
+}
+// Turns scores into weights 2^(scale score - reference).
+template <int N>
+__device__ __forceinline__ void soften(Running& running, float (&scores)[N], float scale) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
         float even = 0.0f, odd = 0.0f;
 #pragma unroll
-        for (int j = 0; j < 16; j++) {
+        for (int j = 0; j < N / 4; j++) {
             float* pair = &scores[4 * j + 2 * h];
-            pair[0] = exp2_fast(fmaf(pair[0], scale, -reference));
-            pair[1] = exp2_fast(fmaf(pair[1], scale, -reference));
+            pair[0] = exp2_fast(fmaf(pair[0], scale, -running.reference[h]));
+            pair[1] = exp2_fast(fmaf(pair[1], scale, -running.reference[h]));
             even += pair[0];
             odd += pair[1];
         }

@@ -31,7 +31,16 @@ pub struct Kernels {
 impl Kernels {
     /// Compiles or reads from the cache, and loads, every kernel for `device`.
     pub fn load(device: &Device, compiler: &Compiler) -> Result<Self> {
-        let functions = KERNELS.iter().map(|spec| {
+        Self::load_from(&KERNELS, device, compiler)
+    }
+
+    /// The same from a table of other variants, each launched as the one in its place.
+    pub fn load_from(
+        specs: &[KernelSpec; KERNELS.len()],
+        device: &Device,
+        compiler: &Compiler,
+    ) -> Result<Self> {
+        let functions = specs.iter().map(|spec| {
             let architecture = device.architecture();
             let function = load(device, spec, compiler.cubin(spec, architecture)?)
                 // The cache may hold what this driver does not take: once more, from the source.
