@@ -27,6 +27,8 @@ const MAX_HEAD_DIM: usize = 128;
 const BLOCK_SIZE: u32 = 16;
 /// Fewer cache blocks are not worth a part of their own: one for each warp.
 const MIN_BLOCKS_PER_PART: u32 = 4;
+/// Sequences of a launch that decodes, whose grid has no room for more parts.
+const MAX_SEQUENCES: usize = 65_535;
 /// Parts that a prefill tile's keys are cut into at most.
 const MAX_SPLITS: usize = 32;
 
@@ -168,7 +170,8 @@ impl DecodePlan {
 /// As many as run at once, and enough for a long sequence among many short ones not to be the last
 /// to end.
 fn num_parts(num_sequences: usize, parts_at_once: usize) -> usize {
-    if num_sequences == 0 { 0 } else { parts_at_once.max(num_sequences + num_sequences / 2) }
+    let enough = parts_at_once.max(num_sequences + num_sequences / 2);
+    if num_sequences == 0 { 0 } else { enough.min(MAX_SEQUENCES) }
 }
 
 /// Cuts sequences so that the largest part is as small as the number of parts allows. Those come
@@ -228,9 +231,9 @@ impl Kernels {
         let name = "num_kv_heads";
         check(heads == plan.heads, name, "those of the plan, like all heads", heads.num_kv_heads)?;
         let num_parts = num_parts(num_sequences, plan.parts_at_once);
-        let range = "at most the plan's max_sequences and two thirds of 65535";
-        let is_planned = num_sequences <= plan.max_sequences && num_parts <= 65_535;
-        check(is_planned, "num_sequences", range, num_sequences)?;
+        let range = "at most the plan's max_sequences and 65535";
+        let max_sequences = plan.max_sequences.min(MAX_SEQUENCES);
+        check(num_sequences <= max_sequences, "num_sequences", range, num_sequences)?;
         if num_sequences == 0 {
             return Ok(());
         }
@@ -478,6 +481,7 @@ mod tests {
         assert_eq!(parts(&[512, 1, 30_000], 4, None), [(2, 30), (0, 1), (1, 1), (3, 1)]);
         assert_eq!(parts(&[100, 2000, 300], 3, Some(160)), [(0, 2), (1, 3), (2, 3)]);
         assert_eq!(decode_parts(&[], 0, None, 33), []);
+        assert_eq!(decode_parts(&[40], MAX_SEQUENCES, None, 33).len(), MAX_SEQUENCES);
     }
 
     #[test]
