@@ -290,6 +290,14 @@ impl CacheRoom {
             self.num_blocks,
             self.max_model_len,
         );
+        if !config.unsupported_generation.is_empty() {
+            tracing::warn!(
+                "{} asks for {}, which is not supported yet: requests without parameters of their \
+                 own run without it",
+                config.dir.join("generation_config.json").display(),
+                config.unsupported_generation.join(", "),
+            );
+        }
         ModelInfo {
             vocab_size: config.spec.vocab_size as u32,
             max_model_len: self.max_model_len,
