@@ -45,7 +45,8 @@ pub enum LoadFormat {
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// The first GPU if there is one that can run the model as asked, else the CPU.
+    /// The first GPU if there is one that can run the model as asked, else the CPU. One that has too
+    /// little memory free is an error: the CPU instead would be slower many times over.
     Auto,
     /// The CPU.
     Cpu,
