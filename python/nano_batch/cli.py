@@ -14,7 +14,8 @@ _EXIT_FAILURE, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
 # The codes of errors that are about a flag's value, not about the prompt or the model.
 _WRONG_VALUES = ("invalid_config", "invalid_sampling_params", "unsupported_parameter")
 
-# The keywords of `Engine` and of `SamplingParams` that are flags, and how argparse reads them.
+# The keywords of `Engine` and of `SamplingParams` that have an effect on one prompt are flags, and
+# this is how argparse reads them.
 _ENGINE: dict[str, dict[str, Any]] = {
     "device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},
     "dtype": {"default": "auto", "help": "auto, float32 or bfloat16"},
@@ -27,10 +28,6 @@ _ENGINE: dict[str, dict[str, Any]] = {
     "num_blocks": {"type": int, "help": "blocks of the KV cache"},
     "kv_cache_gib": {"type": float, "help": "size of the KV cache"},
     "num_threads": {"type": int, "help": "threads of a step (default: one per core)"},
-    "max_itl_ms": {
-        "type": float,
-        "help": "time between a stream's tokens to aim at while prompts join (0.001 to 1000000)",
-    },
     "deterministic": {
         "action": "store_true",
         "help": "the same bits in any batch, slower on a GPU",
