@@ -1,6 +1,7 @@
 """The command `nano-batch`."""
 
 import argparse
+import io
 import logging
 import secrets
 import sys
@@ -53,6 +54,9 @@ _SAMPLING: dict[str, dict[str, Any]] = {
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and exit: 0, 1 on failure, 2 on wrong flags or values, 130 on Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What a terminal has no character for is still to be read.
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING,

@@ -1,5 +1,6 @@
 """The command `nano-batch`: what it prints where, and its exit codes."""
 
+import os
 import re
 import signal
 import subprocess
@@ -158,6 +159,15 @@ def test_a_reader_that_leaves_ends_the_program_quietly(command, reciting_dir):
     assert process.returncode != 0
     assert b"Traceback" not in errors
     assert b"Exception ignored" not in errors
+
+
+def test_what_stdout_has_no_character_for_is_escaped(command, reciting_dir):
+    generate = [*command, "generate", str(reciting_dir), "--prompt", "é?", *GREEDY]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = subprocess.run(generate, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    escaped = f"é?{TEXT}\n".encode("ascii", errors="backslashreplace")
+    assert done.stdout == escaped
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
