@@ -1,6 +1,7 @@
 """The command `nano-batch`."""
 
 import argparse
+import io
 import logging
 import secrets
 import sys
@@ -14,7 +15,8 @@ _EXIT_FAILURE, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
 # The codes of errors that are about a flag's value, not about the prompt or the model.
 _WRONG_VALUES = ("invalid_config", "invalid_sampling_params", "unsupported_parameter")
 
-# The keywords of `Engine` and of `SamplingParams` that are flags, and how argparse reads them.
+# The keywords of `Engine` and of `SamplingParams` that have an effect on one prompt are flags, and
+# this is how argparse reads them.
 _ENGINE: dict[str, dict[str, Any]] = {
     "device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},
     "dtype": {"default": "auto", "help": "auto, float32 or bfloat16"},
@@ -27,10 +29,6 @@ _ENGINE: dict[str, dict[str, Any]] = {
     "num_blocks": {"type": int, "help": "blocks of the KV cache"},
     "kv_cache_gib": {"type": float, "help": "size of the KV cache"},
     "num_threads": {"type": int, "help": "threads of a step (default: one per core)"},
-    "max_itl_ms": {
-        "type": float,
-        "help": "time between a stream's tokens to aim at while prompts join (0.001 to 1000000)",
-    },
     "deterministic": {
         "action": "store_true",
         "help": "the same bits in any batch, slower on a GPU",
@@ -56,6 +54,9 @@ _SAMPLING: dict[str, dict[str, Any]] = {
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and exit: 0, 1 on failure, 2 on wrong flags or values, 130 on Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What a terminal has no character for is still to be read.
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING,

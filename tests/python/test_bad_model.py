@@ -109,6 +109,19 @@ def test_a_config_that_does_not_hold_is_refused(name, directory):
     assert_names(load_fails(directory), *words)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"temperature": -3}', ["temperature", "at least 0", "-3"]),
+        ('{"top_p": "most"}', ["top_p", "most"]),
+        ("[]", ["JSON object"]),
+    ],
+)
+def test_a_generation_config_that_does_not_hold_is_refused(content, words, directory):
+    (directory / "generation_config.json").write_text(content, encoding="utf-8")
+    assert_names(load_fails(directory), "/generation_config.json: ", *words)
+
+
 def test_an_unknown_rope_scaling_in_the_form_of_transformers_4_is_refused(directory):
     edit_config(directory, in_the_form_of_transformers_4)
     edit_config(directory, lambda config: config.update(rope_scaling={"type": "su", "factor": 2.0}))

@@ -83,6 +83,38 @@ def test_both_sides_compute_the_same_model(measured):
     assert agreement["furthest_logit_by_spread"] < 0.2
 
 
+def test_a_result_says_with_how_many_requests_each_side_was_warmed_up(measured):
+    for kind, theirs in [("throughput", 4), ("latency", 1)]:
+        settings = measured[kind][1]["settings"]
+        said = "one whole request, then {} at once, 4 tokens out"
+        assert settings["nano_batch"]["warm_up"] == said.format("1, 2 and 4")
+        assert settings["transformers"]["warm_up"] == said.format(theirs)
+
+
+def test_both_sides_are_warm_before_their_latency_is_measured(monkeypatch):
+    bursts = {"nano_batch": [], "transformers": []}
+
+    class Side:
+        def __init__(self, name):
+            self.name = name
+
+        def burst(self, prompts, output_len):
+            bursts[self.name].append((len(prompts), output_len))
+
+    def in_turns(_, plan, runs):
+        for run in range(runs):
+            for name in bursts:
+                plan[name](Side(name), run)
+        raise NanoBatchError("far enough")
+
+    monkeypatch.setattr(latency, "in_turns", in_turns)
+    with pytest.raises(NanoBatchError, match="far enough"):
+        latency.measure(workload.quick(), None, {"seed": 0, "runs": 2})
+    timed = {"nano_batch": [(1, 8)] * 3 + [(2, 8), (4, 8)], "transformers": [(1, 8)] * 2}
+    warm_up = {"nano_batch": [(1, 8), (1, 4), (2, 4), (4, 4)], "transformers": [(1, 8), (1, 4)]}
+    assert bursts == {name: warm_up[name] + 2 * timed[name] for name in bursts}
+
+
 def test_pictures_are_drawn_beside_results_and_are_the_same_each_time(measured, tmp_path):
     copies = []
     for path, _ in measured.values():

@@ -1,5 +1,6 @@
 """The command `nano-batch`: what it prints where, and its exit codes."""
 
+import os
 import re
 import signal
 import subprocess
@@ -160,6 +161,15 @@ def test_a_reader_that_leaves_ends_the_program_quietly(command, reciting_dir):
     assert b"Exception ignored" not in errors
 
 
+def test_what_stdout_has_no_character_for_is_escaped(command, reciting_dir):
+    generate = [*command, "generate", str(reciting_dir), "--prompt", "é?", *GREEDY]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = subprocess.run(generate, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    escaped = f"é?{TEXT}\n".encode("ascii", errors="backslashreplace")
+    assert done.stdout == escaped
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_device_is_told_in_one_line(command, reciting_dir):
     arguments = ["generate", reciting_dir, "--prompt", "?", *GREEDY]
@@ -184,5 +194,7 @@ def test_it_tells_its_version(command):
 
 def test_help_names_every_option_in_the_constructors_words():
     text = run(COMMANDS["nano-batch"], "generate", "--help").stdout
-    for flag in ("--device", "--dtype", "--max-model-len", "--num-blocks", "--max-itl-ms"):
+    for flag in ("--device", "--dtype", "--max-model-len", "--num-blocks"):
         assert flag in text
+    # One prompt runs, beside which none joins.
+    assert "--max-itl-ms" not in text

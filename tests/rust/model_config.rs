@@ -232,6 +232,44 @@ fn the_generation_config_has_the_last_word() {
 }
 
 #[test]
+fn a_generation_config_that_does_not_hold_is_refused_by_its_own_name() {
+    for (changes, words) in [
+        (json!({"temperature": -3}), ["temperature", "at least 0", "got -3"]),
+        (json!({"temperature": "hot"}), ["temperature", "a number", "\"hot\""]),
+        (json!({"top_p": 0}), ["top_p", "(0, 1]", "got 0"]),
+        (json!({"top_k": -2}), ["top_k", "-1 or 0", "got -2"]),
+        (json!({"top_k": 2.5}), ["top_k", "a count", "got 2.5"]),
+        (json!({"min_p": 1.5}), ["min_p", "[0, 1]", "got 1.5"]),
+        (json!({"do_sample": 0}), ["do_sample", "true or false", "got 0"]),
+        (json!({"eos_token_id": "</s>"}), ["eos_token_id", "token ids", "</s>"]),
+        (json!([]), ["the file", "JSON object", ""]),
+    ] {
+        let message = read(&config(), Some(&changes)).unwrap_err().to_string();
+        assert!(message.contains("/generation_config.json: "), "{message}");
+        assert!(words.iter().all(|word| message.contains(word)), "{changes} gives {message:?}");
+    }
+}
+
+#[test]
+fn what_a_generation_config_asks_for_in_vain_is_listed() {
+    let unsupported =
+        |generation: Value| read(&config(), Some(&generation)).unwrap().unsupported_generation;
+    let neutral = json!({
+        "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "typical_p": 1,
+        "min_length": 0, "bad_words_ids": [], "suppress_tokens": null, "pad_token_id": 0,
+        "use_cache": true, "transformers_version": "5.0.0", "top_k": 50, "temperature": 0.5
+    });
+    assert!(unsupported(neutral).is_empty());
+    let asked = json!({
+        "repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "num_beams": 4,
+        "max_new_tokens": 200, "bad_words_ids": [[3, 4]]
+    });
+    let listed = "max_new_tokens 200, num_beams 4, repetition_penalty 1.1, \
+                  no_repeat_ngram_size 3, bad_words_ids [[3,4]]";
+    assert_eq!(unsupported(asked).join(", "), listed);
+}
+
+#[test]
 fn a_directory_that_holds_no_model_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let refused = |path: &Path, words: &[&str]| {

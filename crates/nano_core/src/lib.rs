@@ -4,11 +4,11 @@
 //! Python and no network, so it builds and tests in seconds and its behaviour can be read and
 //! proved without any of them.
 //!
-//! Modules come in levels, and a module imports only from lower ones:
-//! 0. plain data: [`error`], [`ids`], [`sampling_params`], [`request`], [`step`];
-//! 1. state and the seam to the hardware: [`sequence`], [`kv_cache`], [`executor`];
-//! 2. decisions: [`scheduler`];
-//! 3. the loop: [`engine_core`].
+//! From the bottom up, where a module imports only from those before it:
+//! 1. plain data: [`ids`], [`error`], [`sampling_params`], [`request`], [`step`];
+//! 2. state and the seam to the hardware: [`kv_cache`], [`sequence`], [`executor`];
+//! 3. decisions: [`scheduler`];
+//! 4. the loop: [`engine_core`].
 
 pub mod engine_core;
 pub mod error;

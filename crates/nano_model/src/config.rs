@@ -1,6 +1,7 @@
 //! From `config.json` to [`DecoderSpec`], whatever family and version wrote it.
 
 mod fields;
+mod generation;
 mod mistral;
 mod rope;
 
@@ -11,6 +12,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use fields::Fields;
+pub use generation::GenerationDefaults;
 pub use rope::RopeSpec;
 
 /// One layer, as far as layers differ.
@@ -88,19 +90,6 @@ impl CheckpointDtype {
     }
 }
 
-/// The sampling defaults of `generation_config.json`, used when a request gives no parameters.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct GenerationDefaults {
-    /// The temperature; 0 when `do_sample` is false.
-    pub temperature: Option<f32>,
-    /// The nucleus.
-    pub top_p: Option<f32>,
-    /// The number of tokens kept.
-    pub top_k: Option<u32>,
-    /// The least share of the best token's probability.
-    pub min_p: Option<f32>,
-}
-
 /// Everything that the JSON files of a model directory say.
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
@@ -116,6 +105,8 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<TokenId>,
     /// The sampling defaults.
     pub generation: GenerationDefaults,
+    /// What `generation_config.json` asks for beside them and is not supported, as `name value`.
+    pub unsupported_generation: Vec<String>,
 }
 
 impl ModelConfig {
@@ -144,21 +135,37 @@ impl ModelConfig {
             "MinistralForCausalLM" => mistral::parse(&fields, mistral::Layers::ByType)?,
             other => return Err(Error::UnknownArchitecture { architecture: other.to_owned() }),
         };
-        let generation = read_json(&dir.join("generation_config.json"))?;
-        let generation = generation.unwrap_or_else(|| Value::Object(serde_json::Map::new()));
-        let generation = Fields::new(&generation, "generation_config: ")?;
-        let mut eos_token_ids = generation.tokens("eos_token_id")?;
-        if eos_token_ids.is_empty() {
-            eos_token_ids = fields.tokens("eos_token_id")?;
-        }
-        Ok(Self {
+        let mut config = Self {
             dir: dir.to_path_buf(),
             max_position_embeddings: fields.count("max_position_embeddings")? as u32,
             dtype: dtype(&fields)?,
-            eos_token_ids,
-            generation: generation_defaults(&generation)?,
+            eos_token_ids: fields.tokens("eos_token_id")?,
+            generation: GenerationDefaults::default(),
+            unsupported_generation: Vec::new(),
             spec,
-        })
+        };
+        let path = dir.join("generation_config.json");
+        if let Some(generation) = read_json(&path)? {
+            config.add_generation(&generation).map_err(|error| match error {
+                Error::BadConfig { field, reason } => {
+                    Error::BadFile { path, reason: format!("{field} {reason}") }
+                }
+                error => error,
+            })?;
+        }
+        Ok(config)
+    }
+
+    /// Adds what `generation_config.json` says.
+    fn add_generation(&mut self, generation: &Value) -> Result<()> {
+        let fields = Fields::new(generation, "")?;
+        let eos_token_ids = fields.tokens("eos_token_id")?;
+        if !eos_token_ids.is_empty() {
+            self.eos_token_ids = eos_token_ids;
+        }
+        self.generation = generation::defaults(&fields)?;
+        self.unsupported_generation = generation::unsupported(&fields);
+        Ok(())
     }
 }
 
@@ -202,18 +209,4 @@ fn dtype(fields: &Fields<'_>) -> Result<Option<CheckpointDtype>> {
             Err(Error::BadConfig { field: name.to_owned(), reason })
         }
     }
-}
-
-fn generation_defaults(fields: &Fields<'_>) -> Result<GenerationDefaults> {
-    let greedy = fields.get("do_sample") == Some(&Value::Bool(false));
-    let number = |name: &str| -> Result<Option<f32>> {
-        Ok(fields.optional_number(name)?.map(|number| number as f32))
-    };
-    let top_k = fields.optional_number("top_k")?.filter(|k| *k >= 1.0);
-    Ok(GenerationDefaults {
-        temperature: if greedy { Some(0.0) } else { number("temperature")? },
-        top_p: number("top_p")?,
-        top_k: top_k.map(|k| k as u32),
-        min_p: number("min_p")?,
-    })
 }

@@ -1,17 +1,10 @@
 //! Random weights for models without a checkpoint: normal with standard deviation 0.02, a function
 //! of seed and tensor name alone, and made about as fast as memory is written.
 
-use std::num::NonZero;
-use std::thread;
-
-use half::bf16;
-
-use crate::backend::Dtype;
-
 const STANDARD_DEVIATION: f64 = 0.02;
 /// Draws that all weights are drawn from, one for each value of 16 bits.
 const NUM_DRAWS: u64 = 1 << 16;
-/// Elements that one piece of the work fills.
+/// Elements, four from each 64 random bits, whose bits follow from the number of their chunk.
 const CHUNK: usize = 1 << 18;
 
 /// A source of random tensors.
@@ -60,43 +53,17 @@ impl DummyTensor<'_> {
         self.seed
     }
 
-    /// Its little-endian elements.
-    pub fn bytes(&self, num_elements: usize, dtype: Dtype) -> Vec<u8> {
-        match dtype {
-            Dtype::Float32 => self.fill(num_elements, f32::to_le_bytes),
-            Dtype::BFloat16 => self.fill(num_elements, |draw| bf16::from_f32(draw).to_le_bytes()),
-        }
-    }
-
-    fn fill<const N: usize>(
-        &self,
-        num_elements: usize,
-        encode: impl Fn(f32) -> [u8; N],
-    ) -> Vec<u8> {
-        let draws: Vec<[u8; N]> = self.weights.draws.iter().map(|&draw| encode(draw)).collect();
-        let mut bytes = vec![0; num_elements * N];
-        let mut chunks: Vec<(usize, &mut [u8])> = bytes.chunks_mut(CHUNK * N).enumerate().collect();
-        let num_threads = thread::available_parallelism().map_or(1, NonZero::get);
-        let share = chunks.len().div_ceil(num_threads).max(1);
-        thread::scope(|scope| {
-            for chunks in chunks.chunks_mut(share) {
-                scope.spawn(|| {
-                    for (index, chunk) in chunks {
-                        fill_chunk(chunk, hash(self.seed ^ *index as u64), &draws);
-                    }
-                });
+    /// Writes elements from the one of number `start` on, from the [draws](Self::draws) as elements.
+    pub fn fill<T: Copy>(&self, start: usize, elements: &mut [T], draws: &[T]) {
+        let draws = &draws[..NUM_DRAWS as usize];
+        let mut bits = 0;
+        for (index, element) in (start..).zip(elements) {
+            let at = index % 4;
+            if at == 0 || index == start {
+                let chunk = hash(self.seed ^ (index / CHUNK) as u64);
+                bits = hash(chunk.wrapping_add((index % CHUNK / 4) as u64)) >> (16 * at);
             }
-        });
-        bytes
-    }
-}
-
-/// Four elements from each 64 random bits.
-fn fill_chunk<const N: usize>(chunk: &mut [u8], seed: u64, draws: &[[u8; N]]) {
-    for (index, four) in chunk.chunks_mut(4 * N).enumerate() {
-        let mut bits = hash(seed.wrapping_add(index as u64));
-        for element in four.chunks_exact_mut(N) {
-            element.copy_from_slice(&draws[(bits & 0xFFFF) as usize]);
+            *element = draws[(bits & 0xFFFF) as usize];
             bits >>= 16;
         }
     }
@@ -116,8 +83,9 @@ mod tests {
     use super::*;
 
     fn floats(weights: &DummyWeights, name: &str, num_elements: usize) -> Vec<f32> {
-        let bytes = weights.tensor(name).bytes(num_elements, Dtype::Float32);
-        bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+        let mut values = vec![0.0; num_elements];
+        weights.tensor(name).fill(0, &mut values, &weights.draws);
+        values
     }
 
     #[test]
@@ -147,11 +115,27 @@ mod tests {
     }
 
     #[test]
-    fn bfloat16_rounds_the_same_numbers() {
+    fn a_part_is_that_of_the_whole() {
         let weights = DummyWeights::new(3);
-        let bytes = weights.tensor("a").bytes(1000, Dtype::BFloat16);
-        for (bytes, value) in bytes.as_chunks::<2>().0.iter().zip(floats(&weights, "a", 1000)) {
-            assert_eq!(bf16::from_le_bytes(*bytes), bf16::from_f32(value));
+        let values = floats(&weights, "a", CHUNK + 20);
+        for (start, len) in [(0, 1), (1, 2), (3, 9), (6, 5), (CHUNK - 2, 7)] {
+            let mut part = vec![0.0; len];
+            weights.tensor("a").fill(start, &mut part, &weights.draws);
+            assert!(part == values[start..start + len], "{start} {len}");
         }
+    }
+
+    #[test]
+    fn they_are_the_same_from_version_to_version() {
+        let values = floats(&DummyWeights::new(3), "a", 600_001);
+        let bits = |index: usize| values[index].to_bits();
+        let first = [0x3bca_0c6f, 0xbc93_0ec6, 0xbbc7_617a, 0x3c6e_b578, 0x3cff_692c];
+        assert_eq!([0, 1, 2, 3, 4].map(bits), first);
+        let later = [0xbc96_8ffc, 0xbc4d_36a0, 0x3ce1_b292, 0x3a1f_d79d];
+        assert_eq!([CHUNK - 1, CHUNK, CHUNK + 5, 600_000].map(bits), later);
+        let mix = |sum, (index, value): (usize, &f32)| {
+            hash(sum ^ u64::from(value.to_bits()) ^ index as u64)
+        };
+        assert_eq!(values.iter().enumerate().fold(0, mix), 0x0906_b02b_5a98_92c8);
     }
 }

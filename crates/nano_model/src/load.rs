@@ -45,7 +45,8 @@ pub enum LoadFormat {
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// The first GPU if there is one that can run the model as asked, else the CPU.
+    /// The first GPU if there is one that can run the model as asked, else the CPU. One that has too
+    /// little memory free is an error: the CPU instead would be slower many times over.
     Auto,
     /// The CPU.
     Cpu,
@@ -290,6 +291,14 @@ impl CacheRoom {
             self.num_blocks,
             self.max_model_len,
         );
+        if !config.unsupported_generation.is_empty() {
+            tracing::warn!(
+                "{} asks for {}, which is not supported yet: requests without parameters of their \
+                 own run without it",
+                config.dir.join("generation_config.json").display(),
+                config.unsupported_generation.join(", "),
+            );
+        }
         ModelInfo {
             vocab_size: config.spec.vocab_size as u32,
             max_model_len: self.max_model_len,

@@ -62,16 +62,9 @@ impl WeightMap {
         // the file while the model is loaded.
         let map = unsafe { Mmap::map(&file) }.map_err(|error| bad(error.to_string()))?;
         let _ = map.advise(Advice::Sequential);
-        let header_len = header_len(&map).map_err(bad)?;
+        let (header_len, metadata) =
+            SafeTensors::read_metadata(&map).map_err(|error| bad(explained(&error, &map)))?;
         let data_start = 8 + header_len;
-        let (_, metadata) = SafeTensors::read_metadata(&map).map_err(|error| match error {
-            SafeTensorError::MetadataIncompleteBuffer => bad(format!(
-                "is truncated or has bytes too many: its tensors do not end at byte {}, where the \
-                 file does",
-                map.len()
-            )),
-            error => bad(format!("has a malformed safetensors header: {error}")),
-        })?;
         let shard = self.shards.len();
         for name in metadata.offset_keys() {
             let Some(info) = metadata.info(&name) else { continue };
@@ -150,21 +143,21 @@ impl WeightMap {
     }
 }
 
-/// The header's length, which the file must have room for.
-fn header_len(file: &[u8]) -> std::result::Result<usize, String> {
-    let Some((prefix, rest)) = file.split_first_chunk::<8>() else {
-        return Err(format!(
-            "is truncated: a safetensors file has at least 8 bytes, this one {}",
-            file.len()
-        ));
-    };
-    let header_len = u64::from_le_bytes(*prefix);
-    match usize::try_from(header_len) {
-        Ok(header_len) if header_len <= rest.len() => Ok(header_len),
-        _ => Err(format!(
-            "claims a safetensors header of {header_len} bytes, but has {} after the length",
-            rest.len()
-        )),
+/// What is wrong with a file, whose bytes begin with the header's length.
+fn explained(error: &SafeTensorError, file: &[u8]) -> String {
+    let len = file.len();
+    match (error, file.first_chunk().map(|claimed| u64::from_le_bytes(*claimed))) {
+        (_, None) => {
+            format!("is truncated: a safetensors file has at least 8 bytes, this one {len}")
+        }
+        (_, Some(claimed)) if claimed > len as u64 => {
+            format!("claims a safetensors header of {claimed} bytes, but has {len} in all")
+        }
+        (SafeTensorError::MetadataIncompleteBuffer, _) => format!(
+            "is truncated or has bytes too many: its tensors do not end at byte {len}, where the \
+             file does"
+        ),
+        _ => format!("has a malformed safetensors header: {error}"),
     }
 }
 

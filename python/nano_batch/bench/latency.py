@@ -7,7 +7,7 @@ from nano_batch.bench import result as results
 from nano_batch.bench.result import Result
 from nano_batch.bench.side import Answer, Run, Side, Task, in_turns
 from nano_batch.bench.summary import median, percentiles
-from nano_batch.bench.throughput import note
+from nano_batch.bench.throughput import note, warm_up
 from nano_batch.bench.workload import Workload
 
 # What one of nano_batch's runs takes alone is short: several make its percentiles steadier.
@@ -17,10 +17,12 @@ _NUM_ALONE = 3
 def measure(workload: Workload, task: Task, options: dict[str, Any]) -> Result:
     """Requests that arrive at once: nano_batch runs them together, transformers in turn."""
 
+    at_once = {"nano_batch": workload.load, "transformers": (1,)}
+
     def alone(side: Side, run: int, num: int) -> list[Answer]:
-        prompts = workload.prompts(num, workload.prompt_len, f"alone {options['seed']} {run}")
         if run == 0:
-            side.burst(prompts[:1], 4)
+            warm_up(side, workload, at_once[side.name])
+        prompts = workload.prompts(num, workload.prompt_len, f"alone {options['seed']} {run}")
         return [side.burst([prompt], workload.output_len) for prompt in prompts]
 
     def nano_batch(side: Side, run: int) -> Answer:
@@ -29,8 +31,6 @@ def measure(workload: Workload, task: Task, options: dict[str, Any]) -> Result:
             prompts = workload.prompts(
                 count, workload.prompt_len, f"{options['seed']} {run} {count}"
             )
-            if run == 0:
-                side.burst(prompts, 4)
             answer[str(count)] = side.burst(prompts, workload.output_len)
         note(f"run {run + 1} of {options['runs']}: {side.name} measured")
         return answer
@@ -46,7 +46,7 @@ def measure(workload: Workload, task: Task, options: dict[str, Any]) -> Result:
         "transformers": transformers,
     }
     runs, facts = in_turns(task, plan, options["runs"])
-    result = results.header("latency", workload, options, facts, runs["limits"])
+    result = results.header("latency", workload, options, facts, runs["limits"], at_once)
     result["workload"] |= {
         "load": list(workload.load),
         "serial_requests_per_run": workload.serial[1],

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -44,8 +45,9 @@ def header(
     options: dict[str, Any],
     facts: dict[str, Answer],
     limits: list[Answer],
+    at_once: Mapping[str, Iterable[int]],
 ) -> Result:
-    """What every result begins with."""
+    """What every result begins with; `at_once` says with how many each side was warmed up."""
     machine = {
         "processor": _processor(),
         "num_cores": os.cpu_count(),
@@ -86,13 +88,17 @@ def header(
         },
         "settings": {
             name: {
-                **side["settings"],
-                "warm_up": "one request, then each number of them, 4 tokens out",
+                **facts[name]["settings"],
+                "warm_up": f"one whole request, then {_listed(counts)} at once, 4 tokens out",
             }
-            for name, side in facts.items()
-            if "settings" in side
+            for name, counts in at_once.items()
         },
     }
+
+
+def _listed(counts: Iterable[int]) -> str:
+    *others, last = map(str, counts)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def without_folders(command: list[str]) -> list[str]:

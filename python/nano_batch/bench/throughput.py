@@ -28,9 +28,11 @@ def measure(
 ) -> Result:
     """Bursts of nano_batch, and of transformers one request at a time and one static batch."""
 
+    at_once = {"nano_batch": workload.concurrency, "transformers": (workload.static_batch,)}
+
     def bursts(side: Side, run: int, counts: Iterable[int]) -> Answer:
         if run == 0:
-            _warm_up(side, workload, counts)
+            warm_up(side, workload, counts)
         answer = {}
         for count in counts:
             prompts = workload.prompts(
@@ -48,13 +50,13 @@ def measure(
         return side.call("logits", prompts=prompts)
 
     def nano_batch(side: Side, run: int) -> Answer:
-        answer = bursts(side, run, workload.concurrency)
+        answer = bursts(side, run, at_once["nano_batch"])
         prompts = workload.prompts(*workload.prefill, f"prefill {options['seed']} {run}")
         answer["prefill"] = side.burst(prompts, 1)
         return answer | compared(side, run) | side.call("memory")
 
     def transformers(side: Side, run: int) -> Answer:
-        answer = bursts(side, run, [workload.static_batch])
+        answer = bursts(side, run, at_once["transformers"])
         num = workload.serial[0]
         prompts = workload.prompts(num, workload.prompt_len, f"serial {options['seed']} {run}")
         serial = [side.burst([prompt], workload.output_len)["elapsed_s"] for prompt in prompts]
@@ -74,7 +76,7 @@ def measure(
     if llama:
         plan["llama.cpp"] = llama_cpp
     runs, facts = in_turns(task, plan, options["runs"], {"llama.cpp": llama} if llama else None)
-    result = results.header("throughput", workload, options, facts, runs["limits"])
+    result = results.header("throughput", workload, options, facts, runs["limits"], at_once)
     result["workload"] |= {
         "concurrency": list(workload.concurrency),
         "static_batch": workload.static_batch,
@@ -111,7 +113,8 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _warm_up(side: Side, workload: Workload, counts: Iterable[int]) -> None:
+def warm_up(side: Side, workload: Workload, counts: Iterable[int]) -> None:
+    """Run what a side will run, as `settings` of its result say."""
     # One request whole, as long sequences may bring what short ones do not.
     for count, output_len in [(1, workload.output_len), *((count, 4) for count in counts)]:
         side.burst(workload.prompts(count, workload.prompt_len, "warm-up"), output_len)

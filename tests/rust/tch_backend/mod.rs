@@ -129,8 +129,9 @@ impl Backend for TchBackend {
                 Ok(Tensor::cat(&parts.collect::<Vec<_>>(), 0).view(shape))
             }
             Values::Dummy(dummy) => {
-                let bytes = &dummy.bytes(rows * columns, Dtype::Float32);
-                Ok(self.tensor(TensorBytes { dtype: CheckpointDtype::Float32, bytes }, columns))
+                let mut values = vec![0.0_f32; rows * columns];
+                dummy.fill(0, &mut values, dummy.draws());
+                Ok(Tensor::from_slice(&values).to_kind(self.kind).view(shape))
             }
         }
     }

@@ -16,7 +16,7 @@ use nano_kernels::cpu::product::{PackedRows, Store, product};
 use nano_kernels::cpu::rope::{RopeRows, rope_write_kv};
 use nano_kernels::cpu::{Element, Pool};
 
-use crate::backend::{Backend, Dtype, Values};
+use crate::backend::{Backend, Values};
 use crate::batch::Batch;
 use crate::config::{CheckpointDtype, DecoderSpec};
 use crate::error::{Error, Result};
@@ -174,17 +174,13 @@ impl<E: Element> CpuBackend<E> {
                 },
             ),
             Values::Dummy(dummy) => {
-                let dtype = if E::PER_WORD == 2 { Dtype::BFloat16 } else { Dtype::Float32 };
-                let bytes = &dummy.bytes(rows * columns, dtype);
-                let part = TensorBytes { dtype: dtype.into(), bytes };
+                let draws: Vec<E> = dummy.draws().iter().map(|&draw| E::narrow(draw)).collect();
                 PackedMatrix::pack(
                     &mut self.pool,
                     &mut self.arena,
                     size,
                     is_gated,
-                    |row, elements| {
-                        read_row(part, row, elements);
-                    },
+                    |row, elements| dummy.fill(row * columns, elements, &draws),
                 )
             }
         };

@@ -65,7 +65,7 @@ pub(super) fn parse(fields: &Fields<'_>, layers: Layers) -> Result<DecoderSpec> 
         head_dim,
         rms_norm_eps: fields.optional_positive("rms_norm_eps")?.unwrap_or(1e-6) as f32,
         layers: layer_specs(fields, layers)?,
-        rope: rope::parse(fields)?,
+        rope: rope::parse(fields, head_dim)?,
         tied: fields.optional_bool("tie_word_embeddings")?.unwrap_or(false),
     };
     check_size(&spec)?;

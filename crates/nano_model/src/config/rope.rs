@@ -23,7 +23,7 @@ pub struct RopeSpec {
 }
 
 /// `rope_parameters` as transformers 5 writes it, or `rope_theta` and `rope_scaling` as 4 did.
-pub(super) fn parse(fields: &Fields<'_>) -> Result<RopeSpec> {
+pub(super) fn parse(fields: &Fields<'_>, head_dim: usize) -> Result<RopeSpec> {
     let empty = Value::Object(serde_json::Map::new());
     let name = if fields.has("rope_parameters") { "rope_parameters" } else { "rope_scaling" };
     let scaling = fields.get(name).unwrap_or(&empty);
@@ -45,7 +45,6 @@ pub(super) fn parse(fields: &Fields<'_>) -> Result<RopeSpec> {
             return Err(at.bad("partial_rotary_factor", reason));
         }
     }
-    let head_dim = head_dim(fields)?;
     let plain = plain(theta, head_dim);
     let mut attention_factor = 1.0;
     let inv_freq = match kind {
@@ -87,13 +86,6 @@ fn plain(theta: f64, head_dim: usize) -> Vec<f32> {
         1.0 / theta.powf(f64::from(exponent)) as f32
     };
     (0..head_dim / 2).map(frequency).collect()
-}
-
-fn head_dim(fields: &Fields<'_>) -> Result<usize> {
-    match fields.optional_count("head_dim")? {
-        Some(head_dim) => Ok(head_dim),
-        None => Ok(fields.count("hidden_size")? / fields.count("num_attention_heads")?),
-    }
 }
 
 /// Long wavelengths are stretched by `factor`, short ones are kept, those between are blended.
