@@ -2,10 +2,9 @@
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -13,13 +12,12 @@ from tqdm import tqdm
 from nano_batch import _native
 from nano_batch.checks import check_choice, check_flag, check_integer, check_number
 from nano_batch.cuda_libraries import map_cuda_libraries
-from nano_batch.exceptions import InvalidRequestError, ModelLoadError, NanoBatchError
+from nano_batch.exceptions import InvalidRequestError, ModelLoadError
 from nano_batch.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
 from nano_batch.sampling_params import SamplingParams
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "austen"
 
-_Read = TypeVar("_Read")
 Prompt: TypeAlias = str | Sequence[int] | np.ndarray | Mapping[str, Any]
 
 
@@ -301,38 +299,26 @@ class RequestStream(Iterator[RequestOutput]):
         """Wrap a submitted request."""
         self._native = native
         self._prompt = prompt
-        self._last: RequestOutput | None = None
-        self._error: NanoBatchError | None = None
         self.request_id = native.request_id
         self.prompt_token_ids = native.prompt_token_ids
 
     def __next__(self) -> RequestOutput:
         """Wait for news; the GIL is free meanwhile and Ctrl-C works."""
-        delta = self._read(self._native.next)
+        delta = self._native.next()
         if delta is None:
             raise StopIteration
         return self._output(delta)
 
     def collect(self) -> RequestOutput:
-        """Wait for the end and return all that was not taken yet as one output."""
-        if self._last is not None and self._last.finished:
-            nothing = replace(self._last.outputs[0], text="", token_ids=[])
-            return replace(self._last, outputs=[nothing])
-        return self._output(self._read(self._native.collect))
+        """Wait for the end and return all that was not taken yet as one output.
 
-    def _read(self, read: Callable[[], _Read]) -> _Read:
-        # What broke the stream off is not over when it was told once.
-        if self._error is not None:
-            raise self._error
-        try:
-            return read()
-        except NanoBatchError as error:
-            self._error = error
-            raise
+        An exception in between, as of Ctrl-C, takes nothing: the next call has it all.
+        """
+        return self._output(self._native.collect())
 
     def _output(self, delta: "_native._Delta") -> RequestOutput:
         token_ids, text, finish_reason, stop_reason, first_token_s, last_token_s = delta
-        self._last = RequestOutput(
+        return RequestOutput(
             request_id=self.request_id,
             prompt=self._prompt,
             prompt_token_ids=self.prompt_token_ids,
@@ -340,7 +326,6 @@ class RequestStream(Iterator[RequestOutput]):
             finished=finish_reason is not None,
             metrics=RequestMetrics(first_token_s, last_token_s),
         )
-        return self._last
 
 
 def _find_model(model: str | os.PathLike[str] | None, revision: str | None) -> Path:

@@ -5,11 +5,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use nano_core::executor::fake::{FakeExecutor, Fault};
 use nano_core::{Capacity, SamplingParams, SchedulerConfig, TokenId};
-use nano_engine::{Engine, Error, Finish, Prompt, RequestStream, Served, SpawnConfig};
+use nano_engine::{Delta, Engine, Error, Finish, Prompt, RequestStream, Served, SpawnConfig};
 
 const VOCAB_SIZE: u32 = 50;
 /// "Within a second", and no test may hang.
@@ -36,18 +37,17 @@ fn prompt(first: u32) -> Vec<TokenId> {
     vec![TokenId(first % VOCAB_SIZE), TokenId(1), TokenId(2)]
 }
 
-/// The end of a stream, which must come soon.
-fn end(mut stream: RequestStream) -> Result<Option<Finish>, Error> {
-    let deadline = Instant::now() + SOON;
-    let mut finish = None;
-    loop {
-        match stream.next(Some(deadline)) {
-            Ok(Some(delta)) => finish = delta.finish,
-            Ok(None) if stream.is_over() => return Ok(finish),
-            Ok(None) => panic!("the stream did not end within {SOON:?}"),
-            Err(error) => return Err(error),
-        }
+/// What is left of a stream, whose end must come soon.
+fn rest(stream: &RequestStream) -> Result<Delta, Arc<Error>> {
+    match stream.collect(Instant::now() + SOON)? {
+        Poll::Ready(delta) => Ok(delta),
+        Poll::Pending => panic!("the stream did not end within {SOON:?}"),
     }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "a stream that is over goes")]
+fn end(stream: RequestStream) -> Result<Option<Finish>, Arc<Error>> {
+    rest(&stream).map(|delta| delta.finish)
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn many_requests_at_once_each_get_their_own_tokens() {
         let engine = spawn(FakeExecutor::new(capacity(depth), VOCAB_SIZE));
         let streams: Vec<_> = (0..40).map(|i| submit(&engine, i, 10 + i)).collect();
         for (i, stream) in (0..).zip(streams) {
-            let answer = stream.wait().unwrap();
+            let answer = rest(&stream).unwrap();
             let num_tokens = 10 + i as usize;
             let expected = FakeExecutor::continuation(&prompt(i), num_tokens, VOCAB_SIZE);
             assert_eq!(answer.token_ids, expected, "request {i} at depth {depth}");
@@ -76,7 +76,7 @@ fn an_error_in_a_step_ends_every_stream_and_names_itself() {
             let streams: Vec<_> = (0..20).map(|i| submit(&engine, i, 50)).collect();
             for stream in streams {
                 let error = end(stream).unwrap_err();
-                assert!(matches!(&error, Error::EngineFailed { .. }), "{error}");
+                assert!(matches!(*error, Error::EngineFailed { .. }), "{error}");
                 assert!(error.to_string().contains("the fake fails"), "{error}");
             }
         }
@@ -117,7 +117,7 @@ fn closing_a_stalled_engine_ends_every_stream_and_returns() {
         scope.spawn(|| engine.close());
         for stream in streams {
             let error = end(stream).unwrap_err();
-            assert!(matches!(error, Error::EngineClosed), "{error}");
+            assert!(matches!(*error, Error::EngineClosed), "{error}");
         }
     });
     let params = SamplingParams::default();
@@ -133,20 +133,56 @@ fn closing_while_requests_run_ends_them_and_drops_the_executor() {
     let stream = submit(&engine, 0, 150);
     engine.close();
     engine.close();
-    assert!(matches!(end(stream).unwrap_err(), Error::EngineClosed));
+    assert!(matches!(*end(stream).unwrap_err(), Error::EngineClosed));
 }
 
 #[test]
 fn a_reader_that_takes_nothing_holds_up_nobody_and_gets_everything_merged() {
     let engine = spawn(FakeExecutor::new(capacity(1), VOCAB_SIZE));
-    let mut slow = submit(&engine, 0, 100);
+    let slow = submit(&engine, 0, 100);
     for i in 1..20 {
         assert_eq!(end(submit(&engine, i, 100)).unwrap(), Some(Finish::Length));
     }
-    let delta = slow.next(Some(Instant::now() + SOON)).unwrap().unwrap();
+    let Ok(Poll::Ready(Some(delta))) = slow.next(Instant::now()) else { panic!("no news") };
     assert_eq!(delta.token_ids, FakeExecutor::continuation(&prompt(0), 100, VOCAB_SIZE));
     assert_eq!(delta.finish, Some(Finish::Length));
-    assert!(slow.next(None).unwrap().is_none());
+    assert!(matches!(slow.next(Instant::now()), Ok(Poll::Ready(None))));
+    let nothing = rest(&slow).unwrap();
+    assert_eq!((nothing.token_ids, nothing.finish), (vec![], Some(Finish::Length)));
+}
+
+#[test]
+fn what_nobody_took_before_a_deadline_is_there_after_it() {
+    let executor = FakeExecutor::new(capacity(1), VOCAB_SIZE);
+    let engine = spawn(executor.with_step_time(Duration::from_millis(1)));
+    let stream = submit(&engine, 0, 100);
+    let mut num_waits = 0;
+    let all = loop {
+        match stream.collect(Instant::now() + Duration::from_millis(5)).unwrap() {
+            Poll::Ready(all) => break all,
+            Poll::Pending => num_waits += 1,
+        }
+    };
+    assert!(num_waits > 1, "the stream ended before the first deadline");
+    assert_eq!(all.token_ids, FakeExecutor::continuation(&prompt(0), 100, VOCAB_SIZE));
+}
+
+#[test]
+fn what_broke_a_stream_off_is_told_to_every_reader() {
+    let executor = FakeExecutor::new(capacity(1), VOCAB_SIZE);
+    let engine = spawn(executor.with_step_time(Duration::from_millis(5)));
+    let stream = submit(&engine, 0, 190);
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..4).map(|_| scope.spawn(|| rest(&stream))).collect();
+        engine.close();
+        for reader in readers {
+            assert!(matches!(*reader.join().unwrap().unwrap_err(), Error::EngineClosed));
+        }
+    });
+    while let Ok(Poll::Ready(delta)) = stream.next(Instant::now()) {
+        assert!(delta.is_some(), "a broken stream ended as if it were whole");
+    }
+    assert!(matches!(stream.next(Instant::now()), Err(error) if error.code() == "engine_closed"));
 }
 
 #[test]
@@ -213,7 +249,7 @@ fn an_executor_that_cannot_be_built_says_why_also_by_a_panic() {
 fn logits_arrive_whole_however_they_were_chunked() {
     let engine = spawn(FakeExecutor::new(capacity(2), VOCAB_SIZE));
     let tokens: Vec<_> = (0..150).map(|i| TokenId(i % VOCAB_SIZE)).collect();
-    let logits = engine.logits(tokens.clone()).unwrap().wait().unwrap().logits;
+    let logits = rest(&engine.logits(tokens.clone()).unwrap()).unwrap().logits;
     assert_eq!(logits.len(), tokens.len() * VOCAB_SIZE as usize);
     for (row, token) in logits.chunks(VOCAB_SIZE as usize).zip(&tokens) {
         assert_eq!(row[0], token.0 as f32);
