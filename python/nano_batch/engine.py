@@ -228,7 +228,13 @@ class Engine:
         return flat.reshape(-1, self._native.vocab_size)
 
     def abort(self, request_id: str) -> None:
-        """End a request; its stream finishes with "abort". One that has ended is left alone."""
+        """End a request; its stream finishes with "abort". One that has ended is left alone.
+
+        Raises:
+            InvalidRequestError: No request has had this id.
+            EngineClosedError: The engine was closed.
+
+        """
         self._native.abort(request_id)
 
     def stats(self) -> EngineStats:

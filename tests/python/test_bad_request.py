@@ -123,11 +123,11 @@ def test_logits_of_a_bad_prompt_are_refused(reciting):
         reciting.logits("text")
 
 
+@pytest.mark.parametrize("request_id", ["123456789", "no number", "-1", str(2**64), ""])
 @pytest.mark.usefixtures("unharmed")
-def test_abort_of_an_unknown_id_is_refused_or_does_nothing(reciting):
-    reciting.abort("123456789")
-    message = refused(InvalidRequestError, lambda: reciting.abort("no number"))
-    assert_names(message, "no number")
+def test_abort_of_an_id_that_no_request_has_had_is_refused(request_id, reciting):
+    message = refused(InvalidRequestError, lambda: reciting.abort(request_id))
+    assert_names(message, f'"{request_id}"')
 
 
 @pytest.mark.usefixtures("unharmed")

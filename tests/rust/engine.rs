@@ -204,6 +204,23 @@ fn an_aborted_request_ends_with_abort_and_a_dropped_one_leaves_no_block() {
 }
 
 #[test]
+fn an_abort_does_not_wait_for_the_step_that_runs() {
+    let released = Arc::new(AtomicBool::new(false));
+    let executor = FakeExecutor::new(capacity(1), VOCAB_SIZE);
+    let engine = spawn(executor.with_fault(3, Fault::Stall(Arc::clone(&released))));
+    let streams: Vec<_> = (0..20).map(|i| submit(&engine, i, 50)).collect();
+    for stream in streams {
+        engine.abort(stream.id()).unwrap();
+        assert_eq!(end(stream).unwrap(), Some(Finish::Abort));
+    }
+    released.store(true, Ordering::Relaxed);
+    let after = submit(&engine, 0, 10);
+    let unknown = nano_core::RequestId(after.id().0 + 1);
+    assert_eq!(engine.abort(unknown).unwrap_err().code(), "unknown_request");
+    assert_eq!(end(after).unwrap(), Some(Finish::Length));
+}
+
+#[test]
 fn a_bad_request_is_refused_and_harms_no_other() {
     let engine = spawn(FakeExecutor::new(capacity(1), VOCAB_SIZE));
     let good = submit(&engine, 0, 100);

@@ -251,11 +251,11 @@ impl Engine {
             Prompt::Text(text) => self.encode(&text)?,
         };
         let decoder = TextDecoder::new(tokenizer, &prompt, text)?;
+        // Held until both threads know the request: an id is one that can be aborted.
         let mut next_request = self.next_request.lock();
         let id = RequestId(*next_request);
         let request = Request::new(id, prompt.clone(), kind, &self.limits)?;
         *next_request += 1;
-        drop(next_request);
         let mailbox = Arc::new(Mailbox::new());
         let registered = Registered {
             decoder,
@@ -269,7 +269,7 @@ impl Engine {
         }
         // A failed engine takes no command; the output thread has the reason and ends the stream.
         let _ = self.commands.send(Command::Submit(request));
-        Ok(RequestStream::new(id, prompt, mailbox, self.commands.clone()))
+        Ok(RequestStream::new(id, prompt, mailbox, self.outputs.clone()))
     }
 
     /// Text to tokens, with the special tokens that the tokenizer says.
@@ -283,14 +283,17 @@ impl Engine {
         }
     }
 
-    /// Aborts a request; its stream ends with [`Finish::Abort`](crate::Finish::Abort). One that
-    /// has ended is left alone.
+    /// Aborts a request; its stream ends with [`Finish::Abort`](crate::Finish::Abort) at once,
+    /// whatever step runs. One that has ended is left alone.
     ///
     /// # Errors
-    /// An engine that has ended.
+    /// An id that no request has had, or an engine that has ended.
     pub fn abort(&self, request: RequestId) -> Result<()> {
         self.check_alive()?;
-        let _ = self.commands.send(Command::Abort(request));
+        if request.0 >= *self.next_request.lock() {
+            return Err(Error::UnknownRequest { id: request.to_string() });
+        }
+        let _ = self.outputs.send(Output::Abort(request));
         Ok(())
     }
 

@@ -16,6 +16,12 @@ pub enum Error {
     /// A model that cannot be loaded.
     #[error(transparent)]
     Model(#[from] nano_model::Error),
+    /// An id that no request has had.
+    #[error("there is no request {id:?}")]
+    UnknownRequest {
+        /// What was given.
+        id: String,
+    },
     /// The engine was closed by its owner.
     #[error("the engine is closed")]
     EngineClosed,
@@ -47,6 +53,7 @@ impl Error {
             Self::Core(error) => error.code(),
             Self::Text(error) => error.code(),
             Self::Model(error) => error.code(),
+            Self::UnknownRequest { .. } => "unknown_request",
             Self::EngineClosed => "engine_closed",
             Self::EngineFailed { .. } => "engine_failed",
             Self::UsedAfterFork { .. } => "used_after_fork",

@@ -17,6 +17,8 @@ use crate::stream::{Delta, Finish, Mailbox, StopReason};
 pub(crate) enum Output {
     /// A request that is about to be submitted.
     Register(RequestId, Registered),
+    /// A reader went away, or somebody asks for a request's end.
+    Abort(RequestId),
     /// News from the engine thread.
     Events(Vec<TokenEvent>),
     /// The engine thread has ended by a failure.
@@ -46,9 +48,20 @@ pub(crate) fn run(outputs: &Receiver<Output>, commands: &Sender<Command>) {
                 Some(error) => request.mailbox.fail(Arc::clone(error)),
                 None => drop(requests.insert(id, request)),
             },
+            // Its readers do not wait for the step that runs.
+            Output::Abort(request) => {
+                let finish = Some(FinishReason::Abort);
+                let aborted = TokenEvent { request, tokens: vec![].into(), logits: None, finish };
+                deliver(&mut requests, aborted);
+                let _ = commands.send(Command::Abort(request));
+            }
             Output::Events(events) => {
                 for event in events {
-                    deliver(&mut requests, event, commands);
+                    let id = event.request;
+                    let engine_is_done = event.finish.is_some();
+                    if deliver(&mut requests, event) && !engine_is_done {
+                        let _ = commands.send(Command::Abort(id));
+                    }
                 }
             }
             Output::Failed { message } => {
@@ -75,15 +88,12 @@ fn fail_all(requests: &mut HashMap<RequestId, Registered>, error: &Arc<Error>) {
     }
 }
 
-fn deliver(
-    requests: &mut HashMap<RequestId, Registered>,
-    event: TokenEvent,
-    commands: &Sender<Command>,
-) {
+/// Whether the request ends with it.
+fn deliver(requests: &mut HashMap<RequestId, Registered>, event: TokenEvent) -> bool {
     let id = event.request;
-    // A request whose stop string was found is over, and the engine may not know it yet.
-    let Some(request) = requests.get_mut(&id) else { return };
-    let engine_is_done = event.finish.is_some();
+    // A request that was aborted or whose stop string was found is over, and the engine may not
+    // know it yet.
+    let Some(request) = requests.get_mut(&id) else { return false };
     // A panic while one request's text is made ends that request, not the thread that serves all.
     let decoded = catch_unwind(AssertUnwindSafe(|| decode(request, event)));
     let is_over = match decoded.unwrap_or_else(|panic| Err(text_failed(id, panic.as_ref()))) {
@@ -99,10 +109,8 @@ fn deliver(
     };
     if is_over {
         requests.remove(&id);
-        if !engine_is_done {
-            let _ = commands.send(Command::Abort(id));
-        }
     }
+    is_over
 }
 
 fn text_failed(id: RequestId, panic: &(dyn Any + Send)) -> Error {

@@ -11,8 +11,8 @@ use crossbeam_channel::Sender;
 use nano_core::{RequestId, TokenId};
 use parking_lot::{Condvar, Mutex};
 
-use crate::engine_thread::Command;
 use crate::error::Error;
+use crate::output_thread::Output;
 
 /// What a stop was due to, beside the model's end-of-sequence tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,7 +132,7 @@ pub struct RequestStream {
     id: RequestId,
     prompt: Vec<TokenId>,
     mailbox: Arc<Mailbox>,
-    commands: Sender<Command>,
+    outputs: Sender<Output>,
     owner: u32,
 }
 
@@ -141,9 +141,9 @@ impl RequestStream {
         id: RequestId,
         prompt: Vec<TokenId>,
         mailbox: Arc<Mailbox>,
-        commands: Sender<Command>,
+        outputs: Sender<Output>,
     ) -> Self {
-        Self { id, prompt, mailbox, commands, owner: std::process::id() }
+        Self { id, prompt, mailbox, outputs, owner: std::process::id() }
     }
 
     /// The id to abort it by.
@@ -177,6 +177,15 @@ impl RequestStream {
         self.wait(deadline, |state| Some(state.end.clone()?.map(|_| state.take())))
     }
 
+    /// Ends the request, if it has not ended; readers are told at once.
+    pub fn abort(&self) {
+        // In a forked child nobody serves the request, and its lock may be held for ever.
+        if std::process::id() == self.owner && self.mailbox.state.lock().end.is_none() {
+            // The engine may be gone, and with it the request.
+            let _ = self.outputs.send(Output::Abort(self.id));
+        }
+    }
+
     fn wait<T>(
         &self,
         deadline: Instant,
@@ -200,10 +209,6 @@ impl RequestStream {
 
 impl Drop for RequestStream {
     fn drop(&mut self) {
-        // In a forked child nobody serves the request, and its lock may be held for ever.
-        if std::process::id() == self.owner && self.mailbox.state.lock().end.is_none() {
-            // The engine may be gone, and with it the request.
-            let _ = self.commands.send(Command::Abort(self.id));
-        }
+        self.abort();
     }
 }

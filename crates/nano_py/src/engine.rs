@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, bounded};
 use nano_core::{RequestId, TokenId};
-use nano_engine::{EngineConfig, Prompt};
+use nano_engine::{EngineConfig, Error, Prompt};
 use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
@@ -122,10 +122,11 @@ impl Engine {
 
     /// Aborts a request by the id of its stream.
     fn abort(&self, py: Python<'_>, request_id: &str) -> PyResult<()> {
-        let id = request_id.parse().map_err(|_| {
-            invalid(py, &format!("there is no request {request_id:?}"), "unknown_request")
-        })?;
-        py.detach(|| self.0.abort(RequestId(id))).map_err(|error| to_py(py, &error))
+        let aborted = match request_id.parse() {
+            Ok(id) => self.0.abort(RequestId(id)),
+            Err(_) => Err(Error::UnknownRequest { id: request_id.to_owned() }),
+        };
+        aborted.map_err(|error| to_py(py, &error))
     }
 
     /// `(num_running, num_waiting, num_free_blocks, num_preemptions)`.

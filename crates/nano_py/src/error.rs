@@ -15,9 +15,10 @@ pub(crate) fn to_py(py: Python<'_>, error: &Error) -> PyErr {
             nano_text::Error::TokenizerUnreadable { .. }
             | nano_text::Error::TokenizerInvalid { .. },
         ) => "ModelLoadError",
-        Error::Core(_) | Error::Text(_) | Error::Model(nano_model::Error::BadOption { .. }) => {
-            "InvalidRequestError"
-        }
+        Error::Core(_)
+        | Error::Text(_)
+        | Error::Model(nano_model::Error::BadOption { .. })
+        | Error::UnknownRequest { .. } => "InvalidRequestError",
         Error::Model(_) => "ModelLoadError",
         Error::EngineClosed | Error::UsedAfterFork { .. } => "EngineClosedError",
         _ => "NanoBatchError",

@@ -65,6 +65,11 @@ impl RequestStream {
         to_tuple(py, all)
     }
 
+    /// Ends the request, if it has not ended.
+    fn abort(&self) {
+        self.0.abort();
+    }
+
     /// All logits of a request of logits, `[num_tokens, vocab_size]` as little-endian float32.
     fn collect_logits<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyByteArray>> {
         let logits = self.wait(py, nano_engine::RequestStream::collect)?.logits;
