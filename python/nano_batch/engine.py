@@ -277,7 +277,11 @@ class Engine:
         return self._native.vocab_size
 
     def close(self) -> None:
-        """End every request, stop the threads and give the memory back."""
+        """End every request at once, stop the threads and give the memory back.
+
+        It waits up to two seconds for the step that runs. One that takes longer, as a long prompt's
+        may on the CPU, is left to itself: its threads and memory go when it ends.
+        """
         self._close()
 
     def __enter__(self) -> "Engine":

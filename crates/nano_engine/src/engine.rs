@@ -333,9 +333,9 @@ impl Engine {
         Ok(*self.stats.lock())
     }
 
-    /// Ends every stream with [`Error::EngineClosed`] at once, waits for the step in flight and
-    /// gives all memory back. A step that does not end within two seconds is left to itself.
-    /// Calling it again does nothing.
+    /// Ends every stream with [`Error::EngineClosed`] at once, then waits up to two seconds for the
+    /// step in flight and gives all memory back. A step that takes longer is left to itself, and its
+    /// thread gives the memory back when it ends. Calling it again does nothing.
     pub fn close(&self) {
         self.is_closed.store(true, Ordering::Release);
         if std::process::id() != self.owner {
@@ -348,7 +348,10 @@ impl Engine {
         let _ = threads.output.join();
         match threads.engine_done.recv_timeout(CLOSE_GRACE) {
             Err(RecvTimeoutError::Timeout) => {
-                tracing::error!("a step has not ended {CLOSE_GRACE:?} after the engine was closed");
+                tracing::warn!(
+                    "a step runs {CLOSE_GRACE:?} after the engine was closed: memory comes back \
+                     when it ends"
+                );
             }
             Ok(()) | Err(RecvTimeoutError::Disconnected) => drop(threads.engine.join()),
         }
