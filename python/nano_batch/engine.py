@@ -216,7 +216,7 @@ class Engine:
         elif not isinstance(sampling_params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {sampling_params!r}")
         native = self._native.submit(text_or_ids, sampling_params)
-        return RequestStream(native, text_or_ids if isinstance(text_or_ids, str) else None)
+        return RequestStream(self, native, text_or_ids if isinstance(text_or_ids, str) else None)
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the logits at every position: float32 `[num_tokens, vocab_size]`.
@@ -305,8 +305,10 @@ class Engine:
 class RequestStream(Iterator[RequestOutput]):
     """The answer to one prompt: an iterator over what is new since the last item."""
 
-    def __init__(self, native: _native.RequestStream, prompt: str | None) -> None:
+    def __init__(self, engine: Engine, native: _native.RequestStream, prompt: str | None) -> None:
         """Wrap a submitted request."""
+        # An engine that nobody holds is closed.
+        self._engine = engine
         self._native = native
         self._prompt = prompt
         self.request_id = native.request_id

@@ -5,8 +5,9 @@ import threading
 from contextlib import contextmanager
 
 import pytest
-from nano_batch import SamplingParams
+from nano_batch import Engine, SamplingParams
 from nano_batch.exceptions import EngineClosedError
+from recital_model import TEXT
 
 LONG = SamplingParams(temperature=0, max_tokens=60000, ignore_eos=True)
 
@@ -53,3 +54,11 @@ def test_what_broke_a_stream_off_is_told_to_every_reader(read, reciting_dir, ope
     for thread in threads:
         thread.join()
     assert told == ["engine_closed"] * 4
+
+
+def test_a_stream_keeps_its_engine(reciting_dir):
+    def ask():
+        engine = Engine(str(reciting_dir), device="cpu", num_threads=1, num_blocks=64)
+        return engine.stream("?", SamplingParams(temperature=0, max_tokens=60))
+
+    assert ask().collect().outputs[0].text == TEXT
