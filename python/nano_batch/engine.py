@@ -172,8 +172,10 @@ class Engine:
             use_tqdm: Whether to show progress, if stderr is a terminal.
 
         Raises:
-            InvalidRequestError: A prompt or parameter does not hold; those before it are aborted.
+            InvalidRequestError: A prompt or parameter does not hold.
             TypeError: `sampling_params` is of another type.
+
+        Whatever is raised, Ctrl-C included, aborts all of its requests.
 
         """
         many = _prompts(prompts)
@@ -185,19 +187,27 @@ class Engine:
         if len(params) != len(many):
             message = f"{len(params)} sampling_params were given for {len(many)} prompts"
             raise InvalidRequestError(message, "invalid_sampling_params")
-        streams = [self.stream(*pair) for pair in zip(many, params, strict=True)]
+        streams = []
         outputs = []
         num_tokens = 0
         # None: silent when stderr is no terminal.
         disable = None if use_tqdm else True
-        with tqdm(total=len(streams), desc="prompts", unit="prompt", disable=disable) as bar:
+        try:
+            for pair in zip(many, params, strict=True):
+                streams.append(self.stream(*pair))
+            with tqdm(total=len(streams), desc="prompts", unit="prompt", disable=disable) as bar:
+                for stream in streams:
+                    output = stream.collect()
+                    num_tokens += len(output.outputs[0].token_ids)
+                    outputs.append(output)
+                    bar.update()
+                    speed = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
+                    bar.set_postfix_str(f"{speed:.1f} tok/s", refresh=False)
+        except BaseException:
+            # The exception's traceback keeps the streams for as long as somebody keeps it.
             for stream in streams:
-                output = stream.collect()
-                num_tokens += len(output.outputs[0].token_ids)
-                outputs.append(output)
-                bar.update()
-                elapsed = bar.format_dict["elapsed"]
-                bar.set_postfix_str(f"{num_tokens / max(elapsed, 1e-9):.1f} tok/s", refresh=False)
+                stream._native.abort()
+            raise
         return outputs
 
     def stream(
@@ -224,7 +234,11 @@ class Engine:
         They come through the same cache and batches as generation, for parity and perplexity.
         """
         native = self._native.submit_logits(_plain_token_ids(token_ids))
-        flat = np.frombuffer(native.collect_logits(), dtype="<f4")
+        try:
+            flat = np.frombuffer(native.collect_logits(), dtype="<f4")
+        except BaseException:
+            native.abort()
+            raise
         return flat.reshape(-1, self._native.vocab_size)
 
     def abort(self, request_id: str) -> None:

@@ -62,3 +62,29 @@ def test_a_stream_keeps_its_engine(reciting_dir):
         return engine.stream("?", SamplingParams(temperature=0, max_tokens=60))
 
     assert ask().collect().outputs[0].text == TEXT
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda engine: engine.generate(["?"] * 3, LONG, use_tqdm=False),
+        lambda engine: engine.logits([5] * 65000),
+    ],
+    ids=["generate", "logits"],
+)
+def test_an_exception_aborts_what_was_asked_for_also_while_it_is_kept(
+    use, reciting_dir, open_engine, wait_until
+):
+    # Each step has a token of the clock and one of the others: they would outlast it.
+    engine = open_engine(reciting_dir, num_blocks=8192, max_num_batched_tokens=2)
+    clock = engine.stream("?", LONG)
+    next(clock)
+    with pytest.raises(KeyboardInterrupt) as kept, ctrl_c():
+        use(engine)
+
+    def is_alone():
+        return engine.stats().num_running + engine.stats().num_waiting <= 1
+
+    wait_until(is_alone, "what was asked for is aborted")
+    assert not next(clock).finished
+    assert kept.value.__traceback__ is not None
