@@ -1,13 +1,16 @@
 """Readers of streams: what one does not take, by an interrupt or an abort, is lost for none."""
 
+import json
 import signal
 import threading
 from contextlib import contextmanager
 
 import pytest
+import recital_model
 from nano_batch import Engine, SamplingParams
-from nano_batch.exceptions import EngineClosedError
+from nano_batch.exceptions import EngineClosedError, RequestFailedError
 from recital_model import TEXT
+from safetensors.torch import load_file, save_file
 
 LONG = SamplingParams(temperature=0, max_tokens=60000, ignore_eos=True)
 
@@ -88,3 +91,35 @@ def test_an_exception_aborts_what_was_asked_for_also_while_it_is_kept(
     wait_until(is_alone, "what was asked for is aborted")
     assert not next(clock).finished
     assert kept.value.__traceback__ is not None
+
+
+def test_a_decoder_that_panics_fails_its_request_alone(tmp_path, open_engine):
+    path = recital_model.write(tmp_path) / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    # It cuts a lone "s" at both ends, and there is only one to cut.
+    strip = {"type": "Strip", "content": "s", "start": 1, "stop": 1}
+    tokenizer["decoder"] = {"type": "Sequence", "decoders": [strip, tokenizer["decoder"]]}
+    path.write_text(json.dumps(tokenizer))
+    engine = open_engine(tmp_path)
+    other = engine.stream("?", SamplingParams(temperature=0, max_tokens=60, detokenize=False))
+    with pytest.raises(
+        RequestFailedError, match="text of request 1 could not be made: a panic"
+    ) as error:
+        engine.generate("?", SamplingParams(temperature=0, max_tokens=60), use_tqdm=False)
+    assert error.value.code == "text_failed"
+    assert other.collect().outputs[0].finish_reason == "stop"
+    few = SamplingParams(temperature=0, max_tokens=5)
+    assert engine.generate("?", few, use_tqdm=False)[0].outputs[0].text == TEXT[:4]
+
+
+def test_a_prompt_that_gives_no_number_fails_its_request_alone(tmp_path, open_engine):
+    path = recital_model.write(tmp_path) / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"][7] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    engine = open_engine(tmp_path)
+    other = engine.stream("?", SamplingParams(temperature=0, max_tokens=60))
+    with pytest.raises(RequestFailedError, match="no finite number") as error:
+        engine.generate([7], use_tqdm=False)
+    assert error.value.code == "logits_not_finite"
+    assert other.collect().outputs[0].text == TEXT

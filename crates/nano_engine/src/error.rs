@@ -1,5 +1,7 @@
 //! Everything that a user of the engine can be told.
 
+use nano_core::RequestId;
+
 /// The result of `nano_engine`.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -31,6 +33,14 @@ pub enum Error {
         /// What the executor said.
         message: String,
     },
+    /// One request's text could not be made; no other request is touched.
+    #[error("the text of request {id} could not be made: {message}")]
+    TextFailed {
+        /// The request.
+        id: RequestId,
+        /// What the tokenizer said.
+        message: String,
+    },
     /// The engine's threads live in the process that made it.
     #[error(
         "the engine belongs to process {owner} and cannot be used after a fork, in process {here}"
@@ -56,6 +66,7 @@ impl Error {
             Self::UnknownRequest { .. } => "unknown_request",
             Self::EngineClosed => "engine_closed",
             Self::EngineFailed { .. } => "engine_failed",
+            Self::TextFailed { .. } => "text_failed",
             Self::UsedAfterFork { .. } => "used_after_fork",
             Self::Thread(_) => "thread_failed",
         }

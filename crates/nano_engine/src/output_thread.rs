@@ -1,6 +1,5 @@
 //! The thread that turns tokens into text and serves every reader.
 
-use std::any::Any;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -96,7 +95,12 @@ fn deliver(requests: &mut HashMap<RequestId, Registered>, event: TokenEvent) -> 
     let Some(request) = requests.get_mut(&id) else { return false };
     // A panic while one request's text is made ends that request, not the thread that serves all.
     let decoded = catch_unwind(AssertUnwindSafe(|| decode(request, event)));
-    let is_over = match decoded.unwrap_or_else(|panic| Err(text_failed(id, panic.as_ref()))) {
+    let decoded = decoded.unwrap_or_else(|panic| {
+        let message = format!("a panic: {}", panic_message(panic.as_ref()));
+        tracing::error!("request {id}: {message}");
+        Err(Error::TextFailed { id, message })
+    });
+    let is_over = match decoded {
         Ok(news) => {
             let is_over = news.finish.is_some();
             request.mailbox.merge(news);
@@ -111,12 +115,6 @@ fn deliver(requests: &mut HashMap<RequestId, Registered>, event: TokenEvent) -> 
         requests.remove(&id);
     }
     is_over
-}
-
-fn text_failed(id: RequestId, panic: &(dyn Any + Send)) -> Error {
-    let message = format!("making text panicked: {}", panic_message(panic));
-    tracing::error!("request {id}: {message}");
-    Error::EngineFailed { message }
 }
 
 fn decode(request: &mut Registered, event: TokenEvent) -> Result<Delta> {

@@ -15,6 +15,9 @@ pub(crate) fn to_py(py: Python<'_>, error: &Error) -> PyErr {
             nano_text::Error::TokenizerUnreadable { .. }
             | nano_text::Error::TokenizerInvalid { .. },
         ) => "ModelLoadError",
+        Error::Core(nano_core::Error::LogitsNotFinite { .. })
+        | Error::Text(nano_text::Error::DecodeFailed { .. })
+        | Error::TextFailed { .. } => "RequestFailedError",
         Error::Core(_)
         | Error::Text(_)
         | Error::Model(nano_model::Error::BadOption { .. })
