@@ -378,8 +378,14 @@ def _find_model(model: str | os.PathLike[str] | None, revision: str | None) -> P
         )
         raise ModelLoadError(message, "model_missing") from None
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja"]
-        return Path(snapshot_download(str(model), revision=revision, allow_patterns=patterns))
+        found = snapshot_download(
+            str(model),
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors"],
+            # The same weights once more, under Mistral's own names.
+            ignore_patterns=["consolidated*"],
+        )
+        return Path(found)
     except Exception as error:
         message = f"{os.fspath(model)!r} is no directory and the hub did not give it: {error}"
         raise ModelLoadError(message, "model_missing") from error
