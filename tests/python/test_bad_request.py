@@ -65,7 +65,9 @@ def test_the_tokenizer_refuses_a_lone_surrogate(reciting):
 def test_the_tokenizer_refuses_what_is_no_token(reciting):
     decode = reciting.get_tokenizer().decode
     assert_names(refused(InvalidRequestError, lambda: decode([5, -1])), -1, "position 1")
-    assert_names(refused(InvalidRequestError, lambda: decode([2**32])), 2**32, "position 0")
+    for token in (258, 10**9, 2**32, 2**40):
+        message = refused(InvalidRequestError, lambda token=token: decode([token]))
+        assert_names(message, f"token {token}", "position 0", "vocabulary of 258")
 
 
 @pytest.mark.usefixtures("unharmed")

@@ -138,7 +138,11 @@ impl Engine {
     /// The tokenizer; raises if the model has none.
     fn tokenizer(&self, py: Python<'_>) -> PyResult<Tokenizer> {
         match self.0.tokenizer() {
-            Some(tokenizer) => Ok(Tokenizer(tokenizer.clone())),
+            Some(tokenizer) => {
+                let inner = tokenizer.clone();
+                let num_tokens = self.0.info().vocab_size.max(inner.vocab_size() as u32);
+                Ok(Tokenizer { inner, num_tokens })
+            }
             // Encoding anything says what is missing and where.
             None => match self.0.encode("") {
                 Err(error) => Err(to_py(py, &error)),
@@ -208,17 +212,17 @@ impl Engine {
 
 impl Engine {
     fn token_ids(&self, py: Python<'_>, tokens: &[i64]) -> PyResult<Vec<TokenId>> {
-        checked(py, tokens, self.0.info().vocab_size as usize)
+        checked(py, tokens, self.0.info().vocab_size)
     }
 }
 
-/// Token ids of 32 bits. What they mean is checked by whom they go to.
-fn checked(py: Python<'_>, tokens: &[i64], vocab_size: usize) -> PyResult<Vec<TokenId>> {
+/// Token ids below `vocab_size`.
+fn checked(py: Python<'_>, tokens: &[i64], vocab_size: u32) -> PyResult<Vec<TokenId>> {
     let checked = tokens.iter().enumerate().map(|(position, &token)| {
-        u32::try_from(token).map(TokenId).map_err(|_| {
+        let known = u32::try_from(token).ok().filter(|token| *token < vocab_size);
+        known.map(TokenId).ok_or_else(|| {
             let message = format!(
-                "token {token} at position {position} is outside the vocabulary of \
-                 {vocab_size}"
+                "token {token} at position {position} is outside the vocabulary of {vocab_size}"
             );
             invalid(py, &message, "token_outside_vocabulary")
         })
@@ -246,13 +250,17 @@ fn load(py: Python<'_>, config: EngineConfig) -> PyResult<nano_engine::Engine> {
 
 /// Text to tokens and back, as the engine does it.
 #[pyclass(frozen, module = "nano_batch._native")]
-pub(crate) struct Tokenizer(nano_text::Tokenizer);
+pub(crate) struct Tokenizer {
+    inner: nano_text::Tokenizer,
+    /// The model's and the tokenizer's vocabulary: either may have ids that the other has not.
+    num_tokens: u32,
+}
 
 #[pymethods]
 impl Tokenizer {
     #[getter]
     fn vocab_size(&self) -> usize {
-        self.0.vocab_size()
+        self.inner.vocab_size()
     }
 
     /// The token ids of a text.
@@ -266,12 +274,12 @@ impl Tokenizer {
     ) -> PyResult<Vec<u32>> {
         let text = plain_text(&text, "text", "invalid_prompt")?;
         let tokens = py
-            .detach(|| self.0.encode(text, add_special_tokens))
+            .detach(|| self.inner.encode(text, add_special_tokens))
             .map_err(|error| to_py(py, &error.into()))?;
         Ok(tokens.into_iter().map(|token| token.0).collect())
     }
 
-    /// The text of token ids.
+    /// The text of token ids; those that are the model's alone have none.
     #[pyo3(signature = (token_ids, *, skip_special_tokens=true))]
     #[expect(clippy::needless_pass_by_value, reason = "what pyo3 extracts")]
     fn decode(
@@ -280,8 +288,8 @@ impl Tokenizer {
         token_ids: Vec<i64>,
         skip_special_tokens: bool,
     ) -> PyResult<String> {
-        let tokens = checked(py, &token_ids, self.0.vocab_size())?;
-        py.detach(|| self.0.decode(&tokens, skip_special_tokens))
+        let tokens = checked(py, &token_ids, self.num_tokens)?;
+        py.detach(|| self.inner.decode(&tokens, skip_special_tokens))
             .map_err(|error| to_py(py, &error.into()))
     }
 }
