@@ -411,8 +411,12 @@ def _prompts(prompts: Any) -> list[Any]:
 def _plain_prompt(prompt: Prompt) -> str | list[int]:
     if isinstance(prompt, Mapping):
         keys = set(prompt)
-        if keys == {"prompt"} and isinstance(prompt["prompt"], str):
-            return prompt["prompt"]
+        if keys == {"prompt"}:
+            text = prompt["prompt"]
+            if isinstance(text, str):
+                return text
+            message = f"prompt in a prompt dict must be a text, got {type(text).__name__}"
+            raise InvalidRequestError(message, "invalid_prompt")
         if keys == {"prompt_token_ids"}:
             return _plain_token_ids(prompt["prompt_token_ids"])
         names = sorted(map(str, keys))

@@ -45,7 +45,9 @@ REQUESTS = {
         ["prompt", "prompt_token_ids"],
     ),
     "a dictionary with keys of two types": ({1: 2, "a": 3}, ["1", "a"]),
-    "a dictionary whose text is none": ({"prompt": 3}, ["prompt"]),
+    "a dictionary whose text is none": ({"prompt": 3}, ["prompt", "text, got int"]),
+    "a dictionary whose text is tokens": ({"prompt": [3]}, ["prompt", "text, got list"]),
+    "a dictionary whose tokens are none": ({"prompt_token_ids": "a"}, ["token ids, got str"]),
 }
 
 
