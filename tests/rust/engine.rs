@@ -9,8 +9,9 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use nano_core::executor::fake::{FakeExecutor, Fault};
-use nano_core::{Capacity, SamplingParams, SchedulerConfig, TokenId};
-use nano_engine::{Delta, Engine, Error, Finish, Prompt, RequestStream, Served, SpawnConfig};
+use nano_core::{Capacity, Executor, SamplingParams, SchedulerConfig, TokenId};
+use nano_engine::{Delta, Engine, Error, Finish, Prompt, RequestStream};
+use nano_model::{GenerationDefaults, ModelInfo};
 
 const VOCAB_SIZE: u32 = 50;
 /// "Within a second", and no test may hang.
@@ -21,11 +22,20 @@ fn capacity(max_steps_in_flight: u32) -> Capacity {
 }
 
 fn spawn(executor: FakeExecutor) -> Engine {
-    let config = SpawnConfig { seed: 0, tokenizer: None };
     let limits = SchedulerConfig { max_num_seqs: 8, max_num_batched_tokens: 32, max_itl: None };
-    let served =
-        Served { vocab_size: VOCAB_SIZE, max_model_len: 200, eos_token_ids: vec![], limits };
-    Engine::spawn(config, || Ok((executor, served))).unwrap()
+    let model = ModelInfo {
+        vocab_size: VOCAB_SIZE,
+        max_model_len: 200,
+        eos_token_ids: vec![],
+        generation: GenerationDefaults::default(),
+        device: "fake".into(),
+        dtype: "float32",
+        weight_bytes: 0,
+        packed_bytes: 0,
+        num_blocks: executor.capacity().num_blocks,
+        limits,
+    };
+    Engine::spawn("no tokenizer".into(), None, 0, || Ok((executor, model))).unwrap()
 }
 
 fn submit(engine: &Engine, first: u32, max_tokens: u32) -> RequestStream {
@@ -251,15 +261,15 @@ fn a_bad_request_is_refused_and_harms_no_other() {
 
 #[test]
 fn an_executor_that_cannot_be_built_says_why_also_by_a_panic() {
-    let config = SpawnConfig { seed: 0, tokenizer: None };
-    let failing = || -> nano_engine::Result<(FakeExecutor, Served)> {
-        Err(nano_core::Error::ExecutorFailed { message: "no device".into() }.into())
+    let spawn = |build: fn() -> nano_engine::Result<(FakeExecutor, ModelInfo)>| {
+        Engine::spawn("no tokenizer".into(), None, 0, build).unwrap_err().to_string()
     };
-    let error = Engine::spawn(config.clone(), failing).unwrap_err();
-    assert_eq!(error.to_string(), "executor failed: no device");
-    let panicking = || -> nano_engine::Result<(FakeExecutor, Served)> { panic!("libtorch is out") };
-    let error = Engine::spawn(config, panicking).unwrap_err();
-    assert_eq!(error.to_string(), "the engine has failed: loading panicked: libtorch is out");
+    let failing = || Err(nano_core::Error::ExecutorFailed { message: "no device".into() }.into());
+    assert_eq!(spawn(failing), "executor failed: no device");
+    assert_eq!(
+        spawn(|| panic!("libtorch is out")),
+        "the engine has failed: loading panicked: libtorch is out"
+    );
 }
 
 #[test]
