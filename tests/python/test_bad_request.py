@@ -30,6 +30,10 @@ REQUESTS = {
         [f"{MAX_MODEL_LEN} tokens", "max_model_len", "one more"],
     ),
     "a text longer than max_model_len": ("a" * 70000, [70001, "max_model_len", MAX_MODEL_LEN]),
+    "a text that need not be encoded": (
+        "a" * 400_000,
+        ["400000 bytes", "at least 100000 tokens", "max_model_len", MAX_MODEL_LEN],
+    ),
     "fractions": ([1.5, 2.0], ["position 0", "1.5"]),
     "booleans": ([True, False], ["position 0", "True"]),
     "an array of fractions": (np.array([0.5]), ["position 0", "0.5"]),

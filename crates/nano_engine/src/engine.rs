@@ -181,7 +181,10 @@ impl Engine {
         self.check_alive()?;
         let prompt = match prompt {
             Prompt::Tokens(tokens) => tokens,
-            Prompt::Text(text) => self.encode(&text)?,
+            Prompt::Text(text) => {
+                self.check_length(&text)?;
+                self.encode(&text)?
+            }
         };
         let decoder = TextDecoder::new(tokenizer, &prompt, text)?;
         // Held until both threads know the request: an id is one that can be aborted.
@@ -203,6 +206,16 @@ impl Engine {
         // A failed engine takes no command; the output thread has the reason and ends the stream.
         let _ = self.commands.send(Command::Submit(request));
         Ok(RequestStream::new(id, prompt, mailbox, self.outputs.clone()))
+    }
+
+    /// Refuses what is too long however it is encoded, which would take seconds and gigabytes.
+    fn check_length(&self, text: &str) -> Result<()> {
+        let (num_bytes, max_model_len) = (text.len(), self.limits.max_model_len);
+        let least = self.tokenizer.as_ref().map_or(0, |it| it.min_num_tokens(num_bytes));
+        if least > max_model_len as usize {
+            return Err(Error::TextTooLong { num_bytes, least, max_model_len });
+        }
+        Ok(())
     }
 
     /// Text to tokens, with the special tokens that the tokenizer says.

@@ -15,6 +15,19 @@ pub enum Error {
     /// Text that cannot become tokens, or the other way round.
     #[error(transparent)]
     Text(#[from] nano_text::Error),
+    /// A text that is too long however it is encoded.
+    #[error(
+        "prompt of {num_bytes} bytes has at least {least} tokens, but max_model_len is \
+         {max_model_len}"
+    )]
+    TextTooLong {
+        /// Bytes of the text.
+        num_bytes: usize,
+        /// Its tokens, if each were the longest one.
+        least: usize,
+        /// Tokens of prompt and output together.
+        max_model_len: u32,
+    },
     /// A model that cannot be loaded.
     #[error(transparent)]
     Model(#[from] nano_model::Error),
@@ -63,6 +76,7 @@ impl Error {
             Self::Core(error) => error.code(),
             Self::Text(error) => error.code(),
             Self::Model(error) => error.code(),
+            Self::TextTooLong { .. } => "prompt_too_long",
             Self::UnknownRequest { .. } => "unknown_request",
             Self::EngineClosed => "engine_closed",
             Self::EngineFailed { .. } => "engine_failed",
