@@ -13,6 +13,7 @@ from nano_batch.exceptions import (
     InvalidRequestError,
     ModelLoadError,
     NanoBatchError,
+    RequestFailedError,
 )
 from nano_batch.outputs import (
     CompletionOutput,
@@ -35,6 +36,7 @@ __all__ = [
     "InvalidRequestError",
     "ModelLoadError",
     "NanoBatchError",
+    "RequestFailedError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",

@@ -2,10 +2,9 @@
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -13,13 +12,12 @@ from tqdm import tqdm
 from nano_batch import _native
 from nano_batch.checks import check_choice, check_flag, check_integer, check_number
 from nano_batch.cuda_libraries import map_cuda_libraries
-from nano_batch.exceptions import InvalidRequestError, ModelLoadError, NanoBatchError
+from nano_batch.exceptions import InvalidRequestError, ModelLoadError
 from nano_batch.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
 from nano_batch.sampling_params import SamplingParams
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "austen"
 
-_Read = TypeVar("_Read")
 Prompt: TypeAlias = str | Sequence[int] | np.ndarray | Mapping[str, Any]
 
 
@@ -174,8 +172,10 @@ class Engine:
             use_tqdm: Whether to show progress, if stderr is a terminal.
 
         Raises:
-            InvalidRequestError: A prompt or parameter does not hold; those before it are aborted.
+            InvalidRequestError: A prompt or parameter does not hold.
             TypeError: `sampling_params` is of another type.
+
+        Whatever is raised, Ctrl-C included, aborts all of its requests.
 
         """
         many = _prompts(prompts)
@@ -187,19 +187,27 @@ class Engine:
         if len(params) != len(many):
             message = f"{len(params)} sampling_params were given for {len(many)} prompts"
             raise InvalidRequestError(message, "invalid_sampling_params")
-        streams = [self.stream(*pair) for pair in zip(many, params, strict=True)]
+        streams = []
         outputs = []
         num_tokens = 0
         # None: silent when stderr is no terminal.
         disable = None if use_tqdm else True
-        with tqdm(total=len(streams), desc="prompts", unit="prompt", disable=disable) as bar:
+        try:
+            for pair in zip(many, params, strict=True):
+                streams.append(self.stream(*pair))
+            with tqdm(total=len(streams), desc="prompts", unit="prompt", disable=disable) as bar:
+                for stream in streams:
+                    output = stream.collect()
+                    num_tokens += len(output.outputs[0].token_ids)
+                    outputs.append(output)
+                    bar.update()
+                    speed = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
+                    bar.set_postfix_str(f"{speed:.1f} tok/s", refresh=False)
+        except BaseException:
+            # The exception's traceback keeps the streams for as long as somebody keeps it.
             for stream in streams:
-                output = stream.collect()
-                num_tokens += len(output.outputs[0].token_ids)
-                outputs.append(output)
-                bar.update()
-                elapsed = bar.format_dict["elapsed"]
-                bar.set_postfix_str(f"{num_tokens / max(elapsed, 1e-9):.1f} tok/s", refresh=False)
+                stream._native.abort()
+            raise
         return outputs
 
     def stream(
@@ -218,7 +226,7 @@ class Engine:
         elif not isinstance(sampling_params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {sampling_params!r}")
         native = self._native.submit(text_or_ids, sampling_params)
-        return RequestStream(native, text_or_ids if isinstance(text_or_ids, str) else None)
+        return RequestStream(self, native, text_or_ids if isinstance(text_or_ids, str) else None)
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the logits at every position: float32 `[num_tokens, vocab_size]`.
@@ -226,11 +234,21 @@ class Engine:
         They come through the same cache and batches as generation, for parity and perplexity.
         """
         native = self._native.submit_logits(_plain_token_ids(token_ids))
-        flat = np.frombuffer(native.collect_logits(), dtype="<f4")
+        try:
+            flat = np.frombuffer(native.collect_logits(), dtype="<f4")
+        except BaseException:
+            native.abort()
+            raise
         return flat.reshape(-1, self._native.vocab_size)
 
     def abort(self, request_id: str) -> None:
-        """End a request; its stream finishes with "abort". One that has ended is left alone."""
+        """End a request; its stream finishes with "abort". One that has ended is left alone.
+
+        Raises:
+            InvalidRequestError: No request has had this id.
+            EngineClosedError: The engine was closed.
+
+        """
         self._native.abort(request_id)
 
     def stats(self) -> EngineStats:
@@ -273,7 +291,11 @@ class Engine:
         return self._native.vocab_size
 
     def close(self) -> None:
-        """End every request, stop the threads and give the memory back."""
+        """End every request at once, stop the threads and give the memory back.
+
+        It waits up to two seconds for the step that runs. One that takes longer, as a long prompt's
+        may on the CPU, is left to itself: its threads and memory go when it ends.
+        """
         self._close()
 
     def __enter__(self) -> "Engine":
@@ -297,42 +319,32 @@ class Engine:
 class RequestStream(Iterator[RequestOutput]):
     """The answer to one prompt: an iterator over what is new since the last item."""
 
-    def __init__(self, native: _native.RequestStream, prompt: str | None) -> None:
+    def __init__(self, engine: Engine, native: _native.RequestStream, prompt: str | None) -> None:
         """Wrap a submitted request."""
+        # An engine that nobody holds is closed.
+        self._engine = engine
         self._native = native
         self._prompt = prompt
-        self._last: RequestOutput | None = None
-        self._error: NanoBatchError | None = None
         self.request_id = native.request_id
         self.prompt_token_ids = native.prompt_token_ids
 
     def __next__(self) -> RequestOutput:
         """Wait for news; the GIL is free meanwhile and Ctrl-C works."""
-        delta = self._read(self._native.next)
+        delta = self._native.next()
         if delta is None:
             raise StopIteration
         return self._output(delta)
 
     def collect(self) -> RequestOutput:
-        """Wait for the end and return all that was not taken yet as one output."""
-        if self._last is not None and self._last.finished:
-            nothing = replace(self._last.outputs[0], text="", token_ids=[])
-            return replace(self._last, outputs=[nothing])
-        return self._output(self._read(self._native.collect))
+        """Wait for the end and return all that was not taken yet as one output.
 
-    def _read(self, read: Callable[[], _Read]) -> _Read:
-        # What broke the stream off is not over when it was told once.
-        if self._error is not None:
-            raise self._error
-        try:
-            return read()
-        except NanoBatchError as error:
-            self._error = error
-            raise
+        An exception in between, as of Ctrl-C, takes nothing: the next call has it all.
+        """
+        return self._output(self._native.collect())
 
     def _output(self, delta: "_native._Delta") -> RequestOutput:
         token_ids, text, finish_reason, stop_reason, first_token_s, last_token_s = delta
-        self._last = RequestOutput(
+        return RequestOutput(
             request_id=self.request_id,
             prompt=self._prompt,
             prompt_token_ids=self.prompt_token_ids,
@@ -340,7 +352,6 @@ class RequestStream(Iterator[RequestOutput]):
             finished=finish_reason is not None,
             metrics=RequestMetrics(first_token_s, last_token_s),
         )
-        return self._last
 
 
 def _find_model(model: str | os.PathLike[str] | None, revision: str | None) -> Path:
@@ -367,8 +378,14 @@ def _find_model(model: str | os.PathLike[str] | None, revision: str | None) -> P
         )
         raise ModelLoadError(message, "model_missing") from None
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja"]
-        return Path(snapshot_download(str(model), revision=revision, allow_patterns=patterns))
+        found = snapshot_download(
+            str(model),
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors"],
+            # The same weights once more, under Mistral's own names.
+            ignore_patterns=["consolidated*"],
+        )
+        return Path(found)
     except Exception as error:
         message = f"{os.fspath(model)!r} is no directory and the hub did not give it: {error}"
         raise ModelLoadError(message, "model_missing") from error
@@ -394,8 +411,12 @@ def _prompts(prompts: Any) -> list[Any]:
 def _plain_prompt(prompt: Prompt) -> str | list[int]:
     if isinstance(prompt, Mapping):
         keys = set(prompt)
-        if keys == {"prompt"} and isinstance(prompt["prompt"], str):
-            return prompt["prompt"]
+        if keys == {"prompt"}:
+            text = prompt["prompt"]
+            if isinstance(text, str):
+                return text
+            message = f"prompt in a prompt dict must be a text, got {type(text).__name__}"
+            raise InvalidRequestError(message, "invalid_prompt")
         if keys == {"prompt_token_ids"}:
             return _plain_token_ids(prompt["prompt_token_ids"])
         names = sorted(map(str, keys))

@@ -18,6 +18,10 @@ class ModelLoadError(NanoBatchError):
     """A model directory that cannot be loaded."""
 
 
+class RequestFailedError(NanoBatchError):
+    """A request has failed on its way, through no fault of its own; the engine serves on."""
+
+
 class EngineClosedError(NanoBatchError):
     """The engine was closed, or belongs to another process."""
 

@@ -32,7 +32,8 @@ class RequestOutput:
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: list[int]
+    prompt_token_ids: tuple[int, ...]
+    """One tuple for all outputs of a stream."""
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 from nano_batch import Engine
 from nano_batch.exceptions import InvalidRequestError, ModelLoadError, NanoBatchError
@@ -300,6 +301,21 @@ def test_a_hub_id_without_network_is_refused_by_name():
     assert_names(load_fails("nobody/no-such-model"), "nobody/no-such-model")
 
 
+def test_the_hub_is_asked_for_what_is_loaded_and_for_nothing_else(monkeypatch, embedded_model):
+    kept = ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors"]
+    rest = ["README.md", "chat_template.jinja", "consolidated.safetensors", "tokenizer.model"]
+
+    def download(repo_id, *, revision, allow_patterns, ignore_patterns):
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        asked.extend(huggingface_hub.utils.filter_repo_objects(kept + rest, **patterns))
+        return str(embedded_model)
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    Engine("nobody/model", device="cpu", num_threads=1, num_blocks=64).close()
+    assert asked == kept
+
+
 def test_the_package_needs_no_torch():
     script = "import sys, nano_batch; nano_batch.Engine().close(); print('torch' in sys.modules)"
     done = subprocess.run(
@@ -311,6 +327,7 @@ def test_the_package_needs_no_torch():
 def test_every_exception_derives_from_the_one_base():
     from nano_batch import exceptions
 
-    for name in ("InvalidRequestError", "ModelLoadError", "EngineClosedError", "EngineFailedError"):
-        assert issubclass(getattr(exceptions, name), NanoBatchError)
+    kinds = [kind for kind in vars(exceptions).values() if isinstance(kind, type)]
+    assert len(kinds) == 6
+    assert all(issubclass(kind, NanoBatchError) for kind in kinds)
     assert issubclass(InvalidRequestError, ValueError)

@@ -30,6 +30,10 @@ REQUESTS = {
         [f"{MAX_MODEL_LEN} tokens", "max_model_len", "one more"],
     ),
     "a text longer than max_model_len": ("a" * 70000, [70001, "max_model_len", MAX_MODEL_LEN]),
+    "a text that need not be encoded": (
+        "a" * 400_000,
+        ["400000 bytes", "at least 100000 tokens", "max_model_len", MAX_MODEL_LEN],
+    ),
     "fractions": ([1.5, 2.0], ["position 0", "1.5"]),
     "booleans": ([True, False], ["position 0", "True"]),
     "an array of fractions": (np.array([0.5]), ["position 0", "0.5"]),
@@ -45,7 +49,9 @@ REQUESTS = {
         ["prompt", "prompt_token_ids"],
     ),
     "a dictionary with keys of two types": ({1: 2, "a": 3}, ["1", "a"]),
-    "a dictionary whose text is none": ({"prompt": 3}, ["prompt"]),
+    "a dictionary whose text is none": ({"prompt": 3}, ["prompt", "text, got int"]),
+    "a dictionary whose text is tokens": ({"prompt": [3]}, ["prompt", "text, got list"]),
+    "a dictionary whose tokens are none": ({"prompt_token_ids": "a"}, ["token ids, got str"]),
 }
 
 
@@ -65,7 +71,9 @@ def test_the_tokenizer_refuses_a_lone_surrogate(reciting):
 def test_the_tokenizer_refuses_what_is_no_token(reciting):
     decode = reciting.get_tokenizer().decode
     assert_names(refused(InvalidRequestError, lambda: decode([5, -1])), -1, "position 1")
-    assert_names(refused(InvalidRequestError, lambda: decode([2**32])), 2**32, "position 0")
+    for token in (258, 10**9, 2**32, 2**40):
+        message = refused(InvalidRequestError, lambda token=token: decode([token]))
+        assert_names(message, f"token {token}", "position 0", "vocabulary of 258")
 
 
 @pytest.mark.usefixtures("unharmed")
@@ -123,11 +131,11 @@ def test_logits_of_a_bad_prompt_are_refused(reciting):
         reciting.logits("text")
 
 
+@pytest.mark.parametrize("request_id", ["123456789", "no number", "-1", str(2**64), ""])
 @pytest.mark.usefixtures("unharmed")
-def test_abort_of_an_unknown_id_is_refused_or_does_nothing(reciting):
-    reciting.abort("123456789")
-    message = refused(InvalidRequestError, lambda: reciting.abort("no number"))
-    assert_names(message, "no number")
+def test_abort_of_an_id_that_no_request_has_had_is_refused(request_id, reciting):
+    message = refused(InvalidRequestError, lambda: reciting.abort(request_id))
+    assert_names(message, f'"{request_id}"')
 
 
 @pytest.mark.usefixtures("unharmed")

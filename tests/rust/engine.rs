@@ -5,11 +5,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use nano_core::executor::fake::{FakeExecutor, Fault};
-use nano_core::{Capacity, SamplingParams, SchedulerConfig, TokenId};
-use nano_engine::{Engine, Error, Finish, Prompt, RequestStream, Served, SpawnConfig};
+use nano_core::{Capacity, Executor, SamplingParams, SchedulerConfig, TokenId};
+use nano_engine::{Delta, Engine, Error, Finish, Prompt, RequestStream};
+use nano_model::{GenerationDefaults, ModelInfo};
 
 const VOCAB_SIZE: u32 = 50;
 /// "Within a second", and no test may hang.
@@ -20,11 +22,20 @@ fn capacity(max_steps_in_flight: u32) -> Capacity {
 }
 
 fn spawn(executor: FakeExecutor) -> Engine {
-    let config = SpawnConfig { seed: 0, tokenizer: None };
     let limits = SchedulerConfig { max_num_seqs: 8, max_num_batched_tokens: 32, max_itl: None };
-    let served =
-        Served { vocab_size: VOCAB_SIZE, max_model_len: 200, eos_token_ids: vec![], limits };
-    Engine::spawn(config, || Ok((executor, served))).unwrap()
+    let model = ModelInfo {
+        vocab_size: VOCAB_SIZE,
+        max_model_len: 200,
+        eos_token_ids: vec![],
+        generation: GenerationDefaults::default(),
+        device: "fake".into(),
+        dtype: "float32",
+        weight_bytes: 0,
+        packed_bytes: 0,
+        num_blocks: executor.capacity().num_blocks,
+        limits,
+    };
+    Engine::spawn("no tokenizer".into(), None, 0, || Ok((executor, model))).unwrap()
 }
 
 fn submit(engine: &Engine, first: u32, max_tokens: u32) -> RequestStream {
@@ -36,18 +47,17 @@ fn prompt(first: u32) -> Vec<TokenId> {
     vec![TokenId(first % VOCAB_SIZE), TokenId(1), TokenId(2)]
 }
 
-/// The end of a stream, which must come soon.
-fn end(mut stream: RequestStream) -> Result<Option<Finish>, Error> {
-    let deadline = Instant::now() + SOON;
-    let mut finish = None;
-    loop {
-        match stream.next(Some(deadline)) {
-            Ok(Some(delta)) => finish = delta.finish,
-            Ok(None) if stream.is_over() => return Ok(finish),
-            Ok(None) => panic!("the stream did not end within {SOON:?}"),
-            Err(error) => return Err(error),
-        }
+/// What is left of a stream, whose end must come soon.
+fn rest(stream: &RequestStream) -> Result<Delta, Arc<Error>> {
+    match stream.collect(Instant::now() + SOON)? {
+        Poll::Ready(delta) => Ok(delta),
+        Poll::Pending => panic!("the stream did not end within {SOON:?}"),
     }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "a stream that is over goes")]
+fn end(stream: RequestStream) -> Result<Option<Finish>, Arc<Error>> {
+    rest(&stream).map(|delta| delta.finish)
 }
 
 #[test]
@@ -56,7 +66,7 @@ fn many_requests_at_once_each_get_their_own_tokens() {
         let engine = spawn(FakeExecutor::new(capacity(depth), VOCAB_SIZE));
         let streams: Vec<_> = (0..40).map(|i| submit(&engine, i, 10 + i)).collect();
         for (i, stream) in (0..).zip(streams) {
-            let answer = stream.wait().unwrap();
+            let answer = rest(&stream).unwrap();
             let num_tokens = 10 + i as usize;
             let expected = FakeExecutor::continuation(&prompt(i), num_tokens, VOCAB_SIZE);
             assert_eq!(answer.token_ids, expected, "request {i} at depth {depth}");
@@ -76,7 +86,7 @@ fn an_error_in_a_step_ends_every_stream_and_names_itself() {
             let streams: Vec<_> = (0..20).map(|i| submit(&engine, i, 50)).collect();
             for stream in streams {
                 let error = end(stream).unwrap_err();
-                assert!(matches!(&error, Error::EngineFailed { .. }), "{error}");
+                assert!(matches!(*error, Error::EngineFailed { .. }), "{error}");
                 assert!(error.to_string().contains("the fake fails"), "{error}");
             }
         }
@@ -117,7 +127,7 @@ fn closing_a_stalled_engine_ends_every_stream_and_returns() {
         scope.spawn(|| engine.close());
         for stream in streams {
             let error = end(stream).unwrap_err();
-            assert!(matches!(error, Error::EngineClosed), "{error}");
+            assert!(matches!(*error, Error::EngineClosed), "{error}");
         }
     });
     let params = SamplingParams::default();
@@ -133,20 +143,56 @@ fn closing_while_requests_run_ends_them_and_drops_the_executor() {
     let stream = submit(&engine, 0, 150);
     engine.close();
     engine.close();
-    assert!(matches!(end(stream).unwrap_err(), Error::EngineClosed));
+    assert!(matches!(*end(stream).unwrap_err(), Error::EngineClosed));
 }
 
 #[test]
 fn a_reader_that_takes_nothing_holds_up_nobody_and_gets_everything_merged() {
     let engine = spawn(FakeExecutor::new(capacity(1), VOCAB_SIZE));
-    let mut slow = submit(&engine, 0, 100);
+    let slow = submit(&engine, 0, 100);
     for i in 1..20 {
         assert_eq!(end(submit(&engine, i, 100)).unwrap(), Some(Finish::Length));
     }
-    let delta = slow.next(Some(Instant::now() + SOON)).unwrap().unwrap();
+    let Ok(Poll::Ready(Some(delta))) = slow.next(Instant::now()) else { panic!("no news") };
     assert_eq!(delta.token_ids, FakeExecutor::continuation(&prompt(0), 100, VOCAB_SIZE));
     assert_eq!(delta.finish, Some(Finish::Length));
-    assert!(slow.next(None).unwrap().is_none());
+    assert!(matches!(slow.next(Instant::now()), Ok(Poll::Ready(None))));
+    let nothing = rest(&slow).unwrap();
+    assert_eq!((nothing.token_ids, nothing.finish), (vec![], Some(Finish::Length)));
+}
+
+#[test]
+fn what_nobody_took_before_a_deadline_is_there_after_it() {
+    let executor = FakeExecutor::new(capacity(1), VOCAB_SIZE);
+    let engine = spawn(executor.with_step_time(Duration::from_millis(1)));
+    let stream = submit(&engine, 0, 100);
+    let mut num_waits = 0;
+    let all = loop {
+        match stream.collect(Instant::now() + Duration::from_millis(5)).unwrap() {
+            Poll::Ready(all) => break all,
+            Poll::Pending => num_waits += 1,
+        }
+    };
+    assert!(num_waits > 1, "the stream ended before the first deadline");
+    assert_eq!(all.token_ids, FakeExecutor::continuation(&prompt(0), 100, VOCAB_SIZE));
+}
+
+#[test]
+fn what_broke_a_stream_off_is_told_to_every_reader() {
+    let executor = FakeExecutor::new(capacity(1), VOCAB_SIZE);
+    let engine = spawn(executor.with_step_time(Duration::from_millis(5)));
+    let stream = submit(&engine, 0, 190);
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..4).map(|_| scope.spawn(|| rest(&stream))).collect();
+        engine.close();
+        for reader in readers {
+            assert!(matches!(*reader.join().unwrap().unwrap_err(), Error::EngineClosed));
+        }
+    });
+    while let Ok(Poll::Ready(delta)) = stream.next(Instant::now()) {
+        assert!(delta.is_some(), "a broken stream ended as if it were whole");
+    }
+    assert!(matches!(stream.next(Instant::now()), Err(error) if error.code() == "engine_closed"));
 }
 
 #[test]
@@ -165,6 +211,23 @@ fn an_aborted_request_ends_with_abort_and_a_dropped_one_leaves_no_block() {
         std::thread::yield_now();
     }
     assert_eq!((engine.stats().unwrap().num_running, engine.stats().unwrap().num_waiting), (0, 0));
+}
+
+#[test]
+fn an_abort_does_not_wait_for_the_step_that_runs() {
+    let released = Arc::new(AtomicBool::new(false));
+    let executor = FakeExecutor::new(capacity(1), VOCAB_SIZE);
+    let engine = spawn(executor.with_fault(3, Fault::Stall(Arc::clone(&released))));
+    let streams: Vec<_> = (0..20).map(|i| submit(&engine, i, 50)).collect();
+    for stream in streams {
+        engine.abort(stream.id()).unwrap();
+        assert_eq!(end(stream).unwrap(), Some(Finish::Abort));
+    }
+    released.store(true, Ordering::Relaxed);
+    let after = submit(&engine, 0, 10);
+    let unknown = nano_core::RequestId(after.id().0 + 1);
+    assert_eq!(engine.abort(unknown).unwrap_err().code(), "unknown_request");
+    assert_eq!(end(after).unwrap(), Some(Finish::Length));
 }
 
 #[test]
@@ -198,22 +261,22 @@ fn a_bad_request_is_refused_and_harms_no_other() {
 
 #[test]
 fn an_executor_that_cannot_be_built_says_why_also_by_a_panic() {
-    let config = SpawnConfig { seed: 0, tokenizer: None };
-    let failing = || -> nano_engine::Result<(FakeExecutor, Served)> {
-        Err(nano_core::Error::ExecutorFailed { message: "no device".into() }.into())
+    let spawn = |build: fn() -> nano_engine::Result<(FakeExecutor, ModelInfo)>| {
+        Engine::spawn("no tokenizer".into(), None, 0, build).unwrap_err().to_string()
     };
-    let error = Engine::spawn(config.clone(), failing).unwrap_err();
-    assert_eq!(error.to_string(), "executor failed: no device");
-    let panicking = || -> nano_engine::Result<(FakeExecutor, Served)> { panic!("libtorch is out") };
-    let error = Engine::spawn(config, panicking).unwrap_err();
-    assert_eq!(error.to_string(), "the engine has failed: loading panicked: libtorch is out");
+    let failing = || Err(nano_core::Error::ExecutorFailed { message: "no device".into() }.into());
+    assert_eq!(spawn(failing), "executor failed: no device");
+    assert_eq!(
+        spawn(|| panic!("libtorch is out")),
+        "the engine has failed: loading panicked: libtorch is out"
+    );
 }
 
 #[test]
 fn logits_arrive_whole_however_they_were_chunked() {
     let engine = spawn(FakeExecutor::new(capacity(2), VOCAB_SIZE));
     let tokens: Vec<_> = (0..150).map(|i| TokenId(i % VOCAB_SIZE)).collect();
-    let logits = engine.logits(tokens.clone()).unwrap().wait().unwrap().logits;
+    let logits = rest(&engine.logits(tokens.clone()).unwrap()).unwrap().logits;
     assert_eq!(logits.len(), tokens.len() * VOCAB_SIZE as usize);
     for (row, token) in logits.chunks(VOCAB_SIZE as usize).zip(&tokens) {
         assert_eq!(row[0], token.0 as f32);

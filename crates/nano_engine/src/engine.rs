@@ -9,8 +9,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use nano_core::scheduler::SchedulerStats;
 use nano_core::{
-    EngineCore, Executor, Request, RequestId, RequestKind, RequestLimits, SamplingParams,
-    SchedulerConfig, TokenId,
+    EngineCore, Executor, Request, RequestId, RequestKind, RequestLimits, SamplingParams, TokenId,
 };
 use nano_model::{ModelInfo, ModelOptions};
 use nano_text::{TextDecoder, TextOptions, Tokenizer};
@@ -23,52 +22,6 @@ use crate::stream::{Mailbox, RequestStream};
 
 /// How long [`Engine::close`] waits for a step that does not end.
 const CLOSE_GRACE: Duration = Duration::from_secs(2);
-
-/// A model directory and everything that can be set about it.
-#[derive(Clone, Debug)]
-pub struct EngineConfig {
-    /// A directory with `config.json`, weights and, for text, `tokenizer.json`.
-    pub model_dir: PathBuf,
-    /// How the model is loaded.
-    pub model: ModelOptions,
-    /// What the seeds of unseeded requests derive from.
-    pub seed: u64,
-}
-
-/// What a running engine needs to know beside its executor.
-#[derive(Clone, Debug)]
-pub struct SpawnConfig {
-    /// What the seeds of unseeded requests derive from.
-    pub seed: u64,
-    /// Without one, requests are token ids and so are answers.
-    pub tokenizer: Option<Tokenizer>,
-}
-
-/// What an executor serves.
-#[derive(Clone, Debug)]
-pub struct Served {
-    /// Token ids are below this.
-    pub vocab_size: u32,
-    /// Tokens of prompt and output together.
-    pub max_model_len: u32,
-    /// The model's end-of-sequence tokens.
-    pub eos_token_ids: Vec<TokenId>,
-    /// The limits of a step.
-    pub limits: SchedulerConfig,
-}
-
-/// Facts about a running engine.
-#[derive(Clone, Debug)]
-pub struct EngineInfo {
-    /// Token ids are below this.
-    pub vocab_size: u32,
-    /// Tokens of prompt and output together.
-    pub max_model_len: u32,
-    /// Blocks of the KV cache.
-    pub num_blocks: u32,
-    /// Token slots of a block.
-    pub block_size: u32,
-}
 
 /// A prompt.
 #[derive(Clone, Debug)]
@@ -92,7 +45,7 @@ pub struct Engine {
     tokenizer: Option<Tokenizer>,
     /// Where a missing tokenizer is missing.
     model_dir: PathBuf,
-    model: Option<ModelInfo>,
+    model: ModelInfo,
     stats: Arc<Mutex<SchedulerStats>>,
     owner: u32,
 }
@@ -106,51 +59,32 @@ struct Threads {
 }
 
 impl Engine {
-    /// Loads the model and starts serving.
+    /// Loads the model in a directory with `config.json`, weights and, for text, `tokenizer.json`,
+    /// and starts serving.
     ///
     /// # Errors
     /// The first thing about the directory or the options that does not hold.
-    pub fn load(config: EngineConfig) -> Result<Self> {
+    pub fn load(model_dir: PathBuf, options: ModelOptions) -> Result<Self> {
         // Cheap mistakes show before the weights are read.
-        config.model.limits(false).validate()?;
-        nano_model::ModelConfig::from_dir(&config.model_dir)?;
-        let tokenizer = Tokenizer::from_dir(&config.model_dir)?;
-        let EngineConfig { model_dir, model, seed } = config;
-        let spawn = SpawnConfig { seed, tokenizer };
-        let dir = model_dir.clone();
-        let (mut engine, info) = Self::start(spawn, move || {
-            let (executor, info) = nano_model::load(&dir, &model)?;
-            let served = Served {
-                vocab_size: info.vocab_size,
-                max_model_len: info.max_model_len,
-                eos_token_ids: info.eos_token_ids.clone(),
-                limits: info.limits,
-            };
-            Ok((executor, served, info))
-        })?;
-        engine.model_dir = model_dir;
-        engine.model = Some(info);
-        Ok(engine)
+        options.limits(false).validate()?;
+        nano_model::ModelConfig::from_dir(&model_dir)?;
+        let tokenizer = Tokenizer::from_dir(&model_dir)?;
+        let (dir, seed) = (model_dir.clone(), options.seed);
+        Self::spawn(model_dir, tokenizer, seed, move || Ok(nano_model::load(&dir, &options)?))
     }
 
     /// Starts an engine on the executor that `build` makes. It is made, used and dropped on the
-    /// engine thread.
+    /// engine thread. The seeds of unseeded requests derive from `seed`; without a tokenizer,
+    /// which `model_dir` lacks then, requests are token ids and so are answers.
     ///
     /// # Errors
     /// That of `build`.
     pub fn spawn<E: Executor + 'static>(
-        config: SpawnConfig,
-        build: impl FnOnce() -> Result<(E, Served)> + Send + 'static,
+        model_dir: PathBuf,
+        tokenizer: Option<Tokenizer>,
+        seed: u64,
+        build: impl FnOnce() -> Result<(E, ModelInfo)> + Send + 'static,
     ) -> Result<Self> {
-        let (engine, ()) =
-            Self::start(config, || build().map(|(executor, served)| (executor, served, ())))?;
-        Ok(engine)
-    }
-
-    fn start<E: Executor + 'static, I: Send + 'static>(
-        config: SpawnConfig,
-        build: impl FnOnce() -> Result<(E, Served, I)> + Send + 'static,
-    ) -> Result<(Self, I)> {
         let (commands, command_receiver) = unbounded();
         let (outputs, output_receiver) = unbounded();
         let (ready, outcome) = unbounded();
@@ -162,14 +96,14 @@ impl Engine {
             stats: Arc::clone(&stats),
         };
         let engine_main = move || {
-            let result = build().and_then(|(executor, served, info)| {
+            let result = build().and_then(|(executor, model)| {
                 let capacity = executor.capacity();
-                Ok((capacity, EngineCore::new(served.limits, executor)?, served, info))
+                Ok((capacity, EngineCore::new(model.limits, executor)?, model))
             });
             match result {
-                Ok((capacity, core, served, info)) => {
+                Ok((capacity, core, model)) => {
                     *channels.stats.lock() = core.stats();
-                    let _ = ready.send(Ok((capacity, served, info)));
+                    let _ = ready.send(Ok((capacity, model)));
                     engine_thread::run(core, &channels);
                 }
                 Err(error) => drop(ready.send(Err(error))),
@@ -184,32 +118,31 @@ impl Engine {
             let message = format!("loading panicked: {message}");
             return Err(Error::EngineFailed { message });
         };
-        let (capacity, served, info) = loaded?;
+        let (capacity, model) = loaded?;
         let abort = commands.clone();
         let output_main = move || output_thread::run(&output_receiver, &abort);
         let output = std::thread::Builder::new().name("nano-output".into()).spawn(output_main)?;
         let limits = RequestLimits {
-            vocab_size: served.vocab_size,
-            max_model_len: served.max_model_len,
+            vocab_size: model.vocab_size,
+            max_model_len: model.max_model_len,
             num_blocks: capacity.num_blocks,
             block_size: capacity.block_size,
-            eos_token_ids: served.eos_token_ids.into(),
-            seed: config.seed,
+            eos_token_ids: model.eos_token_ids.as_slice().into(),
+            seed,
         };
-        let engine = Self {
+        Ok(Self {
             commands,
             outputs,
             threads: Mutex::new(Some(Threads { engine, output, engine_done })),
             is_closed: AtomicBool::new(false),
             next_request: Mutex::new(0),
             limits,
-            tokenizer: config.tokenizer,
-            model_dir: PathBuf::new(),
-            model: None,
+            tokenizer,
+            model_dir,
+            model,
             stats,
             owner: std::process::id(),
-        };
-        Ok((engine, info))
+        })
     }
 
     /// Submits a request for tokens and returns at once; without `text` the answer is tokens only.
@@ -248,14 +181,17 @@ impl Engine {
         self.check_alive()?;
         let prompt = match prompt {
             Prompt::Tokens(tokens) => tokens,
-            Prompt::Text(text) => self.encode(&text)?,
+            Prompt::Text(text) => {
+                self.check_length(&text)?;
+                self.encode(&text)?
+            }
         };
         let decoder = TextDecoder::new(tokenizer, &prompt, text)?;
+        // Held until both threads know the request: an id is one that can be aborted.
         let mut next_request = self.next_request.lock();
         let id = RequestId(*next_request);
         let request = Request::new(id, prompt.clone(), kind, &self.limits)?;
         *next_request += 1;
-        drop(next_request);
         let mailbox = Arc::new(Mailbox::new());
         let registered = Registered {
             decoder,
@@ -269,7 +205,17 @@ impl Engine {
         }
         // A failed engine takes no command; the output thread has the reason and ends the stream.
         let _ = self.commands.send(Command::Submit(request));
-        Ok(RequestStream::new(id, prompt, mailbox, self.commands.clone()))
+        Ok(RequestStream::new(id, prompt, mailbox, self.outputs.clone()))
+    }
+
+    /// Refuses what is too long however it is encoded, which would take seconds and gigabytes.
+    fn check_length(&self, text: &str) -> Result<()> {
+        let (num_bytes, max_model_len) = (text.len(), self.limits.max_model_len);
+        let least = self.tokenizer.as_ref().map_or(0, |it| it.min_num_tokens(num_bytes));
+        if least > max_model_len as usize {
+            return Err(Error::TextTooLong { num_bytes, least, max_model_len });
+        }
+        Ok(())
     }
 
     /// Text to tokens, with the special tokens that the tokenizer says.
@@ -283,14 +229,17 @@ impl Engine {
         }
     }
 
-    /// Aborts a request; its stream ends with [`Finish::Abort`](crate::Finish::Abort). One that
-    /// has ended is left alone.
+    /// Aborts a request; its stream ends with [`Finish::Abort`](crate::Finish::Abort) at once,
+    /// whatever step runs. One that has ended is left alone.
     ///
     /// # Errors
-    /// An engine that has ended.
+    /// An id that no request has had, or an engine that has ended.
     pub fn abort(&self, request: RequestId) -> Result<()> {
         self.check_alive()?;
-        let _ = self.commands.send(Command::Abort(request));
+        if request.0 >= *self.next_request.lock() {
+            return Err(Error::UnknownRequest { id: request.to_string() });
+        }
+        let _ = self.outputs.send(Output::Abort(request));
         Ok(())
     }
 
@@ -310,15 +259,14 @@ impl Engine {
         self.tokenizer.as_ref()
     }
 
-    /// The model's facts, if it was loaded from a directory.
-    pub fn model(&self) -> Option<&ModelInfo> {
-        self.model.as_ref()
+    /// The model's facts.
+    pub fn model(&self) -> &ModelInfo {
+        &self.model
     }
 
     /// What a request may ask for.
-    pub fn info(&self) -> EngineInfo {
-        let RequestLimits { vocab_size, max_model_len, num_blocks, block_size, .. } = self.limits;
-        EngineInfo { vocab_size, max_model_len, num_blocks, block_size }
+    pub fn limits(&self) -> &RequestLimits {
+        &self.limits
     }
 
     /// The load after the step that ended last.
@@ -330,9 +278,9 @@ impl Engine {
         Ok(*self.stats.lock())
     }
 
-    /// Ends every stream with [`Error::EngineClosed`] at once, waits for the step in flight and
-    /// gives all memory back. A step that does not end within two seconds is left to itself.
-    /// Calling it again does nothing.
+    /// Ends every stream with [`Error::EngineClosed`] at once, then waits up to two seconds for the
+    /// step in flight and gives all memory back. A step that takes longer is left to itself, and its
+    /// thread gives the memory back when it ends. Calling it again does nothing.
     pub fn close(&self) {
         self.is_closed.store(true, Ordering::Release);
         if std::process::id() != self.owner {
@@ -345,7 +293,10 @@ impl Engine {
         let _ = threads.output.join();
         match threads.engine_done.recv_timeout(CLOSE_GRACE) {
             Err(RecvTimeoutError::Timeout) => {
-                tracing::error!("a step has not ended {CLOSE_GRACE:?} after the engine was closed");
+                tracing::warn!(
+                    "a step runs {CLOSE_GRACE:?} after the engine was closed: memory comes back \
+                     when it ends"
+                );
             }
             Ok(()) | Err(RecvTimeoutError::Disconnected) => drop(threads.engine.join()),
         }

@@ -1,5 +1,7 @@
 //! Everything that a user of the engine can be told.
 
+use nano_core::RequestId;
+
 /// The result of `nano_engine`.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -13,9 +15,28 @@ pub enum Error {
     /// Text that cannot become tokens, or the other way round.
     #[error(transparent)]
     Text(#[from] nano_text::Error),
+    /// A text that is too long however it is encoded.
+    #[error(
+        "prompt of {num_bytes} bytes has at least {least} tokens, but max_model_len is \
+         {max_model_len}"
+    )]
+    TextTooLong {
+        /// Bytes of the text.
+        num_bytes: usize,
+        /// Its tokens, if each were the longest one.
+        least: usize,
+        /// Tokens of prompt and output together.
+        max_model_len: u32,
+    },
     /// A model that cannot be loaded.
     #[error(transparent)]
     Model(#[from] nano_model::Error),
+    /// An id that no request has had.
+    #[error("there is no request {id:?}")]
+    UnknownRequest {
+        /// What was given.
+        id: String,
+    },
     /// The engine was closed by its owner.
     #[error("the engine is closed")]
     EngineClosed,
@@ -23,6 +44,14 @@ pub enum Error {
     #[error("the engine has failed: {message}")]
     EngineFailed {
         /// What the executor said.
+        message: String,
+    },
+    /// One request's text could not be made; no other request is touched.
+    #[error("the text of request {id} could not be made: {message}")]
+    TextFailed {
+        /// The request.
+        id: RequestId,
+        /// What the tokenizer said.
         message: String,
     },
     /// The engine's threads live in the process that made it.
@@ -47,8 +76,11 @@ impl Error {
             Self::Core(error) => error.code(),
             Self::Text(error) => error.code(),
             Self::Model(error) => error.code(),
+            Self::TextTooLong { .. } => "prompt_too_long",
+            Self::UnknownRequest { .. } => "unknown_request",
             Self::EngineClosed => "engine_closed",
             Self::EngineFailed { .. } => "engine_failed",
+            Self::TextFailed { .. } => "text_failed",
             Self::UsedAfterFork { .. } => "used_after_fork",
             Self::Thread(_) => "thread_failed",
         }

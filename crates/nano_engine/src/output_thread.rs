@@ -5,17 +5,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
-use nano_core::{FinishReason, RequestId, TokenEvent, TokenId};
+use nano_core::{FinishReason, RequestId, TokenEvent};
 use nano_text::TextDecoder;
 
 use crate::engine_thread::{Command, panic_message};
 use crate::error::{Error, Result};
-use crate::stream::{Finish, Mailbox, StopReason};
+use crate::stream::{Delta, Finish, Mailbox, StopReason};
 
 /// What the output thread is told.
 pub(crate) enum Output {
     /// A request that is about to be submitted.
     Register(RequestId, Registered),
+    /// A reader went away, or somebody asks for a request's end.
+    Abort(RequestId),
     /// News from the engine thread.
     Events(Vec<TokenEvent>),
     /// The engine thread has ended by a failure.
@@ -38,102 +40,89 @@ pub(crate) struct Registered {
 /// Serves until [`Output::Close`]; a failed engine goes on refusing what still comes.
 pub(crate) fn run(outputs: &Receiver<Output>, commands: &Sender<Command>) {
     let mut requests: HashMap<RequestId, Registered> = HashMap::new();
-    let mut failure: Option<String> = None;
+    let mut failure: Option<Arc<Error>> = None;
     for output in outputs {
         match output {
             Output::Register(id, request) => match &failure {
-                Some(message) => {
-                    request.mailbox.fail(Error::EngineFailed { message: message.clone() });
-                }
+                Some(error) => request.mailbox.fail(Arc::clone(error)),
                 None => drop(requests.insert(id, request)),
             },
+            // Its readers do not wait for the step that runs.
+            Output::Abort(request) => {
+                let finish = Some(FinishReason::Abort);
+                let aborted = TokenEvent { request, tokens: vec![].into(), logits: None, finish };
+                deliver(&mut requests, aborted);
+                let _ = commands.send(Command::Abort(request));
+            }
             Output::Events(events) => {
                 for event in events {
-                    deliver_or_fail(&mut requests, event, commands);
+                    let id = event.request;
+                    let engine_is_done = event.finish.is_some();
+                    if deliver(&mut requests, event) && !engine_is_done {
+                        let _ = commands.send(Command::Abort(id));
+                    }
                 }
             }
             Output::Failed { message } => {
-                fail_all(&mut requests, || Error::EngineFailed { message: message.clone() });
-                failure = Some(message);
+                let error = failure.insert(Arc::new(Error::EngineFailed { message }));
+                fail_all(&mut requests, error);
             }
             Output::Close => break,
         }
     }
-    fail_all(&mut requests, || Error::EngineClosed);
+    let closed = Arc::new(Error::EngineClosed);
+    fail_all(&mut requests, &closed);
     // A request registered behind `Close` must not wait for ever.
     for output in outputs.try_iter() {
         if let Output::Register(_, request) = output {
-            request.mailbox.fail(Error::EngineClosed);
+            request.mailbox.fail(Arc::clone(&closed));
         }
     }
 }
 
-fn fail_all(requests: &mut HashMap<RequestId, Registered>, error: impl Fn() -> Error) {
+fn fail_all(requests: &mut HashMap<RequestId, Registered>, error: &Arc<Error>) {
     #[expect(clippy::iter_over_hash_type, reason = "every stream ends alike, in any order")]
     for (_, request) in requests.drain() {
-        request.mailbox.fail(error());
+        request.mailbox.fail(Arc::clone(error));
     }
 }
 
-/// A panic while one request's text is made ends that request, not the thread that serves all.
-fn deliver_or_fail(
-    requests: &mut HashMap<RequestId, Registered>,
-    event: TokenEvent,
-    commands: &Sender<Command>,
-) {
+/// Whether the request ends with it.
+fn deliver(requests: &mut HashMap<RequestId, Registered>, event: TokenEvent) -> bool {
     let id = event.request;
-    let delivered = catch_unwind(AssertUnwindSafe(|| deliver(requests, event, commands)));
-    let Err(panic) = delivered else { return };
-    let message = format!("making text panicked: {}", panic_message(panic.as_ref()));
-    tracing::error!("request {id}: {message}");
-    if let Some(request) = requests.remove(&id) {
-        request.mailbox.fail(Error::EngineFailed { message });
-    }
-    let _ = commands.send(Command::Abort(id));
-}
-
-fn deliver(
-    requests: &mut HashMap<RequestId, Registered>,
-    event: TokenEvent,
-    commands: &Sender<Command>,
-) {
-    let id = event.request;
-    // A request whose stop string was found is over, and the engine may not know it yet.
-    let Some(request) = requests.get_mut(&id) else { return };
-    let engine_is_done = event.finish.is_some();
-    let is_over = match decode(request, event) {
+    // A request that was aborted or whose stop string was found is over, and the engine may not
+    // know it yet.
+    let Some(request) = requests.get_mut(&id) else { return false };
+    // A panic while one request's text is made ends that request, not the thread that serves all.
+    let decoded = catch_unwind(AssertUnwindSafe(|| decode(request, event)));
+    let decoded = decoded.unwrap_or_else(|panic| {
+        let message = format!("a panic: {}", panic_message(panic.as_ref()));
+        tracing::error!("request {id}: {message}");
+        Err(Error::TextFailed { id, message })
+    });
+    let is_over = match decoded {
         Ok(news) => {
             let is_over = news.finish.is_some();
-            request.mailbox.merge(&news.tokens, &news.text, news.logits, news.finish);
+            request.mailbox.merge(news);
             is_over
         }
         Err(error) => {
-            request.mailbox.fail(error);
+            request.mailbox.fail(Arc::new(error));
             true
         }
     };
     if is_over {
         requests.remove(&id);
-        if !engine_is_done {
-            let _ = commands.send(Command::Abort(id));
-        }
     }
+    is_over
 }
 
-#[derive(Default)]
-struct News {
-    tokens: Vec<TokenId>,
-    text: String,
-    logits: Option<Vec<f32>>,
-    finish: Option<Finish>,
-}
-
-fn decode(request: &mut Registered, event: TokenEvent) -> Result<News> {
-    let mut news = News { logits: event.logits, ..News::default() };
+fn decode(request: &mut Registered, event: TokenEvent) -> Result<Delta> {
+    let mut news = Delta { logits: event.logits.unwrap_or_default(), ..Delta::default() };
     let stops_by_id = matches!(event.finish, Some(FinishReason::Stop(_)));
     let num_tokens = event.tokens.len();
     for (index, token) in event.tokens.into_iter().enumerate() {
-        news.tokens.push(token);
+        news.token_ids.push(token);
         let is_stop_token = stops_by_id && index + 1 == num_tokens;
         if is_stop_token && !request.include_stop_token {
             break;

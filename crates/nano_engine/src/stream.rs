@@ -4,14 +4,15 @@
 //! so a slow reader neither holds up the engine nor lets memory grow beyond its own output.
 
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use nano_core::{RequestId, TokenId};
 use parking_lot::{Condvar, Mutex};
 
-use crate::engine_thread::Command;
-use crate::error::{Error, Result};
+use crate::error::Error;
+use crate::output_thread::Output;
 
 /// What a stop was due to, beside the model's end-of-sequence tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +69,7 @@ pub struct Delta {
     pub timing: Timing,
 }
 
-/// The place where the output thread leaves deltas.
+/// The place where the output thread leaves what the readers have not taken.
 #[derive(Debug)]
 pub(crate) struct Mailbox {
     state: Mutex<State>,
@@ -80,9 +81,17 @@ pub(crate) struct Mailbox {
 struct State {
     pending: Delta,
     has_news: bool,
-    /// The reader has seen the end, or will with the pending delta.
-    is_over: bool,
-    error: Option<Error>,
+    /// It stays: every reader is told.
+    end: Option<Result<Finish, Arc<Error>>>,
+}
+
+impl State {
+    fn take(&mut self) -> Delta {
+        self.has_news = false;
+        let next = Delta { timing: self.pending.timing, ..Delta::default() };
+        let finish = self.end.as_ref().and_then(|end| end.as_ref().ok()).cloned();
+        Delta { finish, ..std::mem::replace(&mut self.pending, next) }
+    }
 }
 
 impl Mailbox {
@@ -90,39 +99,30 @@ impl Mailbox {
         Self { state: Mutex::default(), changed: Condvar::new(), submitted: Instant::now() }
     }
 
-    /// Adds to the pending delta.
-    pub(crate) fn merge(
-        &self,
-        token_ids: &[TokenId],
-        text: &str,
-        logits: Option<Vec<f32>>,
-        finish: Option<Finish>,
-    ) {
+    /// Adds to what is pending.
+    pub(crate) fn merge(&self, mut news: Delta) {
         let mut state = self.state.lock();
-        if !token_ids.is_empty() {
-            let timing = &mut state.pending.timing;
-            timing.last_token = self.submitted.elapsed();
-            if timing.first_token.is_zero() {
-                timing.first_token = timing.last_token;
+        let State { pending, has_news, end } = &mut *state;
+        if !news.token_ids.is_empty() {
+            pending.timing.last_token = self.submitted.elapsed();
+            if pending.timing.first_token.is_zero() {
+                pending.timing.first_token = pending.timing.last_token;
             }
         }
-        state.pending.token_ids.extend_from_slice(token_ids);
-        state.pending.text.push_str(text);
-        if let Some(mut rows) = logits {
-            state.pending.logits.append(&mut rows);
+        pending.token_ids.append(&mut news.token_ids);
+        pending.text.push_str(&news.text);
+        pending.logits.append(&mut news.logits);
+        *end = news.finish.map(Ok);
+        // Whoever waits beside pending news waits for the end.
+        if !std::mem::replace(has_news, true) || end.is_some() {
+            self.changed.notify_all();
         }
-        state.is_over = finish.is_some();
-        state.pending.finish = finish;
-        state.has_news = true;
-        self.changed.notify_one();
     }
 
     /// Ends the stream with an error, after what is pending.
-    pub(crate) fn fail(&self, error: Error) {
-        let mut state = self.state.lock();
-        state.error = Some(error);
-        state.is_over = true;
-        self.changed.notify_one();
+    pub(crate) fn fail(&self, error: Arc<Error>) {
+        self.state.lock().end = Some(Err(error));
+        self.changed.notify_all();
     }
 }
 
@@ -132,7 +132,7 @@ pub struct RequestStream {
     id: RequestId,
     prompt: Vec<TokenId>,
     mailbox: Arc<Mailbox>,
-    commands: Sender<Command>,
+    outputs: Sender<Output>,
     owner: u32,
 }
 
@@ -141,9 +141,9 @@ impl RequestStream {
         id: RequestId,
         prompt: Vec<TokenId>,
         mailbox: Arc<Mailbox>,
-        commands: Sender<Command>,
+        outputs: Sender<Output>,
     ) -> Self {
-        Self { id, prompt, mailbox, commands, owner: std::process::id() }
+        Self { id, prompt, mailbox, outputs, owner: std::process::id() }
     }
 
     /// The id to abort it by.
@@ -156,77 +156,59 @@ impl RequestStream {
         &self.prompt
     }
 
-    /// Waits for news until `deadline`, without one for ever. `Ok(None)` means that the deadline
-    /// passed, or that the end was seen: [`is_over`](Self::is_over) tells them apart.
+    /// Waits for news until `deadline`; `None` follows the last of them.
     ///
     /// # Errors
-    /// The typed reason why the stream breaks off, once, after all news before it.
-    pub fn next(&mut self, deadline: Option<Instant>) -> Result<Option<Delta>> {
-        let (owner, here) = (self.owner, std::process::id());
-        if here != owner {
-            return Err(Error::UsedAfterFork { owner, here });
-        }
-        let mut state = self.mailbox.state.lock();
-        loop {
-            if state.has_news {
-                state.has_news = false;
-                let timing = state.pending.timing;
-                let next = Delta { timing, ..Delta::default() };
-                return Ok(Some(std::mem::replace(&mut state.pending, next)));
-            }
-            if let Some(error) = state.error.take() {
-                return Err(error);
-            }
-            if state.is_over {
-                return Ok(None);
-            }
-            match deadline {
-                None => self.mailbox.changed.wait(&mut state),
-                Some(deadline) => {
-                    if self.mailbox.changed.wait_until(&mut state, deadline).timed_out() {
-                        return Ok(None);
-                    }
-                }
-            }
-        }
+    /// The typed reason why the stream breaks off, after all news before it.
+    pub fn next(&self, deadline: Instant) -> Result<Poll<Option<Delta>>, Arc<Error>> {
+        self.wait(deadline, |state| match &state.end {
+            _ if state.has_news => Some(Ok(Some(state.take()))),
+            Some(end) => Some(end.clone().map(|_| None)),
+            None => None,
+        })
     }
 
-    /// Whether the end, or the error, has been handed out.
-    pub fn is_over(&self) -> bool {
-        let state = self.mailbox.state.lock();
-        state.is_over && !state.has_news && state.error.is_none()
-    }
-
-    /// Waits for the end and returns everything in one delta.
+    /// Waits for the end until `deadline` and takes all news in one delta. Before the end it takes
+    /// nothing.
     ///
     /// # Errors
     /// The typed reason why the stream broke off.
-    pub fn wait(mut self) -> Result<Delta> {
-        let mut all = Delta::default();
-        while let Some(delta) = self.next(None)? {
-            all.absorb(delta);
-        }
-        Ok(all)
+    pub fn collect(&self, deadline: Instant) -> Result<Poll<Delta>, Arc<Error>> {
+        self.wait(deadline, |state| Some(state.end.clone()?.map(|_| state.take())))
     }
-}
 
-impl Delta {
-    /// Appends the delta that follows.
-    pub fn absorb(&mut self, next: Delta) {
-        self.token_ids.extend(next.token_ids);
-        self.text.push_str(&next.text);
-        self.logits.extend(next.logits);
-        self.finish = next.finish;
-        self.timing = next.timing;
+    /// Ends the request, if it has not ended; readers are told at once.
+    pub fn abort(&self) {
+        // In a forked child nobody serves the request, and its lock may be held for ever.
+        if std::process::id() == self.owner && self.mailbox.state.lock().end.is_none() {
+            // The engine may be gone, and with it the request.
+            let _ = self.outputs.send(Output::Abort(self.id));
+        }
+    }
+
+    fn wait<T>(
+        &self,
+        deadline: Instant,
+        read: impl Fn(&mut State) -> Option<Result<T, Arc<Error>>>,
+    ) -> Result<Poll<T>, Arc<Error>> {
+        let (owner, here) = (self.owner, std::process::id());
+        if here != owner {
+            return Err(Arc::new(Error::UsedAfterFork { owner, here }));
+        }
+        let mut state = self.mailbox.state.lock();
+        loop {
+            if let Some(outcome) = read(&mut state) {
+                return outcome.map(Poll::Ready);
+            }
+            if self.mailbox.changed.wait_until(&mut state, deadline).timed_out() {
+                return Ok(Poll::Pending);
+            }
+        }
     }
 }
 
 impl Drop for RequestStream {
     fn drop(&mut self) {
-        // In a forked child nobody serves the request, and its lock may be held for ever.
-        if std::process::id() == self.owner && !self.mailbox.state.lock().is_over {
-            // The engine may be gone, and with it the request.
-            let _ = self.commands.send(Command::Abort(self.id));
-        }
+        self.abort();
     }
 }

@@ -81,7 +81,7 @@ pub struct ModelOptions {
     pub kv_cache_bytes: Option<u64>,
     /// Threads of an operator on the CPU, at most 1,024.
     pub num_threads: Option<usize>,
-    /// The seed of dummy weights.
+    /// The seed of dummy weights, and what those of unseeded requests derive from.
     pub seed: u64,
     /// Tokens of prompt and output together; `None` is the config's limit, lowered to what the
     /// cache can hold.

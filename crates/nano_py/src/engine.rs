@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, bounded};
 use nano_core::{RequestId, TokenId};
-use nano_engine::{EngineConfig, Prompt};
+use nano_engine::{Error, Prompt};
 use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
@@ -70,28 +70,23 @@ impl Engine {
             let message = format!("device must be auto, cpu, cuda or cuda:N, got {name:?}");
             return Err(invalid(py, &message, "invalid_config"));
         };
-        let seed = seed as u64;
-        let config = EngineConfig {
-            model_dir,
-            model: ModelOptions {
-                device,
-                gpu_memory_utilization,
-                deterministic,
-                max_num_seqs,
-                max_num_batched_tokens,
-                max_itl: max_itl_ns.map(Duration::from_nanos),
-                dtype,
-                load_format: if dummy_weights { LoadFormat::Dummy } else { LoadFormat::Auto },
-                block_size,
-                num_blocks,
-                kv_cache_bytes,
-                num_threads,
-                seed,
-                max_model_len,
-            },
-            seed,
+        let options = ModelOptions {
+            device,
+            gpu_memory_utilization,
+            deterministic,
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_itl: max_itl_ns.map(Duration::from_nanos),
+            dtype,
+            load_format: if dummy_weights { LoadFormat::Dummy } else { LoadFormat::Auto },
+            block_size,
+            num_blocks,
+            kv_cache_bytes,
+            num_threads,
+            seed: seed as u64,
+            max_model_len,
         };
-        load(py, config).map(Self)
+        load(py, model_dir, options).map(Self)
     }
 
     /// Submits a request and returns at once.
@@ -122,10 +117,11 @@ impl Engine {
 
     /// Aborts a request by the id of its stream.
     fn abort(&self, py: Python<'_>, request_id: &str) -> PyResult<()> {
-        let id = request_id.parse().map_err(|_| {
-            invalid(py, &format!("there is no request {request_id:?}"), "unknown_request")
-        })?;
-        py.detach(|| self.0.abort(RequestId(id))).map_err(|error| to_py(py, &error))
+        let aborted = match request_id.parse() {
+            Ok(id) => self.0.abort(RequestId(id)),
+            Err(_) => Err(Error::UnknownRequest { id: request_id.to_owned() }),
+        };
+        aborted.map_err(|error| to_py(py, &error))
     }
 
     /// `(num_running, num_waiting, num_free_blocks, num_preemptions)`.
@@ -137,7 +133,11 @@ impl Engine {
     /// The tokenizer; raises if the model has none.
     fn tokenizer(&self, py: Python<'_>) -> PyResult<Tokenizer> {
         match self.0.tokenizer() {
-            Some(tokenizer) => Ok(Tokenizer(tokenizer.clone())),
+            Some(tokenizer) => {
+                let inner = tokenizer.clone();
+                let num_tokens = self.0.limits().vocab_size.max(inner.vocab_size() as u32);
+                Ok(Tokenizer { inner, num_tokens })
+            }
             // Encoding anything says what is missing and where.
             None => match self.0.encode("") {
                 Err(error) => Err(to_py(py, &error)),
@@ -149,54 +149,50 @@ impl Engine {
     /// What holds when no sampling parameters are given: those of `generation_config.json`.
     fn default_sampling_params<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let defaults = PyDict::new(py);
-        if let Some(model) = self.0.model() {
-            let found = &model.generation;
-            let numbers = [
-                ("temperature", found.temperature),
-                ("top_p", found.top_p),
-                ("min_p", found.min_p),
-            ];
-            for (name, value) in numbers {
-                value.map_or(Ok(()), |value| defaults.set_item(name, value))?;
-            }
-            found.top_k.map_or(Ok(()), |top_k| defaults.set_item("top_k", top_k))?;
+        let found = &self.0.model().generation;
+        let numbers =
+            [("temperature", found.temperature), ("top_p", found.top_p), ("min_p", found.min_p)];
+        for (name, value) in numbers {
+            value.map_or(Ok(()), |value| defaults.set_item(name, value))?;
         }
+        found.top_k.map_or(Ok(()), |top_k| defaults.set_item("top_k", top_k))?;
         Ok(defaults)
     }
 
     #[getter]
     fn vocab_size(&self) -> u32 {
-        self.0.info().vocab_size
+        self.0.limits().vocab_size
     }
 
     #[getter]
     fn max_model_len(&self) -> u32 {
-        self.0.info().max_model_len
+        self.0.limits().max_model_len
     }
 
     #[getter]
     fn num_blocks(&self) -> u32 {
-        self.0.info().num_blocks
+        self.0.limits().num_blocks
     }
 
     #[getter]
     fn block_size(&self) -> u32 {
-        self.0.info().block_size
+        self.0.limits().block_size
     }
 
     #[getter]
     fn device(&self) -> &str {
-        self.0.model().map_or("", |model| &model.device)
+        &self.0.model().device
     }
 
     #[getter]
     fn dtype(&self) -> &'static str {
-        self.0.model().map_or("", |model| model.dtype)
+        self.0.model().dtype
     }
 
     #[getter]
     fn weight_bytes(&self) -> u64 {
-        self.0.model().map_or(0, |model| model.packed_bytes)
+        let model = self.0.model();
+        model.packed_bytes
     }
 
     /// Ends every stream, stops the threads and gives the memory back.
@@ -207,17 +203,17 @@ impl Engine {
 
 impl Engine {
     fn token_ids(&self, py: Python<'_>, tokens: &[i64]) -> PyResult<Vec<TokenId>> {
-        checked(py, tokens, self.0.info().vocab_size as usize)
+        checked(py, tokens, self.0.limits().vocab_size)
     }
 }
 
-/// Token ids of 32 bits. What they mean is checked by whom they go to.
-fn checked(py: Python<'_>, tokens: &[i64], vocab_size: usize) -> PyResult<Vec<TokenId>> {
+/// Token ids below `vocab_size`.
+fn checked(py: Python<'_>, tokens: &[i64], vocab_size: u32) -> PyResult<Vec<TokenId>> {
     let checked = tokens.iter().enumerate().map(|(position, &token)| {
-        u32::try_from(token).map(TokenId).map_err(|_| {
+        let known = u32::try_from(token).ok().filter(|token| *token < vocab_size);
+        known.map(TokenId).ok_or_else(|| {
             let message = format!(
-                "token {token} at position {position} is outside the vocabulary of \
-                 {vocab_size}"
+                "token {token} at position {position} is outside the vocabulary of {vocab_size}"
             );
             invalid(py, &message, "token_outside_vocabulary")
         })
@@ -227,11 +223,15 @@ fn checked(py: Python<'_>, tokens: &[i64], vocab_size: usize) -> PyResult<Vec<To
 
 /// Loads on a thread of its own, so that Ctrl-C ends the wait. An engine that is ready only after
 /// that is dropped by its loader.
-fn load(py: Python<'_>, config: EngineConfig) -> PyResult<nano_engine::Engine> {
+fn load(
+    py: Python<'_>,
+    model_dir: PathBuf,
+    options: ModelOptions,
+) -> PyResult<nano_engine::Engine> {
     let (ended, end) = bounded::<()>(0);
     let main = move || {
         let _ended = ended;
-        nano_engine::Engine::load(config)
+        nano_engine::Engine::load(model_dir, options)
     };
     let loader = thread::Builder::new().name("nano-load".into()).spawn(main)?;
     while py.detach(|| end.recv_timeout(SIGNAL_INTERVAL)) == Err(RecvTimeoutError::Timeout) {
@@ -245,13 +245,17 @@ fn load(py: Python<'_>, config: EngineConfig) -> PyResult<nano_engine::Engine> {
 
 /// Text to tokens and back, as the engine does it.
 #[pyclass(frozen, module = "nano_batch._native")]
-pub(crate) struct Tokenizer(nano_text::Tokenizer);
+pub(crate) struct Tokenizer {
+    inner: nano_text::Tokenizer,
+    /// The model's and the tokenizer's vocabulary: either may have ids that the other has not.
+    num_tokens: u32,
+}
 
 #[pymethods]
 impl Tokenizer {
     #[getter]
     fn vocab_size(&self) -> usize {
-        self.0.vocab_size()
+        self.inner.vocab_size()
     }
 
     /// The token ids of a text.
@@ -265,12 +269,12 @@ impl Tokenizer {
     ) -> PyResult<Vec<u32>> {
         let text = plain_text(&text, "text", "invalid_prompt")?;
         let tokens = py
-            .detach(|| self.0.encode(text, add_special_tokens))
+            .detach(|| self.inner.encode(text, add_special_tokens))
             .map_err(|error| to_py(py, &error.into()))?;
         Ok(tokens.into_iter().map(|token| token.0).collect())
     }
 
-    /// The text of token ids.
+    /// The text of token ids; those that are the model's alone have none.
     #[pyo3(signature = (token_ids, *, skip_special_tokens=true))]
     #[expect(clippy::needless_pass_by_value, reason = "what pyo3 extracts")]
     fn decode(
@@ -279,8 +283,8 @@ impl Tokenizer {
         token_ids: Vec<i64>,
         skip_special_tokens: bool,
     ) -> PyResult<String> {
-        let tokens = checked(py, &token_ids, self.0.vocab_size())?;
-        py.detach(|| self.0.decode(&tokens, skip_special_tokens))
+        let tokens = checked(py, &token_ids, self.num_tokens)?;
+        py.detach(|| self.inner.decode(&tokens, skip_special_tokens))
             .map_err(|error| to_py(py, &error.into()))
     }
 }

@@ -15,9 +15,14 @@ pub(crate) fn to_py(py: Python<'_>, error: &Error) -> PyErr {
             nano_text::Error::TokenizerUnreadable { .. }
             | nano_text::Error::TokenizerInvalid { .. },
         ) => "ModelLoadError",
-        Error::Core(_) | Error::Text(_) | Error::Model(nano_model::Error::BadOption { .. }) => {
-            "InvalidRequestError"
-        }
+        Error::Core(nano_core::Error::LogitsNotFinite { .. })
+        | Error::Text(nano_text::Error::DecodeFailed { .. })
+        | Error::TextFailed { .. } => "RequestFailedError",
+        Error::Core(_)
+        | Error::Text(_)
+        | Error::Model(nano_model::Error::BadOption { .. })
+        | Error::TextTooLong { .. }
+        | Error::UnknownRequest { .. } => "InvalidRequestError",
         Error::Model(_) => "ModelLoadError",
         Error::EngineClosed | Error::UsedAfterFork { .. } => "EngineClosedError",
         _ => "NanoBatchError",

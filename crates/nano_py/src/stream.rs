@@ -1,11 +1,12 @@
 //! The answer to one request, as Python reads it.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use nano_engine::{Delta, Finish, StopReason};
+use nano_engine::{Delta, Error, Finish, StopReason};
 use pyo3::prelude::*;
-use pyo3::types::PyByteArray;
+use pyo3::types::{PyByteArray, PyTuple};
 
 use crate::error::to_py;
 
@@ -17,39 +18,26 @@ type DeltaTuple = (Vec<u32>, String, Option<&'static str>, Option<Py<PyAny>>, f6
 
 /// Reads deltas; dropping it aborts the request.
 #[pyclass(frozen, module = "nano_batch._native")]
-pub(crate) struct RequestStream(Mutex<nano_engine::RequestStream>);
+pub(crate) struct RequestStream(nano_engine::RequestStream);
 
 impl RequestStream {
     pub(crate) fn new(stream: nano_engine::RequestStream) -> Self {
-        Self(Mutex::new(stream))
+        Self(stream)
     }
 
-    /// The next delta, or `None` after the last. Waits without the GIL and lets Ctrl-C through.
-    fn wait_next(&self, py: Python<'_>) -> PyResult<Option<Delta>> {
+    /// Waits for `read` without the GIL and lets Ctrl-C through, which takes nothing away.
+    fn wait<T: Send>(
+        &self,
+        py: Python<'_>,
+        read: impl Fn(&nano_engine::RequestStream, Instant) -> Result<Poll<T>, Arc<Error>> + Sync,
+    ) -> PyResult<T> {
         loop {
-            let (next, is_over) = py
-                .detach(|| {
-                    let mut stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-                    let next = stream.next(Some(Instant::now() + SIGNAL_INTERVAL))?;
-                    Ok((next, stream.is_over()))
-                })
-                .map_err(|error| to_py(py, &error))?;
-            if next.is_some() || is_over {
-                return Ok(next);
+            match py.detach(|| read(&self.0, Instant::now() + SIGNAL_INTERVAL)) {
+                Ok(Poll::Ready(it)) => return Ok(it),
+                Ok(Poll::Pending) => py.check_signals()?,
+                Err(error) => return Err(to_py(py, &error)),
             }
-            py.check_signals()?;
         }
-    }
-
-    /// Everything up to the end.
-    fn wait_all(&self, py: Python<'_>) -> PyResult<Delta> {
-        let mut all = Delta::default();
-        while let Some(delta) = self.wait_next(py)? {
-            all.absorb(delta);
-            // Also while tokens keep coming.
-            py.check_signals()?;
-        }
-        Ok(all)
     }
 }
 
@@ -57,29 +45,34 @@ impl RequestStream {
 impl RequestStream {
     #[getter]
     fn request_id(&self) -> String {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).id().to_string()
+        self.0.id().to_string()
     }
 
     #[getter]
-    fn prompt_token_ids(&self) -> Vec<u32> {
-        let stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        stream.prompt_token_ids().iter().map(|token| token.0).collect()
+    fn prompt_token_ids<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, self.0.prompt_token_ids().iter().map(|token| token.0))
     }
 
     /// The next delta, or `None` after the last.
     fn next(&self, py: Python<'_>) -> PyResult<Option<DeltaTuple>> {
-        self.wait_next(py)?.map(|delta| to_tuple(py, delta)).transpose()
+        let delta = self.wait(py, nano_engine::RequestStream::next)?;
+        delta.map(|delta| to_tuple(py, delta)).transpose()
     }
 
     /// Everything up to the end as one delta.
     fn collect(&self, py: Python<'_>) -> PyResult<DeltaTuple> {
-        let all = self.wait_all(py)?;
+        let all = self.wait(py, nano_engine::RequestStream::collect)?;
         to_tuple(py, all)
+    }
+
+    /// Ends the request, if it has not ended.
+    fn abort(&self) {
+        self.0.abort();
     }
 
     /// All logits of a request of logits, `[num_tokens, vocab_size]` as little-endian float32.
     fn collect_logits<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyByteArray>> {
-        let logits = self.wait_all(py)?.logits;
+        let logits = self.wait(py, nano_engine::RequestStream::collect)?.logits;
         PyByteArray::new_with(py, logits.len() * size_of::<f32>(), |bytes| {
             for (to, from) in bytes.chunks_exact_mut(size_of::<f32>()).zip(&logits) {
                 to.copy_from_slice(&from.to_le_bytes());

@@ -10,6 +10,7 @@ pub mod error;
 mod fixture;
 pub mod stop;
 pub mod text_decoder;
+mod token_bytes;
 pub mod tokenizer;
 
 pub use detokenizer::IncrementalDetokenizer;

@@ -11,10 +11,14 @@ use std::sync::Arc;
 use nano_core::ids::TokenId;
 
 use crate::error::{Error, Result};
+use crate::token_bytes::max_token_bytes;
 
 /// Text to token ids and back; a clone is another handle to the same tokenizer.
 #[derive(Clone, Debug)]
-pub struct Tokenizer(Arc<tokenizers::Tokenizer>);
+pub struct Tokenizer {
+    inner: Arc<tokenizers::Tokenizer>,
+    max_token_bytes: Option<usize>,
+}
 
 impl Tokenizer {
     /// Reads `tokenizer.json` of a model directory, `None` if there is none.
@@ -41,16 +45,21 @@ impl Tokenizer {
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes)?;
         // Many checkpoints carry the settings of their training here; a prompt is taken as it is.
         inner.with_truncation(None)?.with_padding(None);
-        Ok(Self(Arc::new(inner)))
+        Ok(Self { max_token_bytes: max_token_bytes(&inner), inner: Arc::new(inner) })
     }
 
     /// The tokens of a text, with those that the post-processor adds (BOS) if
     /// `add_special_tokens`. Nothing is truncated or padded.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>> {
-        let encoding = self.0.encode_fast(text, add_special_tokens).map_err(|reason| {
+        let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(|reason| {
             Error::EncodeFailed { num_bytes: text.len(), reason: reason.to_string() }
         })?;
         Ok(encoding.get_ids().iter().copied().map(TokenId).collect())
+    }
+
+    /// How many tokens a text of so many bytes has at least; 0 if this tokenizer does not tell.
+    pub fn min_num_tokens(&self, num_bytes: usize) -> usize {
+        self.max_token_bytes.map_or(0, |most| num_bytes.div_ceil(most))
     }
 
     /// The text of tokens; ids outside the vocabulary have none.
@@ -60,7 +69,7 @@ impl Tokenizer {
     }
 
     pub(crate) fn decode_ids(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
-        self.0.decode(ids, skip_special_tokens).map_err(|reason| Error::DecodeFailed {
+        self.inner.decode(ids, skip_special_tokens).map_err(|reason| Error::DecodeFailed {
             num_tokens: ids.len(),
             reason: reason.to_string(),
         })
@@ -68,23 +77,23 @@ impl Tokenizer {
 
     /// The number of different tokens, added ones included. The model may have more embeddings.
     pub fn vocab_size(&self) -> usize {
-        self.0.get_vocab_size(true)
+        self.inner.get_vocab_size(true)
     }
 
     /// The id of a token as the vocabulary spells it.
     pub fn token_to_id(&self, token: &str) -> Option<TokenId> {
-        self.0.token_to_id(token).map(TokenId)
+        self.inner.token_to_id(token).map(TokenId)
     }
 
     /// The token as the vocabulary spells it, which is not its text.
     pub fn id_to_token(&self, token: TokenId) -> Option<String> {
-        self.0.id_to_token(token.0)
+        self.inner.id_to_token(token.0)
     }
 
     /// Whether `decode` looks at the token at all.
     pub(crate) fn is_decoded(&self, token: TokenId, skip_special_tokens: bool) -> bool {
-        self.0.id_to_token(token.0).is_some_and(|text| {
-            !skip_special_tokens || !self.0.get_added_vocabulary().is_special_token(&text)
+        self.inner.id_to_token(token.0).is_some_and(|text| {
+            !skip_special_tokens || !self.inner.get_added_vocabulary().is_special_token(&text)
         })
     }
 }
