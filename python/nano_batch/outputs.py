@@ -32,8 +32,8 @@ class RequestOutput:
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    """One tuple for all outputs of a stream."""
+    prompt_token_ids: list[int]
+    """Shared by all outputs of a request."""
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics

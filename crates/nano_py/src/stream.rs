@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use nano_engine::{Delta, Error, Finish, StopReason};
 use pyo3::prelude::*;
-use pyo3::types::{PyByteArray, PyTuple};
+use pyo3::types::PyByteArray;
 
 use crate::error::to_py;
 
@@ -49,8 +49,8 @@ impl RequestStream {
     }
 
     #[getter]
-    fn prompt_token_ids<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        PyTuple::new(py, self.0.prompt_token_ids().iter().map(|token| token.0))
+    fn prompt_token_ids(&self) -> Vec<u32> {
+        self.0.prompt_token_ids().iter().map(|token| token.0).collect()
     }
 
     /// The next delta, or `None` after the last.
