@@ -29,12 +29,13 @@ class Engine:
     Args:
         model: A directory in Hugging Face's form, a hub id, or None for the embedded model.
         device: "cpu", "cuda", "cuda:1" and so on, or "auto": the first GPU if it can run the model
-            as asked, else the CPU.
+            as asked, else the CPU. A GPU with too little free memory is an error then too: the CPU
+            instead would be many times slower without a word.
         dtype: "auto" (the checkpoint's; bfloat16 on a GPU), "float32" or "bfloat16".
         max_model_len: Tokens of prompt and output together; None is the config's limit, lowered
             to what the KV cache can hold.
         gpu_memory_utilization: Share of a GPU's memory that may be in use, with the KV cache
-            taking what the rest leaves.
+            taking what the rest leaves. Means nothing on the CPU.
         max_num_seqs: Sequences that run at the same time.
         max_num_batched_tokens: Tokens of one step; a longer prompt runs in chunks. None is 8192 on
             a GPU and 2048 on the CPU, where a larger step is no faster and takes more memory.
@@ -44,7 +45,8 @@ class Engine:
             than `max_num_seqs` sequences of `max_model_len` can use. On the CPU a block takes
             memory when it is first written.
         kv_cache_gib: Size of the KV cache in GiB, if `num_blocks` is None.
-        num_threads: Threads of a CPU step, at most 1024; None is one per core.
+        num_threads: Threads of a CPU step, at most 1024; None is one per core. Means nothing on
+            a GPU.
         deterministic: Whether a request's tokens are exactly the same in any batch: on a GPU at
             the cost of speed, on the CPU always.
         enable_prefix_caching, quantization, tensor_parallel_size: Not supported yet beyond their

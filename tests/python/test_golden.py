@@ -142,11 +142,12 @@ def test_generation_stops_at_each_of_several_eos_tokens(open_engine, tmp_path):
 def test_the_samplings_defaults_of_the_model_hold_without_parameters(open_engine, tmp_path):
     directory = random_models.write(MODELS["v0.2"], tmp_path)
     (directory / "generation_config.json").write_text(
-        '{"do_sample": true, "temperature": 0.7, "top_k": 1, "eos_token_id": 2}', encoding="utf-8"
+        '{"temperature": 0.7, "top_k": 1, "eos_token_id": 150, "max_new_tokens": 21}',
+        encoding="utf-8",
     )
     engine = open_engine(directory)
     prompt = random_tokens(9, 151, 7)
-    greedy = engine.generate(prompt, SamplingParams(temperature=0), use_tqdm=False)
+    greedy = engine.generate(prompt, SamplingParams(temperature=0, max_tokens=21), use_tqdm=False)
     default = engine.generate(prompt, use_tqdm=False)
     assert default[0].outputs[0].token_ids == greedy[0].outputs[0].token_ids
 
@@ -154,11 +155,11 @@ def test_the_samplings_defaults_of_the_model_hold_without_parameters(open_engine
 def test_what_the_model_asks_for_in_vain_is_told_once(caplog, open_engine, tmp_path):
     directory = random_models.write(MODELS["v0.2"], tmp_path)
     (directory / "generation_config.json").write_text(
-        '{"repetition_penalty": 1.1, "num_beams": 1, "max_new_tokens": 9}', encoding="utf-8"
+        '{"repetition_penalty": 1.1, "num_beams": 1, "max_length": 9}', encoding="utf-8"
     )
     open_engine(directory)
     (message,) = [it.message for it in caplog.records if "generation_config" in it.message]
-    assert "asks for max_new_tokens 9, repetition_penalty 1.1, which is not supported" in message
+    assert "asks for max_length 9, repetition_penalty 1.1, which is not supported" in message
 
 
 def test_dummy_weights_need_no_weight_files(open_engine, tmp_path):

@@ -155,7 +155,9 @@ impl Engine {
         for (name, value) in numbers {
             value.map_or(Ok(()), |value| defaults.set_item(name, value))?;
         }
-        found.top_k.map_or(Ok(()), |top_k| defaults.set_item("top_k", top_k))?;
+        for (name, value) in [("top_k", found.top_k), ("max_tokens", found.max_tokens)] {
+            value.map_or(Ok(()), |value| defaults.set_item(name, value))?;
+        }
         Ok(defaults)
     }
 

@@ -17,6 +17,8 @@ pub struct GenerationDefaults {
     pub top_k: Option<u32>,
     /// The least share of the best token's probability.
     pub min_p: Option<f32>,
+    /// Tokens of the answer at most: `max_new_tokens`.
+    pub max_tokens: Option<u32>,
 }
 
 pub(super) fn defaults(fields: &Fields<'_>) -> Result<GenerationDefaults> {
@@ -30,6 +32,7 @@ pub(super) fn defaults(fields: &Fields<'_>) -> Result<GenerationDefaults> {
         top_p: number("top_p")?,
         top_k: top_k(fields)?,
         min_p: number("min_p")?,
+        max_tokens: fields.optional_count("max_new_tokens")?.map(|count| count as u32),
     };
     // Now, or every request without parameters would be refused for what it did not say.
     match sampling_params(&defaults).validate() {
@@ -64,8 +67,7 @@ fn top_k(fields: &Fields<'_>) -> Result<Option<u32>> {
 
 /// Keys that change the output in transformers and are not built, and the value that changes nothing
 /// where that is a number.
-const UNSUPPORTED: [(&str, Option<f64>); 20] = [
-    ("max_new_tokens", None),
+const UNSUPPORTED: [(&str, Option<f64>); 19] = [
     ("max_length", None),
     ("min_new_tokens", Some(0.0)),
     ("min_length", Some(0.0)),
