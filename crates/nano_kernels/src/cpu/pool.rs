@@ -4,11 +4,12 @@
 //! a worker looks for the next one for a while before it sleeps, and nobody waits for a worker
 //! that has not come: what is left to do is claimed task by task, by the caller too.
 
+use std::any::Any;
 use std::cell::UnsafeCell;
 use std::num::NonZero;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 
 use super::isa::Isa;
@@ -30,7 +31,8 @@ struct Shared {
     next_task: AtomicUsize,
     num_tasks: AtomicUsize,
     job: UnsafeCell<Option<Job>>,
-    has_panicked: AtomicBool,
+    /// The last task's, for the caller of the job.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
     is_closed: AtomicBool,
     num_sleepers: AtomicUsize,
 }
@@ -58,7 +60,7 @@ impl Pool {
             next_task: AtomicUsize::new(0),
             num_tasks: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
-            has_panicked: AtomicBool::new(false),
+            panic: Mutex::default(),
             is_closed: AtomicBool::new(false),
             num_sleepers: AtomicUsize::new(0),
         });
@@ -130,7 +132,10 @@ impl Pool {
             looks += 1;
             if looks < NUM_LOOKS { std::hint::spin_loop() } else { thread::yield_now() }
         }
-        assert!(!shared.has_panicked.swap(false, Ordering::Relaxed), "a task of the pool panicked");
+        let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
     }
 }
 
@@ -159,8 +164,8 @@ impl Shared {
             }
             job(task);
         };
-        if catch_unwind(AssertUnwindSafe(run)).is_err() {
-            self.has_panicked.store(true, Ordering::Relaxed);
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
+            *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
         }
     }
 
@@ -236,7 +241,7 @@ mod tests {
             let outcome = catch_unwind(AssertUnwindSafe(|| {
                 pool.run(9, &|task| assert!(task != 4, "as planned"));
             }));
-            assert!(outcome.is_err());
+            assert_eq!(outcome.unwrap_err().downcast_ref(), Some(&"as planned"));
             let sum = AtomicUsize::new(0);
             pool.run(9, &|task| {
                 sum.fetch_add(task, Ordering::Relaxed);
