@@ -228,7 +228,12 @@ class Engine:
         elif not isinstance(sampling_params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {sampling_params!r}")
         native = self._native.submit(text_or_ids, sampling_params)
-        return RequestStream(self, native, text_or_ids if isinstance(text_or_ids, str) else None)
+        try:
+            text = text_or_ids if isinstance(text_or_ids, str) else None
+            return RequestStream(self, native, text)
+        except BaseException:
+            native.abort()
+            raise
 
     def logits(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the logits at every position: float32 `[num_tokens, vocab_size]`.
@@ -298,7 +303,8 @@ class Engine:
         It waits up to two seconds for the step that runs. One that takes longer, as a long prompt's
         may on the CPU, is left to itself: its threads and memory go when it ends.
         """
-        self._close()
+        self._native.close()
+        self._close.detach()
 
     def __enter__(self) -> "Engine":
         """Return the engine."""
@@ -340,7 +346,7 @@ class RequestStream(Iterator[RequestOutput]):
     def collect(self) -> RequestOutput:
         """Wait for the end and return all that was not taken yet as one output.
 
-        An exception in between, as of Ctrl-C, takes nothing: the next call has it all.
+        An exception while it waits, as of Ctrl-C, takes nothing: the next call has it all.
         """
         return self._output(self._native.collect())
 

@@ -5,6 +5,12 @@ use crate::ids::TokenId;
 /// The result of `nano_core`.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// What a panic said.
+pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}
+
 /// Why a request was refused or a step failed; every message names the limit and the value.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]

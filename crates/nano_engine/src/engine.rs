@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle, ThreadId};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use nano_core::error::panic_message;
 use nano_core::scheduler::SchedulerStats;
 use nano_core::{
     EngineCore, Executor, Request, RequestId, RequestKind, RequestLimits, SamplingParams, TokenId,
@@ -15,7 +16,7 @@ use nano_model::{ModelInfo, ModelOptions};
 use nano_text::{TextDecoder, TextOptions, Tokenizer};
 use parking_lot::Mutex;
 
-use crate::engine_thread::{self, Channels, Command, panic_message};
+use crate::engine_thread::{self, Channels, Command};
 use crate::error::{Error, Result};
 use crate::output_thread::{self, Output, Registered};
 use crate::stream::{Mailbox, RequestStream};
@@ -38,6 +39,7 @@ pub struct Engine {
     commands: Sender<Command>,
     outputs: Sender<Output>,
     threads: Mutex<Option<Threads>>,
+    own_threads: [ThreadId; 2],
     is_closed: AtomicBool,
     /// Taken by valid requests only: the seeds of unseeded ones derive from it.
     next_request: Mutex<u64>,
@@ -110,7 +112,7 @@ impl Engine {
             }
             drop(done);
         };
-        let engine = std::thread::Builder::new().name("nano-engine".into()).spawn(engine_main)?;
+        let engine = thread::Builder::new().name("nano-engine".into()).spawn(engine_main)?;
         let Ok(loaded) = outcome.recv() else {
             let panic = engine.join().err();
             let message =
@@ -121,7 +123,7 @@ impl Engine {
         let (capacity, model) = loaded?;
         let abort = commands.clone();
         let output_main = move || output_thread::run(&output_receiver, &abort);
-        let output = std::thread::Builder::new().name("nano-output".into()).spawn(output_main)?;
+        let output = thread::Builder::new().name("nano-output".into()).spawn(output_main)?;
         let limits = RequestLimits {
             vocab_size: model.vocab_size,
             max_model_len: model.max_model_len,
@@ -133,6 +135,7 @@ impl Engine {
         Ok(Self {
             commands,
             outputs,
+            own_threads: [engine.thread().id(), output.thread().id()],
             threads: Mutex::new(Some(Threads { engine, output, engine_done })),
             is_closed: AtomicBool::new(false),
             next_request: Mutex::new(0),
@@ -287,9 +290,16 @@ impl Engine {
             // A forked child has no such threads to wait for, and must not touch their locks.
             return;
         }
-        let Some(threads) = self.threads.lock().take() else { return };
         let _ = self.commands.send(Command::Close);
         let _ = self.outputs.send(Output::Close);
+        // A handler of the log, or the garbage collector, may come by on a thread of the engine's
+        // own, which cannot wait for itself.
+        if self.own_threads.contains(&thread::current().id()) {
+            return;
+        }
+        // Held, so that whoever closes it too waits as well.
+        let mut threads = self.threads.lock();
+        let Some(threads) = threads.take() else { return };
         let _ = threads.output.join();
         match threads.engine_done.recv_timeout(CLOSE_GRACE) {
             Err(RecvTimeoutError::Timeout) => {

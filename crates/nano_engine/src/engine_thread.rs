@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
+use nano_core::error::panic_message;
 use nano_core::scheduler::SchedulerStats;
 use nano_core::{EngineCore, Executor, Request, RequestId, Result};
 use parking_lot::Mutex;
@@ -37,8 +38,9 @@ pub(crate) fn run<E: Executor>(core: EngineCore<E>, channels: &Channels) {
         Ok(Err(error)) => error.to_string(),
         Err(panic) => format!("a step panicked: {}", panic_message(panic.as_ref())),
     };
+    // Readers first: a handler of the log may take its time, or close the engine.
+    let _ = channels.outputs.send(Output::Failed { message: message.clone() });
     tracing::error!("the engine has failed: {message}");
-    let _ = channels.outputs.send(Output::Failed { message });
 }
 
 fn serve<E: Executor>(mut core: EngineCore<E>, channels: &Channels) -> Result<()> {
@@ -74,10 +76,4 @@ fn obey<E: Executor>(core: &mut EngineCore<E>, command: Command, channels: &Chan
         }
         Command::Close => {}
     }
-}
-
-/// What a panic said.
-pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }

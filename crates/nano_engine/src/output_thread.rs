@@ -5,10 +5,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
-use nano_core::{FinishReason, RequestId, TokenEvent};
+use nano_core::error::panic_message;
+use nano_core::{FinishReason, RequestId, TokenEvent, TokenId};
 use nano_text::TextDecoder;
 
-use crate::engine_thread::{Command, panic_message};
+use crate::engine_thread::Command;
 use crate::error::{Error, Result};
 use crate::stream::{Delta, Finish, Mailbox, StopReason};
 
@@ -94,36 +95,42 @@ fn deliver(requests: &mut HashMap<RequestId, Registered>, event: TokenEvent) -> 
     // know it yet.
     let Some(request) = requests.get_mut(&id) else { return false };
     // A panic while one request's text is made ends that request, not the thread that serves all.
-    let decoded = catch_unwind(AssertUnwindSafe(|| decode(request, event)));
+    let mut news = Delta { logits: event.logits.unwrap_or_default(), ..Delta::default() };
+    let decoded =
+        catch_unwind(AssertUnwindSafe(|| decode(request, &event.tokens, event.finish, &mut news)));
     let decoded = decoded.unwrap_or_else(|panic| {
         let message = format!("a panic: {}", panic_message(panic.as_ref()));
-        tracing::error!("request {id}: {message}");
         Err(Error::TextFailed { id, message })
     });
-    let is_over = match decoded {
-        Ok(news) => {
-            let is_over = news.finish.is_some();
-            request.mailbox.merge(news);
-            is_over
+    let is_over = news.finish.is_some() || decoded.is_err();
+    if decoded.is_ok() || !news.token_ids.is_empty() || !news.text.is_empty() {
+        request.mailbox.merge(news);
+    }
+    if let Err(error) = decoded {
+        let error = Arc::new(error);
+        request.mailbox.fail(Arc::clone(&error));
+        // Readers first: a handler of the log may take its time.
+        if matches!(*error, Error::TextFailed { .. }) {
+            tracing::error!("{error}");
         }
-        Err(error) => {
-            request.mailbox.fail(Arc::new(error));
-            true
-        }
-    };
+    }
     if is_over {
         requests.remove(&id);
     }
     is_over
 }
 
-fn decode(request: &mut Registered, event: TokenEvent) -> Result<Delta> {
-    let mut news = Delta { logits: event.logits.unwrap_or_default(), ..Delta::default() };
-    let stops_by_id = matches!(event.finish, Some(FinishReason::Stop(_)));
-    let num_tokens = event.tokens.len();
-    for (index, token) in event.tokens.into_iter().enumerate() {
+/// Adds to `news` what has become of the tokens, also where an error ends them.
+fn decode(
+    request: &mut Registered,
+    tokens: &[TokenId],
+    finish: Option<FinishReason>,
+    news: &mut Delta,
+) -> Result<()> {
+    let stops_by_id = matches!(finish, Some(FinishReason::Stop(_)));
+    for (index, &token) in tokens.iter().enumerate() {
         news.token_ids.push(token);
-        let is_stop_token = stops_by_id && index + 1 == num_tokens;
+        let is_stop_token = stops_by_id && index + 1 == tokens.len();
         if is_stop_token && !request.include_stop_token {
             break;
         }
@@ -131,10 +138,10 @@ fn decode(request: &mut Registered, event: TokenEvent) -> Result<Delta> {
         news.text.push_str(&step.text);
         if let Some(stop) = step.stopped {
             news.finish = Some(Finish::Stop(Some(StopReason::Text(stop))));
-            return Ok(news);
+            return Ok(());
         }
     }
-    let Some(reason) = event.finish else { return Ok(news) };
+    let Some(reason) = finish else { return Ok(()) };
     let rest = request.decoder.finish()?;
     news.text.push_str(&rest.text);
     news.finish = Some(match (rest.stopped, reason) {
@@ -144,5 +151,5 @@ fn decode(request: &mut Registered, event: TokenEvent) -> Result<Delta> {
         (None, FinishReason::Abort) => Finish::Abort,
         (None, FinishReason::Error(error)) => return Err(error.into()),
     });
-    Ok(news)
+    Ok(())
 }

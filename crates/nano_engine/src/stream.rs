@@ -156,6 +156,22 @@ impl RequestStream {
         &self.prompt
     }
 
+    /// Waits until `deadline` for what [`next`](Self::next) would return, and leaves it there.
+    ///
+    /// # Errors
+    /// In a forked child.
+    pub fn await_news(&self, deadline: Instant) -> Result<Poll<()>, Arc<Error>> {
+        self.wait(deadline, |state| (state.has_news || state.end.is_some()).then_some(Ok(())))
+    }
+
+    /// The same of [`collect`](Self::collect).
+    ///
+    /// # Errors
+    /// In a forked child.
+    pub fn await_end(&self, deadline: Instant) -> Result<Poll<()>, Arc<Error>> {
+        self.wait(deadline, |state| state.end.is_some().then_some(Ok(())))
+    }
+
     /// Waits for news until `deadline`; `None` follows the last of them.
     ///
     /// # Errors

@@ -118,8 +118,8 @@ impl Engine {
     /// Aborts a request by the id of its stream.
     fn abort(&self, py: Python<'_>, request_id: &str) -> PyResult<()> {
         let aborted = match request_id.parse() {
-            Ok(id) => self.0.abort(RequestId(id)),
-            Err(_) => Err(Error::UnknownRequest { id: request_id.to_owned() }),
+            Ok(id) if RequestId(id).to_string() == request_id => self.0.abort(RequestId(id)),
+            _ => Err(Error::UnknownRequest { id: request_id.to_owned() }),
         };
         aborted.map_err(|error| to_py(py, &error))
     }

@@ -20,24 +20,33 @@ type DeltaTuple = (Vec<u32>, String, Option<&'static str>, Option<Py<PyAny>>, f6
 #[pyclass(frozen, module = "nano_batch._native")]
 pub(crate) struct RequestStream(nano_engine::RequestStream);
 
+/// What waits for `T`, or takes it, until a deadline.
+type Read<T> = fn(&nano_engine::RequestStream, Instant) -> Result<Poll<T>, Arc<Error>>;
+
 impl RequestStream {
     pub(crate) fn new(stream: nano_engine::RequestStream) -> Self {
         Self(stream)
     }
 
-    /// Waits for `read` without the GIL and lets Ctrl-C through, which takes nothing away.
-    fn wait<T: Send>(
-        &self,
-        py: Python<'_>,
-        read: impl Fn(&nano_engine::RequestStream, Instant) -> Result<Poll<T>, Arc<Error>> + Sync,
-    ) -> PyResult<T> {
+    /// Waits without the GIL and lets Ctrl-C through before anything is taken: what is taken is lost
+    /// if Python raises next.
+    fn take<T>(&self, py: Python<'_>, wait: Read<()>, take: Read<T>) -> PyResult<T> {
         loop {
-            match py.detach(|| read(&self.0, Instant::now() + SIGNAL_INTERVAL)) {
-                Ok(Poll::Ready(it)) => return Ok(it),
-                Ok(Poll::Pending) => py.check_signals()?,
-                Err(error) => return Err(to_py(py, &error)),
+            let ready = py.detach(|| wait(&self.0, Instant::now() + SIGNAL_INTERVAL));
+            py.check_signals()?;
+            if ready.map_err(|error| to_py(py, &error))?.is_pending() {
+                continue;
+            }
+            // Pending too where another reader was quicker.
+            let taken = take(&self.0, Instant::now());
+            if let Poll::Ready(it) = taken.map_err(|error| to_py(py, &error))? {
+                return Ok(it);
             }
         }
+    }
+
+    fn take_all(&self, py: Python<'_>) -> PyResult<Delta> {
+        self.take(py, nano_engine::RequestStream::await_end, nano_engine::RequestStream::collect)
     }
 }
 
@@ -55,14 +64,15 @@ impl RequestStream {
 
     /// The next delta, or `None` after the last.
     fn next(&self, py: Python<'_>) -> PyResult<Option<DeltaTuple>> {
-        let delta = self.wait(py, nano_engine::RequestStream::next)?;
+        let (wait, take) =
+            (nano_engine::RequestStream::await_news, nano_engine::RequestStream::next);
+        let delta = self.take(py, wait, take)?;
         delta.map(|delta| to_tuple(py, delta)).transpose()
     }
 
     /// Everything up to the end as one delta.
     fn collect(&self, py: Python<'_>) -> PyResult<DeltaTuple> {
-        let all = self.wait(py, nano_engine::RequestStream::collect)?;
-        to_tuple(py, all)
+        to_tuple(py, self.take_all(py)?)
     }
 
     /// Ends the request, if it has not ended.
@@ -72,7 +82,7 @@ impl RequestStream {
 
     /// All logits of a request of logits, `[num_tokens, vocab_size]` as little-endian float32.
     fn collect_logits<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyByteArray>> {
-        let logits = self.wait(py, nano_engine::RequestStream::collect)?.logits;
+        let logits = self.take_all(py)?.logits;
         PyByteArray::new_with(py, logits.len() * size_of::<f32>(), |bytes| {
             for (to, from) in bytes.chunks_exact_mut(size_of::<f32>()).zip(&logits) {
                 to.copy_from_slice(&from.to_le_bytes());

@@ -8,10 +8,14 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 /// vocabulary no text may be dropped or get shorter, and no unknown one may become a single token.
 pub(crate) fn max_token_bytes(tokenizer: &tokenizers::Tokenizer) -> Option<usize> {
     let ModelWrapper::BPE(model) = tokenizer.get_model() else { return None };
+    if model.continuing_subword_prefix.is_some() || model.end_of_word_suffix.is_some() {
+        return None;
+    }
     let normalizer = serde_json::to_value(tokenizer.get_normalizer()).ok()?;
     let splitter = serde_json::to_value(tokenizer.get_pre_tokenizer()).ok()?;
     let last = splitter["pretokenizers"].as_array().and_then(|all| all.last()).unwrap_or(&splitter);
-    let vocabulary = tokenizer.get_vocab(true);
+    // Added tokens are looked for in the text alone.
+    let vocabulary = tokenizer.get_vocab(false);
     let every_byte_has_a_token = if model.byte_fallback {
         (0..=255).all(|byte: u8| vocabulary.contains_key(&format!("<0x{byte:02X}>")))
     } else {
@@ -26,7 +30,8 @@ pub(crate) fn max_token_bytes(tokenizer: &tokenizers::Tokenizer) -> Option<usize
         && keeps_text(&splitter)
         && every_byte_has_a_token
         && added_is_plain;
-    vocabulary.keys().map(String::len).max().filter(|_| is_certain)
+    let longest = tokenizer.get_vocab(true).keys().map(String::len).max();
+    longest.filter(|_| is_certain)
 }
 
 /// Whether a normalizer or pre-tokenizer is known to leave at least as many bytes as it gets.

@@ -5,13 +5,25 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
+use nano_core::error::panic_message;
 use nano_core::ids::TokenId;
 
 use crate::error::{Error, Result};
 use crate::token_bytes::max_token_bytes;
+
+const CACHED_WORDS: usize = 1000;
+
+/// A tokenizer that panics refuses one text, and its caller goes on.
+fn caught<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(outcome) => outcome.map_err(|reason| reason.to_string()),
+        Err(panic) => Err(format!("a panic: {}", panic_message(panic.as_ref()))),
+    }
+}
 
 /// Text to token ids and back; a clone is another handle to the same tokenizer.
 #[derive(Clone, Debug)]
@@ -45,15 +57,18 @@ impl Tokenizer {
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes)?;
         // Many checkpoints carry the settings of their training here; a prompt is taken as it is.
         inner.with_truncation(None)?.with_padding(None);
+        // Of words, one for each thread that encodes, which keeps it until it ends.
+        let mut model = inner.get_model().clone();
+        model.resize_cache(CACHED_WORDS);
+        inner.with_model(model);
         Ok(Self { max_token_bytes: max_token_bytes(&inner), inner: Arc::new(inner) })
     }
 
     /// The tokens of a text, with those that the post-processor adds (BOS) if
     /// `add_special_tokens`. Nothing is truncated or padded.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>> {
-        let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(|reason| {
-            Error::EncodeFailed { num_bytes: text.len(), reason: reason.to_string() }
-        })?;
+        let encoding = caught(|| self.inner.encode_fast(text, add_special_tokens))
+            .map_err(|reason| Error::EncodeFailed { num_bytes: text.len(), reason })?;
         Ok(encoding.get_ids().iter().copied().map(TokenId).collect())
     }
 
@@ -69,10 +84,8 @@ impl Tokenizer {
     }
 
     pub(crate) fn decode_ids(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
-        self.inner.decode(ids, skip_special_tokens).map_err(|reason| Error::DecodeFailed {
-            num_tokens: ids.len(),
-            reason: reason.to_string(),
-        })
+        caught(|| self.inner.decode(ids, skip_special_tokens))
+            .map_err(|reason| Error::DecodeFailed { num_tokens: ids.len(), reason })
     }
 
     /// The number of different tokens, added ones included. The model may have more embeddings.
