@@ -155,11 +155,11 @@ def test_the_samplings_defaults_of_the_model_hold_without_parameters(open_engine
 def test_what_the_model_asks_for_in_vain_is_told_once(caplog, open_engine, tmp_path):
     directory = random_models.write(MODELS["v0.2"], tmp_path)
     (directory / "generation_config.json").write_text(
-        '{"repetition_penalty": 1.1, "num_beams": 1, "max_length": 9}', encoding="utf-8"
+        '{"repetition_penalty": 1.1, "num_beams": 1, "min_length": 9}', encoding="utf-8"
     )
     open_engine(directory)
     (message,) = [it.message for it in caplog.records if "generation_config" in it.message]
-    assert "asks for max_length 9, repetition_penalty 1.1, which is not supported" in message
+    assert "asks for min_length 9, repetition_penalty 1.1, which is not supported" in message
 
 
 def test_dummy_weights_need_no_weight_files(open_engine, tmp_path):

@@ -212,7 +212,7 @@ fn what_is_not_a_mistral_is_refused() {
 fn the_generation_config_has_the_last_word() {
     let generation = json!({
         "eos_token_id": [5, 2], "do_sample": true, "temperature": 0.6, "top_p": 0.9, "top_k": 50,
-        "min_p": 0.1, "max_new_tokens": 300
+        "min_p": 0.1, "max_new_tokens": 2_147_483_647, "max_length": 4096
     });
     let read_config = read(&config(), Some(&generation)).unwrap();
     assert_eq!(read_config.eos_token_ids, [TokenId(5), TokenId(2)]);
@@ -221,7 +221,7 @@ fn the_generation_config_has_the_last_word() {
         top_p: Some(0.9),
         top_k: Some(50),
         min_p: Some(0.1),
-        max_tokens: Some(300),
+        max_tokens: Some(2_147_483_647),
     };
     assert_eq!(read_config.generation, expected);
     let greedy = json!({"do_sample": false, "temperature": 0.6, "top_k": 0});
@@ -241,7 +241,7 @@ fn a_generation_config_that_does_not_hold_is_refused_by_its_own_name() {
         (json!({"top_k": -2}), ["top_k", "-1 or 0", "got -2"]),
         (json!({"top_k": 2.5}), ["top_k", "a count", "got 2.5"]),
         (json!({"min_p": 1.5}), ["min_p", "[0, 1]", "got 1.5"]),
-        (json!({"max_new_tokens": 0}), ["max_new_tokens", "a whole number in [1, ", "got 0"]),
+        (json!({"max_new_tokens": 0}), ["max_new_tokens", "at least 1", "got 0"]),
         (json!({"do_sample": 0}), ["do_sample", "true or false", "got 0"]),
         (json!({"eos_token_id": "</s>"}), ["eos_token_id", "token ids", "</s>"]),
         (json!([]), ["the file", "JSON object", ""]),
@@ -264,9 +264,9 @@ fn what_a_generation_config_asks_for_in_vain_is_listed() {
     assert!(unsupported(neutral).is_empty());
     let asked = json!({
         "repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "num_beams": 4,
-        "max_length": 200, "bad_words_ids": [[3, 4]]
+        "min_length": 200, "bad_words_ids": [[3, 4]]
     });
-    let listed = "max_length 200, num_beams 4, repetition_penalty 1.1, \
+    let listed = "min_length 200, num_beams 4, repetition_penalty 1.1, \
                   no_repeat_ngram_size 3, bad_words_ids [[3,4]]";
     assert_eq!(unsupported(asked).join(", "), listed);
 }

@@ -32,7 +32,7 @@ pub(super) fn defaults(fields: &Fields<'_>) -> Result<GenerationDefaults> {
         top_p: number("top_p")?,
         top_k: top_k(fields)?,
         min_p: number("min_p")?,
-        max_tokens: fields.optional_count("max_new_tokens")?.map(|count| count as u32),
+        max_tokens: max_tokens(fields)?,
     };
     // Now, or every request without parameters would be refused for what it did not say.
     match sampling_params(&defaults).validate() {
@@ -65,10 +65,20 @@ fn top_k(fields: &Fields<'_>) -> Result<Option<u32>> {
     Ok((k > 0.0).then_some(k as u32))
 }
 
+/// Some write a number beyond every length for no limit.
+fn max_tokens(fields: &Fields<'_>) -> Result<Option<u32>> {
+    match fields.optional_number("max_new_tokens")? {
+        Some(count) if count.fract() != 0.0 || count < 1.0 => {
+            let reason = format!("must be a whole number of at least 1, got {count}");
+            Err(fields.bad("max_new_tokens", reason))
+        }
+        count => Ok(count.map(|count| count as u32)),
+    }
+}
+
 /// Keys that change the output in transformers and are not built, and the value that changes nothing
 /// where that is a number.
-const UNSUPPORTED: [(&str, Option<f64>); 19] = [
-    ("max_length", None),
+const UNSUPPORTED: [(&str, Option<f64>); 18] = [
     ("min_new_tokens", Some(0.0)),
     ("min_length", Some(0.0)),
     ("num_beams", Some(1.0)),
