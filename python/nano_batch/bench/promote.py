@@ -139,8 +139,14 @@ def sections(root: Path) -> dict[str, str]:
         texts["steps"] = "\n\n".join(steps)
     by_card = sorted((root / COMMITTED).glob("cuda-*-end-to-end.json"), reverse=True)
     if by_card:
+        ours = [results.read(path) for path in by_card]
+        sources = [
+            f"[{it['card']}]({COMMITTED}/{path.name}), commit {it['commit']}"
+            for path, it in zip(by_card, ours, strict=True)
+        ]
         vllm = results.read(root / COMMITTED / "vllm.json")
-        texts["vllm"] = beside_vllm(map(results.read, by_card), vllm)
+        words = wrapped(f"Raw data: {'; '.join(sources)}; [vLLM]({COMMITTED}/vllm.json).")
+        texts["vllm"] = f"{beside_vllm(ours, vllm)}\n\n{words}"
     return texts
 
 
