@@ -246,6 +246,13 @@ mod tests {
     }
 
     #[test]
+    fn of_a_prompt_only_its_last_characters_are_decoded_again() {
+        let tokenizer = fixture::byte_level();
+        let tokens = tokenizer.encode(&"hell ".repeat(100), false).unwrap();
+        assert_eq!(start(&tokenizer, &tokens).window.len(), 1);
+    }
+
+    #[test]
     fn a_character_is_given_as_soon_as_it_is_complete() {
         let tokenizer = fixture::byte_level();
         let tokens = tokenizer.encode(" 😀你好", false).unwrap();

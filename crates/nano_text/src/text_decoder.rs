@@ -146,6 +146,18 @@ mod tests {
     }
 
     #[test]
+    fn the_rest_of_a_text_is_searched_only_after_min_tokens() {
+        let tokenizer = fixture::byte_level();
+        let half_a_character = tokenizer.token_to_id("½").unwrap();
+        for (min_tokens, stopped) in [(1, Some("\u{fffd}")), (2, None)] {
+            let options = options(&["\u{fffd}"], min_tokens);
+            let mut decoder = TextDecoder::new(Some(tokenizer.clone()), &[], &options).unwrap();
+            assert_eq!(decoder.push(half_a_character).unwrap(), TextStep::default());
+            assert_eq!(decoder.finish().unwrap().stopped.as_deref(), stopped);
+        }
+    }
+
+    #[test]
     fn without_a_tokenizer_there_is_no_text_and_no_stop_string() {
         let mut decoder = TextDecoder::new(None, &[], &TextOptions::default()).unwrap();
         assert_eq!(decoder.push(TokenId(7)).unwrap(), TextStep::default());
