@@ -1,6 +1,6 @@
 //! `SwiGLU`'s gate: `kernels/silu_mul.cu`.
 
-use super::kernels::shape;
+use super::kernels::Launch;
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
 
@@ -32,15 +32,10 @@ impl Kernels {
             intermediate_size,
         )?;
         check(num_tokens <= 65_535, "num_tokens", "at most 65535", num_tokens)?;
-        if num_tokens == 0 {
-            return Ok(());
-        }
-        let grid = ((intermediate_size / 8).div_ceil(256) as u32, num_tokens as u32, 1);
-        let size = intermediate_size as i32;
-        let mut launch = self.launch(Kernel::SiluMul);
-        launch.arg(&out).arg(&gate_up).arg(&size);
+        let grid = [(intermediate_size / 8).div_ceil(256), num_tokens];
+        let launch = Launch::new(Kernel::SiluMul, grid, 256);
         // SAFETY: rows are whole vectors and the grid covers them, as checked; the memory is the
         // caller's word.
-        unsafe { launch.launch(shape(grid, 256)) }
+        unsafe { self.launch(&launch, &[&out, &gate_up, &(intermediate_size as i32)]) }
     }
 }

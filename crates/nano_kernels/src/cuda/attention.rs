@@ -6,7 +6,7 @@ use std::f32::consts::LOG2_E;
 
 use cudarc::driver::DeviceRepr;
 
-use super::kernels::shape_of;
+use super::kernels::{Arguments, Launch};
 use super::spec::Kernel;
 use super::tensor_map::TensorMap;
 use super::{Device, DeviceBuffer, Kernels, Result, check};
@@ -144,7 +144,7 @@ impl DecodePlan {
         window: Option<u32>,
     ) -> Result<Self> {
         heads.choose(Kernel::DecodeAttention64, Kernel::DecodeAttention128)?;
-        let parts_at_once = 2 * device.num_multiprocessors() as usize / heads.num_kv_heads;
+        let parts_at_once = 2 * device.num_multiprocessors() / heads.num_kv_heads;
         let num_rows = num_parts(max_sequences, parts_at_once) * heads.num_heads;
         let arrived = device.allocate(max_sequences * heads.num_kv_heads * size_of::<u32>())?;
         arrived.fill(0)?;
@@ -234,20 +234,16 @@ impl Kernels {
         let range = "at most the plan's max_sequences and 65535";
         let max_sequences = plan.max_sequences.min(MAX_SEQUENCES);
         check(num_sequences <= max_sequences, "num_sequences", range, num_sequences)?;
-        if num_sequences == 0 {
-            return Ok(());
-        }
-        let grid = (heads.num_kv_heads as u32, num_parts as u32, 1);
-        let scratch = (plan.partial.address(), plan.partial_ml.address(), plan.arrived.address());
-        let (num_heads, max_blocks) = (heads.num_heads as i32, input.max_blocks as i32);
-        let (window, scale) = (window_or_all(input.window), heads.scale());
-        let mut launch = self.launch(kernel);
-        launch.arg(&out).arg(&scratch.0).arg(&scratch.1).arg(&scratch.2).arg(&qkv).arg(&cos_sin);
-        launch.arg(&input.cache).arg(&input.block_table).arg(&parts).arg(&num_heads);
-        launch.arg(&max_blocks).arg(&window).arg(&scale);
+        let launch = Launch::new(kernel, [heads.num_kv_heads, num_parts], NUM_THREADS);
+        #[rustfmt::skip]
+        let arguments: &Arguments<'_> = &[
+            &out, &plan.partial.address(), &plan.partial_ml.address(), &plan.arrived.address(), &qkv,
+            &cos_sin, &input.cache, &input.block_table, &parts, &(heads.num_heads as i32),
+            &(input.max_blocks as i32), &window_or_all(input.window), &heads.scale(),
+        ];
         // SAFETY: heads and sequences were checked against the plan, whose scratch memory holds
         // every launch up to its limit; the rest of the memory is the caller's word.
-        unsafe { launch.launch(shape_of(kernel, grid, NUM_THREADS)) }
+        unsafe { self.launch(&launch, arguments) }
     }
 
     /// Enqueues causal attention of many tokens a sequence. `out` is shaped as the query.
@@ -265,20 +261,16 @@ impl Kernels {
         let PrefillRows { query, tiles, num_tiles, .. } = *rows;
         let heads = input.heads;
         let kernel = heads.choose(Kernel::PrefillAttention64, Kernel::PrefillAttention128)?;
-        if num_tiles == 0 {
-            return Ok(());
-        }
         check(num_tiles <= 65_535, "num_tiles", "at most 65535", num_tiles)?;
-        let grid = (heads.num_kv_heads as u32, num_tiles as u32, 1);
-        let (num_heads, max_blocks) = (heads.num_heads as i32, input.max_blocks as i32);
-        let (window, scale) = (window_or_all(input.window), heads.scale());
-        let mut launch = self.launch(kernel);
-        // Blocks that come before lie where there is room for them by then: unevenly.
-        launch.in_turn();
-        launch.arg(&out).arg(&query).arg(&input.cache).arg(&input.block_table).arg(&tiles);
-        launch.arg(&num_heads).arg(&max_blocks).arg(&window).arg(&scale);
+        let grid = [heads.num_kv_heads, num_tiles];
+        let launch = Launch { in_turn: true, ..Launch::new(kernel, grid, NUM_THREADS) };
+        #[rustfmt::skip]
+        let arguments: &Arguments<'_> = &[
+            &out, &query, &input.cache, &input.block_table, &tiles, &(heads.num_heads as i32),
+            &(input.max_blocks as i32), &window_or_all(input.window), &heads.scale(),
+        ];
         // SAFETY: the heads were checked; the memory is the caller's word.
-        unsafe { launch.launch(shape_of(kernel, grid, NUM_THREADS)) }
+        unsafe { self.launch(&launch, arguments) }
     }
 }
 
@@ -304,7 +296,7 @@ impl Kernels {
         // Parts of a tile wait for each other, so each has a multiprocessor.
         let num_pairs = (num_tiles * heads.num_kv_heads).max(1);
         let num_multiprocessors = self.device().num_multiprocessors();
-        let num_splits = (num_multiprocessors as usize / num_pairs).clamp(1, MAX_SPLITS);
+        let num_splits = (num_multiprocessors / num_pairs).clamp(1, MAX_SPLITS);
         let kernel = if num_splits > 1 {
             heads.choose(Kernel::PrefillAttentionParts64, Kernel::PrefillAttentionParts128)?
         } else {
@@ -315,7 +307,7 @@ impl Kernels {
         }
         let range = "those of Hopper, which alone has this kernel";
         let ok = self.has_prefill_attention_wgmma();
-        check(ok, "num_multiprocessors", range, num_multiprocessors as usize)?;
+        check(ok, "num_multiprocessors", range, num_multiprocessors)?;
         check(num_tiles <= 1 << 20, "num_tiles", "at most 1048576", num_tiles)?;
         let Heads { num_heads, num_kv_heads, head_dim } = heads;
         let group = heads.group();
@@ -334,19 +326,17 @@ impl Kernels {
             [COLUMNS, 8, halves, 2],
         )?;
         let PrefillScratch { turns, partial, partial_ml, arrived } = self.prefill_scratch();
-        let (turns, arrived) = (turns.address(), arrived.address());
-        let (partial, partial_ml) = (partial.address(), partial_ml.address());
-        let num_blocks = num_multiprocessors.min((num_pairs * num_splits) as u32);
-        let num_splits = num_splits as i32;
-        let (num_tiles, max_blocks) = (num_tiles as i32, input.max_blocks as i32);
-        let (num_heads, num_kv_heads) = (num_heads as i32, num_kv_heads as i32);
-        let (window, scale) = (window_or_all(input.window), heads.scale());
-        let mut launch = self.launch(kernel);
-        launch.arg(&query).arg(&cache).arg(&out).arg(&input.block_table).arg(&tiles).arg(&turns);
-        launch.arg(&partial).arg(&partial_ml).arg(&arrived).arg(&num_tiles).arg(&num_splits);
-        launch.arg(&num_heads).arg(&num_kv_heads).arg(&max_blocks).arg(&window).arg(&scale);
+        let num_blocks = num_multiprocessors.min(num_pairs * num_splits);
+        let launch = Launch::new(kernel, [num_blocks, 1], WGMMA_THREADS);
+        #[rustfmt::skip]
+        let arguments: &Arguments<'_> = &[
+            &query, &cache, &out, &input.block_table, &tiles, &turns.address(), &partial.address(),
+            &partial_ml.address(), &arrived.address(), &(num_tiles as i32), &(num_splits as i32),
+            &(num_heads as i32), &(num_kv_heads as i32), &(input.max_blocks as i32),
+            &window_or_all(input.window), &heads.scale(),
+        ];
         // SAFETY: the heads were checked; the memory is the caller's word.
-        unsafe { launch.launch(shape_of(kernel, (num_blocks, 1, 1), WGMMA_THREADS)) }
+        unsafe { self.launch(&launch, arguments) }
     }
 }
 
@@ -363,7 +353,7 @@ pub(super) struct PrefillScratch {
 
 impl PrefillScratch {
     pub(super) fn new(device: &Device) -> Result<Self> {
-        let num_multiprocessors = device.num_multiprocessors() as usize;
+        let num_multiprocessors = device.num_multiprocessors();
         let num_parts = if device.is_hopper() { num_multiprocessors } else { 0 };
         let zeros = |len: usize| -> Result<DeviceBuffer> {
             let buffer = device.allocate(len * size_of::<u32>())?;

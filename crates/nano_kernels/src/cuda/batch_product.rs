@@ -1,6 +1,6 @@
 //! Products of a batch that decodes on Hopper's tensor cores: `kernels/batch_product.cu`.
 
-use super::kernels::shape_of;
+use super::kernels::{Arguments, Launch};
 use super::product::{Epilogue, FusedProduct};
 use super::spec::Kernel;
 use super::tensor_map::TensorMap;
@@ -48,19 +48,18 @@ impl Kernels {
         let num_tiles = width.div_ceil(TILE_ROWS);
         let is_cut = in_features.div_ceil(CHUNK) >= MIN_STEPS;
         let (cluster, num_blocks) = if epilogue == Epilogue::F32 {
-            (1, num_tiles.min(self.device().num_multiprocessors() as usize))
+            (1, num_tiles.min(self.device().num_multiprocessors()))
         } else {
             let cluster = if is_cut { self.blocks_of_tile(num_tiles) } else { 1 };
             (cluster, num_tiles * cluster)
         };
         let norm = self.shared_norm(launch)?;
+        let launch = Launch { cluster, ..Launch::new(kernel, [num_blocks, 1], NUM_THREADS) };
         let (rows, width, columns) = (num_rows as i32, width as i32, in_features as i32);
         let (num_tiles, epilogue) = (num_tiles as i32, epilogue as i32);
-        let mut launch = self.launch(kernel);
-        launch.in_clusters(cluster as u32);
-        launch.arg(&weight).arg(&input).arg(&out).arg(&norm).arg(&rows).arg(&width);
-        launch.arg(&columns).arg(&num_tiles).arg(&epilogue);
+        let arguments: &Arguments<'_> =
+            &[&weight, &input, &out, &norm, &rows, &width, &columns, &num_tiles, &epilogue];
         // SAFETY: the maps and the grid are those of the shape; the memory is the caller's word.
-        unsafe { launch.launch(shape_of(kernel, (num_blocks as u32, 1, 1), NUM_THREADS)) }
+        unsafe { self.launch(&launch, arguments) }
     }
 }

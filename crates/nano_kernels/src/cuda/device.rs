@@ -20,7 +20,7 @@ pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     architecture: String,
-    num_multiprocessors: u32,
+    num_multiprocessors: usize,
     max_shared_bytes: u32,
     overlaps_kernels: bool,
 }
@@ -65,7 +65,7 @@ impl Device {
         Ok(Self {
             architecture: architecture(major, minor),
             overlaps_kernels: major >= 9,
-            num_multiprocessors: context.attribute(multiprocessors)? as u32,
+            num_multiprocessors: context.attribute(multiprocessors)? as usize,
             max_shared_bytes: context.attribute(shared)? as u32 - DECLARED_SHARED_BYTES,
             stream: context.new_stream()?,
             context,
@@ -88,7 +88,7 @@ impl Device {
     }
 
     /// Multiprocessors, over which a launch spreads its thread blocks.
-    pub fn num_multiprocessors(&self) -> u32 {
+    pub fn num_multiprocessors(&self) -> usize {
         self.num_multiprocessors
     }
 

@@ -1,7 +1,7 @@
 //! `SwiGLU`'s gate within the product in front of it, on Hopper, for many rows:
 //! `kernels/gated_product.cu`.
 
-use super::kernels::shape_of;
+use super::kernels::{Arguments, Launch};
 use super::product::{Epilogue, FusedProduct};
 use super::spec::Kernel;
 use super::tensor_map::TensorMap;
@@ -41,17 +41,16 @@ impl Kernels {
         // Of one height: a copy that reaches far behind the input's end is slow.
         let tile_rows = num_rows.div_ceil(row_tiles.next_multiple_of(cluster)).next_multiple_of(8);
         let num_tiles = num_rows.div_ceil(tile_rows * cluster) * width.div_ceil(FEATURES);
-        let num_clusters = num_tiles.min(self.device().num_multiprocessors() as usize / cluster);
+        let num_clusters = num_tiles.min(self.device().num_multiprocessors() / cluster);
         let weight = TensorMap::new(launch.weight, [in_features, out_features], [CHUNK, FEATURES])?;
         let input = TensorMap::new(launch.input, [in_features, num_rows], [CHUNK, tile_rows])?;
         let norm = self.shared_norm(launch)?;
+        let launch = Launch::new(kernel, [num_clusters * cluster, 1], num_threads);
         let (rows, tile_rows) = (num_rows as i32, tile_rows as i32);
         let (width, columns) = (width as i32, in_features as i32);
-        let mut launch = self.launch(kernel);
-        launch.arg(&weight).arg(&input).arg(&out).arg(&norm).arg(&rows).arg(&tile_rows);
-        launch.arg(&width).arg(&columns);
-        let grid = ((num_clusters * cluster) as u32, 1, 1);
+        let arguments: &Arguments<'_> =
+            &[&weight, &input, &out, &norm, &rows, &tile_rows, &width, &columns];
         // SAFETY: the maps and the grid are those of the shape; the memory is the caller's word.
-        unsafe { launch.launch(shape_of(kernel, grid, num_threads)) }
+        unsafe { self.launch(&launch, arguments) }
     }
 }

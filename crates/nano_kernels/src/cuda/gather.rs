@@ -1,6 +1,6 @@
 //! Rows by index and embeddings: `kernels/gather.cu`.
 
-use super::kernels::shape;
+use super::kernels::{Arguments, Launch};
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
 
@@ -39,14 +39,10 @@ impl Kernels {
     pub unsafe fn gather_rows(&self, gather: &Gather, index: u64) -> Result<()> {
         let Gather { out, source, num_rows, num_source_rows, row_size } = *gather;
         check_row(row_size)?;
-        if num_rows == 0 {
-            return Ok(());
-        }
-        let (num_source_rows, size) = (num_source_rows as u32, row_size as i32);
-        let mut launch = self.launch(Kernel::GatherRows);
-        launch.arg(&out).arg(&source).arg(&index).arg(&num_source_rows).arg(&size);
+        let launch = Launch::new(Kernel::GatherRows, [num_rows, 1], 256);
+        let (num_source_rows, row_size) = (num_source_rows as u32, row_size as i32);
         // SAFETY: rows are whole vectors, as checked; the memory is the caller's word.
-        unsafe { launch.launch(shape((num_rows as u32, 1, 1), 256)) }
+        unsafe { self.launch(&launch, &[&out, &source, &index, &num_source_rows, &row_size]) }
     }
 
     /// Enqueues the embeddings of tokens whose ids may still be on the device alone.
@@ -57,15 +53,12 @@ impl Kernels {
         let Gather { out, source, num_rows, num_source_rows, row_size } = *gather;
         let TokenIds { token, from_sampled, sampled } = *ids;
         check_row(row_size)?;
-        if num_rows == 0 {
-            return Ok(());
-        }
-        let (num_source_rows, size) = (num_source_rows as u32, row_size as i32);
-        let mut launch = self.launch(Kernel::EmbedTokens);
-        launch.arg(&out).arg(&source).arg(&token).arg(&from_sampled).arg(&sampled);
-        launch.arg(&num_source_rows).arg(&size);
+        let launch = Launch::new(Kernel::EmbedTokens, [num_rows, 1], 256);
+        let (num_source_rows, row_size) = (num_source_rows as u32, row_size as i32);
+        let arguments: &Arguments<'_> =
+            &[&out, &source, &token, &from_sampled, &sampled, &num_source_rows, &row_size];
         // SAFETY: rows are whole vectors, as checked; the memory is the caller's word.
-        unsafe { launch.launch(shape((num_rows as u32, 1, 1), 256)) }
+        unsafe { self.launch(&launch, arguments) }
     }
 }
 

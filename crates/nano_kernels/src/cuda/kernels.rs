@@ -7,7 +7,7 @@ use std::ffi::c_void;
 use std::ptr;
 
 use cudarc::driver::sys::{self, CUfunction_attribute};
-use cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig};
+use cudarc::driver::{CudaFunction, DeviceRepr};
 use cudarc::nvrtc::Ptx;
 
 use super::attention::PrefillScratch;
@@ -57,7 +57,7 @@ impl Kernels {
         let mut max_clusters = [0; MAX_CLUSTER + 1];
         if device.is_hopper() {
             for (size, count) in max_clusters.iter_mut().enumerate().skip(1) {
-                *count = count_clusters(&functions, size as u32)?;
+                *count = count_clusters(&functions, size)?;
             }
         }
         let prefill_scratch = PrefillScratch::new(device)?;
@@ -69,15 +69,39 @@ impl Kernels {
         &self.device
     }
 
-    /// A launch of `kernel`, to be given its arguments.
-    pub(super) fn launch(&self, kernel: Kernel) -> Launch<'_> {
-        Launch {
-            device: &self.device,
-            function: self.function(kernel),
-            arguments: Vec::new(),
-            begins_early: self.device.overlaps_kernels(),
-            cluster: 1,
+    /// Enqueues a launch; one without thread blocks is none.
+    ///
+    /// # Safety
+    /// The arguments are the kernel's by number and type, and hold what it asks for.
+    pub(super) unsafe fn launch(&self, launch: &Launch, arguments: &Arguments<'_>) -> Result<()> {
+        if launch.grid.contains(&0) {
+            return Ok(());
         }
+        self.device.context().bind_to_thread()?;
+        let overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let begins_early = self.device.overlaps_kernels() && !launch.in_turn;
+        let mut attributes = Vec::with_capacity(2);
+        attributes.extend(begins_early.then_some(overlap));
+        attributes.extend((launch.cluster > 1).then(|| cluster_of(launch.cluster)));
+        let config = launch.config(self.device.stream().cu_stream(), &mut attributes);
+        let addresses = arguments.iter().map(|&it| ptr::from_ref(it).cast::<c_void>().cast_mut());
+        let mut addresses: Vec<_> = addresses.collect();
+        // SAFETY: the configuration and the arguments outlive the call, which copies them; the
+        // rest is the caller's word.
+        unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                self.function(launch.kernel).cu_function(),
+                addresses.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        }
+        .result()?;
+        Ok(())
     }
 
     /// How many thread blocks of a cluster may share a tile, if there are so many: as many as leave
@@ -95,108 +119,73 @@ impl Kernels {
     }
 }
 
-/// A launch in the making.
+/// The arguments of a launch, in the order of the source.
+pub(super) type Arguments<'a> = [&'a dyn DeviceRepr];
+
+/// The shape of a launch.
 ///
 /// Where the device can, a kernel begins while the one before it ends: it does what needs nothing
 /// of that one, and then calls `wait_for_previous`. So every kernel of the table calls it.
-pub(super) struct Launch<'a> {
-    device: &'a Device,
-    function: &'a CudaFunction,
-    arguments: Vec<*mut c_void>,
-    begins_early: bool,
-    cluster: u32,
-}
-
-impl<'a> Launch<'a> {
-    /// The next argument, in the order of the source; it is read by `launch`.
-    pub(super) fn arg<T: DeviceRepr>(&mut self, value: &'a T) -> &mut Self {
-        self.arguments.push(ptr::from_ref(value).cast_mut().cast());
-        self
-    }
-
+#[derive(Clone, Copy)]
+pub(super) struct Launch {
+    pub(super) kernel: Kernel,
+    pub(super) grid: [usize; 2],
+    pub(super) num_threads: u32,
+    pub(super) shared_bytes: u32,
+    /// Thread blocks of a cluster, where the source does not say it.
+    pub(super) cluster: usize,
     /// Begins when the kernel in front has ended. Blocks that come before lie where there is room
     /// for them by then: a kernel with a block or two a multiprocessor would lie unevenly.
-    pub(super) fn in_turn(&mut self) -> &mut Self {
-        self.begins_early = false;
-        self
+    pub(super) in_turn: bool,
+}
+
+impl Launch {
+    /// With the shared memory of the table.
+    pub(super) fn new(kernel: Kernel, grid: [usize; 2], num_threads: u32) -> Self {
+        let shared_bytes = KERNELS[kernel as usize].dynamic_shared_bytes;
+        Self { kernel, grid, num_threads, shared_bytes, cluster: 1, in_turn: false }
     }
 
-    /// In clusters of so many thread blocks, where the source does not say it.
-    pub(super) fn in_clusters(&mut self, num_blocks: u32) -> &mut Self {
-        self.cluster = num_blocks;
-        self
-    }
-
-    /// Enqueues it.
-    ///
-    /// # Safety
-    /// The arguments are the kernel's by number and type, and hold what it asks for.
-    pub(super) unsafe fn launch(&mut self, shape: LaunchConfig) -> Result<()> {
-        self.device.context().bind_to_thread()?;
-        // SAFETY: all zeros are a value of this plain structure.
-        let mut overlap: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        overlap.id =
-            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        overlap.value.programmaticStreamSerializationAllowed = 1;
-        let mut attributes = Vec::with_capacity(2);
-        attributes.extend(self.begins_early.then_some(overlap));
-        attributes.extend((self.cluster > 1).then(|| cluster_of(self.cluster)));
-        let config = sys::CUlaunchConfig {
-            gridDimX: shape.grid_dim.0,
-            gridDimY: shape.grid_dim.1,
-            gridDimZ: shape.grid_dim.2,
-            blockDimX: shape.block_dim.0,
-            blockDimY: shape.block_dim.1,
-            blockDimZ: shape.block_dim.2,
-            sharedMemBytes: shape.shared_mem_bytes,
-            hStream: self.device.stream().cu_stream(),
+    /// As the driver takes it, which reads the attributes through a pointer.
+    fn config(
+        &self,
+        stream: sys::CUstream,
+        attributes: &mut [sys::CUlaunchAttribute],
+    ) -> sys::CUlaunchConfig {
+        sys::CUlaunchConfig {
+            gridDimX: self.grid[0] as u32,
+            gridDimY: self.grid[1] as u32,
+            gridDimZ: 1,
+            blockDimX: self.num_threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shared_bytes,
+            hStream: stream,
             attrs: attributes.as_mut_ptr(),
             numAttrs: attributes.len() as u32,
-        };
-        // SAFETY: the configuration and the arguments outlive the call, which copies them; the
-        // rest is the caller's word.
-        unsafe {
-            sys::cuLaunchKernelEx(
-                &raw const config,
-                self.function.cu_function(),
-                self.arguments.as_mut_ptr(),
-                ptr::null_mut(),
-            )
         }
-        .result()?;
-        Ok(())
     }
 }
 
-fn cluster_of(num_blocks: u32) -> sys::CUlaunchAttribute {
-    // SAFETY: all zeros are a value of this plain structure.
-    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    attribute.value.clusterDim.x = num_blocks;
-    attribute.value.clusterDim.y = 1;
-    attribute.value.clusterDim.z = 1;
-    attribute
+/// In clusters of so many thread blocks.
+fn cluster_of(num_blocks: usize) -> sys::CUlaunchAttribute {
+    let size = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: num_blocks as u32, y: 1, z: 1 };
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { clusterDim: size },
+    }
 }
 
 /// Clusters of `num_blocks` thread blocks that fill a multiprocessor each: a device's groups of
 /// multiprocessors differ in size.
-fn count_clusters(functions: &[CudaFunction], num_blocks: u32) -> Result<usize> {
-    let kernel = Kernel::BatchProduct64;
-    let (mut attribute, mut num_clusters) = (cluster_of(num_blocks), 0);
-    let config = sys::CUlaunchConfig {
-        gridDimX: num_blocks,
-        gridDimY: 1,
-        gridDimZ: 1,
-        blockDimX: 384,
-        blockDimY: 1,
-        blockDimZ: 1,
-        sharedMemBytes: KERNELS[kernel as usize].dynamic_shared_bytes,
-        hStream: ptr::null_mut(),
-        attrs: &raw mut attribute,
-        numAttrs: 1,
-    };
-    let function = functions[kernel as usize].cu_function();
-    // SAFETY: the function is loaded, and both structures outlive the call.
+fn count_clusters(functions: &[CudaFunction], num_blocks: usize) -> Result<usize> {
+    let launch = Launch::new(Kernel::BatchProduct64, [num_blocks, 1], 384);
+    let mut attributes = [cluster_of(num_blocks)];
+    let config = launch.config(ptr::null_mut(), &mut attributes);
+    let function = functions[launch.kernel as usize].cu_function();
+    let mut num_clusters = 0;
+    // SAFETY: the function is loaded, and all that is pointed to outlives the call.
     unsafe {
         sys::cuOccupancyMaxActiveClusters(&raw mut num_clusters, function, &raw const config)
     }
@@ -207,15 +196,4 @@ fn count_clusters(functions: &[CudaFunction], num_blocks: u32) -> Result<usize> 
 fn load(device: &Device, spec: &KernelSpec, cubin: Cubin) -> Result<CudaFunction> {
     let module = device.context().load_module(Ptx::from_binary(cubin.image))?;
     Ok(module.load_function(spec.function)?)
-}
-
-/// A launch shape without dynamic shared memory.
-pub(super) fn shape(grid: (u32, u32, u32), num_threads: u32) -> LaunchConfig {
-    LaunchConfig { grid_dim: grid, block_dim: (num_threads, 1, 1), shared_mem_bytes: 0 }
-}
-
-/// A launch shape of a kernel of the table, with its dynamic shared memory.
-pub(super) fn shape_of(kernel: Kernel, grid: (u32, u32, u32), num_threads: u32) -> LaunchConfig {
-    let shared_mem_bytes = KERNELS[kernel as usize].dynamic_shared_bytes;
-    LaunchConfig { shared_mem_bytes, ..shape(grid, num_threads) }
 }

@@ -1,6 +1,6 @@
 //! RMSNorm: `kernels/rms_norm.cu`.
 
-use super::kernels::shape;
+use super::kernels::Launch;
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
 
@@ -35,18 +35,13 @@ impl Kernels {
         let RmsNorm { out, input, weight, num_tokens, hidden_size, eps } = *launch;
         let is_held = (8..=MAX_HIDDEN_SIZE).contains(&hidden_size) && hidden_size.is_multiple_of(8);
         check(is_held, "hidden_size", "a multiple of 8 up to 16384", hidden_size)?;
-        if num_tokens == 0 {
-            return Ok(());
-        }
         // One vector of 8 a thread gives a row the least latency, where rows are few; four give many
         // rows the most bandwidth, since fewer warps wait for each other.
         let vectors = if num_tokens < MANY_TOKENS { 1 } else { 4 };
         let num_threads = hidden_size.div_ceil(vectors * 8).next_multiple_of(32).min(1024) as u32;
-        let hidden_size = hidden_size as i32;
-        let mut launch = self.launch(Kernel::RmsNorm);
-        launch.arg(&out).arg(&input).arg(&weight).arg(&hidden_size).arg(&eps);
+        let launch = Launch::new(Kernel::RmsNorm, [num_tokens, 1], num_threads);
         // SAFETY: hidden_size was checked against what the kernel's threads hold; the memory is
         // the caller's word.
-        unsafe { launch.launch(shape((num_tokens as u32, 1, 1), num_threads)) }
+        unsafe { self.launch(&launch, &[&out, &input, &weight, &(hidden_size as i32), &eps]) }
     }
 }

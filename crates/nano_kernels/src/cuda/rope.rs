@@ -1,6 +1,6 @@
 //! RoPE and the K/V write: `kernels/rope_write_kv.cu`.
 
-use super::kernels::shape;
+use super::kernels::{Arguments, Launch};
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
 
@@ -44,18 +44,15 @@ impl Kernels {
         let RopeWriteKv { num_tokens, num_heads, num_kv_heads, head_dim, .. } = *launch;
         let is_whole = head_dim > 0 && head_dim.is_multiple_of(16);
         check(is_whole, "head_dim", "a positive multiple of 16", head_dim)?;
-        if num_tokens == 0 {
-            return Ok(());
-        }
         // Two vectors of 8 a thread as far as threads reach.
         let num_units = (num_heads + 2 * num_kv_heads) * head_dim / 16;
         let num_threads = num_units.next_multiple_of(32).min(MAX_THREADS) as u32;
+        let launch = Launch::new(Kernel::RopeWriteKv, [num_tokens, 1], num_threads);
         let (heads, kv_heads, dim) = (num_heads as i32, num_kv_heads as i32, head_dim as i32);
-        let mut launch = self.launch(Kernel::RopeWriteKv);
-        launch.arg(&query).arg(&cache).arg(&qkv).arg(&cos_sin).arg(&position).arg(&slot);
-        launch.arg(&heads).arg(&kv_heads).arg(&dim);
+        let arguments: &Arguments<'_> =
+            &[&query, &cache, &qkv, &cos_sin, &position, &slot, &heads, &kv_heads, &dim];
         // SAFETY: the kernel walks any number of heads of whole vectors, which was checked; the
         // memory is the caller's word.
-        unsafe { launch.launch(shape((num_tokens as u32, 1, 1), num_threads)) }
+        unsafe { self.launch(&launch, arguments) }
     }
 }

@@ -1,8 +1,6 @@
 //! The product of one row, with norm, residual and gate: `kernels/row_product.cu`.
 
-use cudarc::driver::LaunchConfig;
-
-use super::kernels::shape;
+use super::kernels::{Arguments, Launch};
 use super::product::{Epilogue, FusedProduct, NormBefore};
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
@@ -54,22 +52,21 @@ impl Kernels {
             return Ok(());
         }
         let function = self.function(Kernel::RowProduct);
-        let shared_mem_bytes =
-            (self.ring_bytes() + in_features * if norm != 0 { 4 } else { 2 }) as u32;
+        let shared_bytes = (self.ring_bytes() + in_features * if norm != 0 { 4 } else { 2 }) as u32;
         let resident = function.occupancy_max_active_blocks_per_multiprocessor(
             NUM_THREADS,
-            shared_mem_bytes as usize,
+            shared_bytes as usize,
             None,
         )?;
-        let num_blocks = resident.max(1) * self.device().num_multiprocessors();
-        let (rows, columns) = (out_features as i32, in_features as i32);
-        let epilogue = launch.epilogue as i32;
-        let mut launch = self.launch(Kernel::RowProduct);
-        launch.arg(&out).arg(&input).arg(&norm).arg(&weight).arg(&rows);
-        launch.arg(&columns).arg(&epilogue).arg(&eps);
-        let config = LaunchConfig { shared_mem_bytes, ..shape((num_blocks, 1, 1), NUM_THREADS) };
+        let num_blocks = resident.max(1) as usize * self.device().num_multiprocessors();
+        let (rows, columns, epilogue) =
+            (out_features as i32, in_features as i32, launch.epilogue as i32);
+        let grid = [num_blocks, 1];
+        let launch = Launch { shared_bytes, ..Launch::new(Kernel::RowProduct, grid, NUM_THREADS) };
+        let arguments: &Arguments<'_> =
+            &[&out, &input, &norm, &weight, &rows, &columns, &epilogue, &eps];
         // SAFETY: the input fits the shared memory, as checked, and the kernel walks any number of
         // output features; the memory is the caller's word.
-        unsafe { launch.launch(config) }
+        unsafe { self.launch(&launch, arguments) }
     }
 }

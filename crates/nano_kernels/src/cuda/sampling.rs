@@ -2,7 +2,7 @@
 
 use cudarc::driver::DeviceRepr;
 
-use super::kernels::shape;
+use super::kernels::{Arguments, Launch};
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
 use crate::reference::sampling::Sampling;
@@ -75,14 +75,9 @@ impl Kernels {
         let Sample { chosen, answer, logits, rows, num_rows, vocab_size } = *launch;
         let is_i32 = i32::try_from(vocab_size).is_ok();
         check(vocab_size > 0 && is_i32, "vocab_size", "positive and below 2^31", vocab_size)?;
-        if num_rows == 0 {
-            return Ok(());
-        }
-        let size = vocab_size as i32;
-        let mut launch = self.launch(Kernel::Sample);
-        launch.arg(&chosen).arg(&answer).arg(&logits).arg(&rows).arg(&size);
+        let launch = Launch::new(Kernel::Sample, [num_rows, 1], 1024);
         // SAFETY: the kernel walks rows of any checked size; the memory is the caller's word.
-        unsafe { launch.launch(shape((num_rows as u32, 1, 1), 1024)) }
+        unsafe { self.launch(&launch, &[&chosen, &answer, &logits, &rows, &(vocab_size as i32)]) }
     }
 
     /// Enqueues `logits[row, token] = -infinity` for each of `banned: [num_banned, 2]` u32, a row
@@ -97,14 +92,10 @@ impl Kernels {
         num_banned: usize,
         vocab_size: usize,
     ) -> Result<()> {
-        if num_banned == 0 {
-            return Ok(());
-        }
-        let (count, vocab_size) = (num_banned as i32, vocab_size as u32);
-        let mut launch = self.launch(Kernel::BanTokens);
-        launch.arg(&logits).arg(&banned).arg(&count).arg(&vocab_size);
-        let grid = (num_banned.div_ceil(256) as u32, 1, 1);
+        let launch = Launch::new(Kernel::BanTokens, [num_banned.div_ceil(256), 1], 256);
+        let arguments: &Arguments<'_> =
+            &[&logits, &banned, &(num_banned as i32), &(vocab_size as u32)];
         // SAFETY: the grid covers the pairs; the memory is the caller's word.
-        unsafe { launch.launch(shape(grid, 256)) }
+        unsafe { self.launch(&launch, arguments) }
     }
 }

@@ -1,8 +1,6 @@
 //! Products of up to 32 rows on Hopper's tensor cores: `kernels/skinny_product.cu`.
 
-use cudarc::driver::LaunchConfig;
-
-use super::kernels::shape;
+use super::kernels::{Arguments, Launch};
 use super::product::{Epilogue, FusedProduct};
 use super::spec::Kernel;
 use super::tensor_map::TensorMap;
@@ -78,7 +76,7 @@ impl Tiling {
 impl Kernels {
     fn skinny_tiling(&self, num_rows: usize, out_features: usize) -> Tiling {
         let device = self.device();
-        let num_multiprocessors = device.num_multiprocessors() as usize;
+        let num_multiprocessors = device.num_multiprocessors();
         let max_shared_bytes = device.max_shared_bytes() as usize;
         Tiling::new(out_features, variant(num_rows).1, num_multiprocessors, max_shared_bytes)
     }
@@ -126,19 +124,16 @@ impl Kernels {
         } else {
             chunks(launch.weight, out_features, tile_rows)?
         };
-        let (rows, features, columns) = (num_rows as i32, out_features as i32, in_features as i32);
-        let (tile_rows, chunks, num_stages) =
-            (tile_rows as i32, chunks_per_step as i32, num_stages as i32);
-        let epilogue = epilogue as i32;
-        let mut launch = self.launch(kernel);
-        launch.arg(&weight).arg(&input).arg(&out).arg(&norm).arg(&rows).arg(&features);
-        launch.arg(&columns).arg(&tile_rows).arg(&chunks).arg(&num_stages).arg(&epilogue);
-        let config = LaunchConfig {
-            shared_mem_bytes: shared_bytes as u32,
-            ..shape((num_blocks as u32, 1, 1), NUM_THREADS)
-        };
+        let shared_bytes = shared_bytes as u32;
+        let launch = Launch { shared_bytes, ..Launch::new(kernel, [num_blocks, 1], NUM_THREADS) };
+        #[rustfmt::skip]
+        let arguments: &Arguments<'_> = &[
+            &weight, &input, &out, &norm, &(num_rows as i32), &(out_features as i32),
+            &(in_features as i32), &(tile_rows as i32), &(chunks_per_step as i32),
+            &(num_stages as i32), &(epilogue as i32),
+        ];
         // SAFETY: the maps and the tiling are those of the shape; the memory is the caller's word.
-        unsafe { launch.launch(config) }
+        unsafe { self.launch(&launch, arguments) }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Parameters made on the device: `kernels/weights.cu`.
 
-use super::kernels::shape;
+use super::kernels::{Arguments, Launch};
 use super::spec::Kernel;
 use super::{Kernels, Result};
 
@@ -22,12 +22,10 @@ impl Kernels {
         num_elements: usize,
         seed: u64,
     ) -> Result<()> {
-        let num_blocks = num_elements.div_ceil(4 * 256).clamp(1, MAX_BLOCKS) as u32;
-        let count = num_elements as i64;
-        let mut launch = self.launch(Kernel::FillRandom);
-        launch.arg(&out).arg(&draws).arg(&count).arg(&seed);
+        let num_blocks = num_elements.div_ceil(4 * 256).clamp(1, MAX_BLOCKS);
+        let launch = Launch::new(Kernel::FillRandom, [num_blocks, 1], 256);
         // SAFETY: the kernel walks any number of elements; the memory is the caller's word.
-        unsafe { launch.launch(shape((num_blocks, 1, 1), 256)) }
+        unsafe { self.launch(&launch, &[&out, &draws, &(num_elements as i64), &seed]) }
     }
 
     /// Enqueues `out: [num_elements]` bf16, rounded from f32, or from f16 if `is_half`.
@@ -41,11 +39,11 @@ impl Kernels {
         num_elements: usize,
         is_half: bool,
     ) -> Result<()> {
-        let num_blocks = num_elements.div_ceil(256).clamp(1, MAX_BLOCKS) as u32;
-        let (count, is_half) = (num_elements as i64, i32::from(is_half));
-        let mut launch = self.launch(Kernel::RoundToBf16);
-        launch.arg(&out).arg(&source).arg(&count).arg(&is_half);
+        let num_blocks = num_elements.div_ceil(256).clamp(1, MAX_BLOCKS);
+        let launch = Launch::new(Kernel::RoundToBf16, [num_blocks, 1], 256);
+        let arguments: &Arguments<'_> =
+            &[&out, &source, &(num_elements as i64), &i32::from(is_half)];
         // SAFETY: the kernel walks any number of elements; the memory is the caller's word.
-        unsafe { launch.launch(shape((num_blocks, 1, 1), 256)) }
+        unsafe { self.launch(&launch, arguments) }
     }
 }
