@@ -1,7 +1,7 @@
 //! Products by kernels of our own, with the norms around them as in a step.
 
 use nano_kernels::cuda::product::{
-    Epilogue, FusedProduct, NormBefore, NormBehind, ProductKernel, SQUARES_BYTES,
+    Epilogue, FusedProduct, NormBefore, NormBehind, Product, ProductKernel, SQUARES_BYTES,
 };
 use nano_kernels::cuda::{DeviceBuffer, Result};
 
@@ -29,16 +29,16 @@ impl Bench {
     /// products that add to the residual, of the one behind.
     pub(crate) fn with_norms(&self, norms: &Norms, launch: FusedProduct) -> FusedProduct {
         let (weight, squares) = (norms.weight.address(), norms.squares.address());
-        let FusedProduct { num_rows, in_features, epilogue, .. } = launch;
+        let Product { num_rows, in_features, epilogue, .. } = launch.product;
         if epilogue == Epilogue::AddBf16 && num_rows > 1 {
             let behind = NormBehind { weight, scaled: norms.scaled.address(), squares };
             return FusedProduct { norm_behind: Some(behind), ..launch };
         }
-        let in_front = FusedProduct {
+        let in_front = Product {
+            num_rows,
             out_features: in_features,
             in_features: HIDDEN,
             epilogue: Epilogue::AddBf16,
-            ..launch
         };
         let norm_before = match self.kernels.num_squares(&in_front) {
             _ if epilogue == Epilogue::AddBf16 => NormBefore::None,
@@ -64,14 +64,14 @@ impl Bench {
         out.fill(0)?;
         let weight = |launch: usize| weights.address() + (launch % sets * weight_len * 2) as u64;
         for num_rows in [1, 4, 16, 32, 48, 64, 96, 128, 192] {
-            let kernel =
-                match self.kernels.product_kernel(num_rows, out_features, in_features, epilogue) {
-                    Some(ProductKernel::Row) => "row_product",
-                    Some(ProductKernel::Skinny) => "skinny_product",
-                    Some(ProductKernel::Batch) => "batch_product",
-                    // `gated_products` times it beside cuBLASLt.
-                    Some(ProductKernel::Gated) | None => continue,
-                };
+            let product = Product { num_rows, out_features, in_features, epilogue };
+            let kernel = match self.kernels.product_kernel(&product) {
+                Some(ProductKernel::Row) => "row_product",
+                Some(ProductKernel::Skinny) => "skinny_product",
+                Some(ProductKernel::Batch) => "batch_product",
+                // `gated_products` times it beside cuBLASLt.
+                Some(ProductKernel::Gated) | None => continue,
+            };
             let bytes = (weight_len + num_rows * (in_features + out_features)) * 2;
             let flops = 2.0 * (num_rows * weight_len) as f64;
             self.report(&format!("{kernel} {name}, {num_rows} rows"), bytes, flops, |i| {
@@ -79,10 +79,7 @@ impl Bench {
                     out: out.address(),
                     input: input.address(),
                     weight: weight(i),
-                    num_rows,
-                    out_features,
-                    in_features,
-                    epilogue,
+                    product,
                     norm_before: NormBefore::None,
                     norm_behind: None,
                 };

@@ -18,7 +18,6 @@ use nano_kernels::cuda::attention::{
 };
 use nano_kernels::cuda::compile::Compiler;
 use nano_kernels::cuda::gather::{Gather, TokenIds};
-use nano_kernels::cuda::gemm::Output;
 use nano_kernels::cuda::norm::RmsNorm;
 use nano_kernels::cuda::product::Epilogue;
 use nano_kernels::cuda::rope::RopeWriteKv;
@@ -70,20 +69,20 @@ fn main() -> Result<()> {
         bench.gate(num_tokens)?;
         bench.gather(num_tokens)?;
     }
-    for (name, out_features, in_features, output) in [
-        ("qkv", 6144, HIDDEN, Some(Output::Bf16)),
-        ("output", HIDDEN, HIDDEN, Some(Output::AddBf16)),
-        ("gate_up", 2 * INTERMEDIATE, HIDDEN, None), // `gated_products` for cuBLASLt
-        ("down", HIDDEN, INTERMEDIATE, Some(Output::AddBf16)),
-        ("lm_head", VOCAB, HIDDEN, Some(Output::F32)),
+    for (name, out_features, in_features, epilogue) in [
+        ("qkv", 6144, HIDDEN, Epilogue::Bf16),
+        ("output", HIDDEN, HIDDEN, Epilogue::AddBf16),
+        ("gate_up", 2 * INTERMEDIATE, HIDDEN, Epilogue::Gated),
+        ("down", HIDDEN, INTERMEDIATE, Epilogue::AddBf16),
+        ("lm_head", VOCAB, HIDDEN, Epilogue::F32),
     ]
     .into_iter()
     .filter(|_| wants("products"))
     {
-        let epilogue = output.map_or(Epilogue::Gated, Epilogue::from);
         bench.fused_products(name, out_features, in_features, epilogue)?;
-        if let Some(output) = output {
-            bench.library_products(name, out_features, in_features, output)?;
+        // `gated_products` times those with a gate.
+        if epilogue != Epilogue::Gated {
+            bench.library_products(name, out_features, in_features, epilogue)?;
         }
     }
     if wants("gated") {

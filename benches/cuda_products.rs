@@ -1,8 +1,8 @@
 //! Products of more rows by cuBLASLt, and gated ones beside it.
 
 use nano_kernels::cuda::activation::SiluMul;
-use nano_kernels::cuda::gemm::{Output, Product, Trial};
-use nano_kernels::cuda::product::{Epilogue, FusedProduct, NormBefore};
+use nano_kernels::cuda::gemm::Trial;
+use nano_kernels::cuda::product::{Epilogue, FusedProduct, NormBefore, Product};
 use nano_kernels::cuda::{Gemm, Result};
 
 use super::{Bench, HIDDEN, INTERMEDIATE, num_sets};
@@ -14,7 +14,7 @@ impl Bench {
         name: &str,
         out_features: usize,
         in_features: usize,
-        output: Output,
+        epilogue: Epilogue,
     ) -> Result<()> {
         let weight_len = out_features * in_features;
         let sets = num_sets(weight_len * 2);
@@ -26,7 +26,7 @@ impl Bench {
             let out = self.device().allocate(num_rows * out_features * size_of::<f32>())?;
             out.fill(0)?;
             let (out, input) = (out.address(), input.address());
-            let product = Product { num_rows, out_features, in_features, output };
+            let product = Product { num_rows, out_features, in_features, epilogue };
             let bytes = (weight_len + num_rows * (in_features + out_features)) * 2;
             let flops = 2.0 * (num_rows * weight_len) as f64;
             let weights = (0..sets).map(weight).collect();
@@ -56,16 +56,14 @@ impl Bench {
             let flops = 2.0 * (num_rows * weight_len) as f64;
             let bytes = (weight_len + num_rows * (in_features + INTERMEDIATE)) * 2;
             let (out, input, both) = (out.address(), input.address(), both.address());
+            let product = Product { num_rows, out_features, in_features, epilogue: Epilogue::Bf16 };
             if self.device().is_hopper() {
                 self.report(&format!("gated_product, {num_rows} rows"), bytes, flops, |i| {
                     let launch = FusedProduct {
+                        product: Product { epilogue: Epilogue::Gated, ..product },
                         out,
                         input,
                         weight: weight(i),
-                        num_rows,
-                        out_features,
-                        in_features,
-                        epilogue: Epilogue::Gated,
                         norm_before: NormBefore::None,
                         norm_behind: None,
                     };
@@ -73,7 +71,6 @@ impl Bench {
                     unsafe { self.kernels.fused_product(&self.with_norms(&norms, launch)) }
                 })?;
             }
-            let product = Product { num_rows, out_features, in_features, output: Output::Bf16 };
             let weights = (0..sets).map(weight).collect();
             // SAFETY: every buffer was allocated above with the size of its shape.
             unsafe { gemm.tune(&[Trial { product, out: both, input, weights }]) }?;

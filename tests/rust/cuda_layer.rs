@@ -14,7 +14,7 @@ mod cuda_fixture;
 use cuda_fixture::{Random, assert_close, download, floats, hopper, poisoned};
 use half::bf16;
 use nano_kernels::cuda::product::{
-    Epilogue, FusedProduct, NormBefore, NormBehind, ProductKernel, SQUARES_BYTES,
+    Epilogue, FusedProduct, NormBefore, NormBehind, Product, ProductKernel, SQUARES_BYTES,
 };
 use nano_kernels::cuda::{DeviceBuffer, Kernels};
 use nano_kernels::reference::activation::silu_mul;
@@ -77,10 +77,12 @@ impl Layer {
             out: residual.address(),
             input: input.address(),
             weight: weights[index].address(),
-            num_rows: self.num_rows,
-            out_features: self.hidden_size,
-            in_features,
-            epilogue: Epilogue::AddBf16,
+            product: Product {
+                num_rows: self.num_rows,
+                out_features: self.hidden_size,
+                in_features,
+                epilogue: Epilogue::AddBf16,
+            },
             norm_before: NormBefore::None,
             norm_behind: Some(NormBehind {
                 weight: norms[index / 2].address(),
@@ -91,17 +93,19 @@ impl Layer {
         let (output, down) =
             (add(&context, CONTEXT_SIZE, 0), add(&gated, self.intermediate_size, 2));
         let normed = |out: &DeviceBuffer, behind: &FusedProduct, index: usize| {
-            let num_squares = kernels.num_squares(behind).unwrap();
+            let num_squares = kernels.num_squares(&behind.product).unwrap();
             FusedProduct {
                 out: out.address(),
                 input: scaled.address(),
                 weight: weights[index].address(),
-                out_features: weights[index].num_bytes() / 2 / self.hidden_size,
-                in_features: self.hidden_size,
-                epilogue: [Epilogue::Gated, Epilogue::Bf16, Epilogue::F32][index / 2],
+                product: Product {
+                    num_rows: self.num_rows,
+                    out_features: weights[index].num_bytes() / 2 / self.hidden_size,
+                    in_features: self.hidden_size,
+                    epilogue: [Epilogue::Gated, Epilogue::Bf16, Epilogue::F32][index / 2],
+                },
                 norm_before: NormBefore::Begun { squares, num_squares, eps: EPS },
                 norm_behind: None,
-                ..*behind
             }
         };
         for launch in [
@@ -227,10 +231,12 @@ fn mistrals_gate_and_logits_behind_a_shared_norm_agree_with_the_references() {
             out: residual.address(),
             input: context_on.address(),
             weight: front_on.address(),
-            num_rows,
-            out_features: HIDDEN,
-            in_features: IN_FRONT,
-            epilogue: Epilogue::AddBf16,
+            product: Product {
+                num_rows,
+                out_features: HIDDEN,
+                in_features: IN_FRONT,
+                epilogue: Epilogue::AddBf16,
+            },
             norm_before: NormBefore::None,
             norm_behind: Some(NormBehind {
                 weight: norm_on.address(),
@@ -238,7 +244,7 @@ fn mistrals_gate_and_logits_behind_a_shared_norm_agree_with_the_references() {
                 squares,
             }),
         };
-        let num_squares = kernels.num_squares(&add).unwrap();
+        let num_squares = kernels.num_squares(&add.product).unwrap();
         // SAFETY: every buffer was allocated above with the size of its shape.
         unsafe { kernels.fused_product(&add) }.unwrap();
         // Not all rows, or the reference would take minutes.
@@ -257,12 +263,9 @@ fn mistrals_gate_and_logits_behind_a_shared_norm_agree_with_the_references() {
                 out: out.address(),
                 input: scaled.address(),
                 weight: weights_on[index].address(),
-                out_features,
-                in_features: HIDDEN,
-                epilogue,
+                product: Product { num_rows, out_features, in_features: HIDDEN, epilogue },
                 norm_before: NormBefore::Begun { squares, num_squares, eps: EPS },
                 norm_behind: None,
-                ..add
             };
             // SAFETY: every buffer was allocated above with the size of its shape.
             unsafe { kernels.fused_product(&launch) }.unwrap();
@@ -292,7 +295,7 @@ fn mistrals_gate_and_logits_behind_a_shared_norm_agree_with_the_references() {
 fn which_kernel_runs_goes_by_rows_and_features() {
     let Some(kernels) = hopper() else { return };
     let which = |num_rows, out_features, in_features, epilogue| {
-        kernels.product_kernel(num_rows, out_features, in_features, epilogue)
+        kernels.product_kernel(&Product { num_rows, out_features, in_features, epilogue })
     };
     for (num_rows, of_down, of_gate) in [
         (1, Some(ProductKernel::Row), Some(ProductKernel::Row)),

@@ -12,8 +12,8 @@ mod cuda_fixture;
 
 use cuda_fixture::{Random, assert_close, download, floats, hopper, kernels};
 use half::{bf16, f16};
-use nano_kernels::cuda::gemm::{Output, Product, Trial, rows_of_memory};
-use nano_kernels::cuda::product::{Epilogue, FusedProduct, NormBefore};
+use nano_kernels::cuda::gemm::{Trial, rows_of_memory};
+use nano_kernels::cuda::product::{Epilogue, FusedProduct, NormBefore, Product};
 use nano_kernels::cuda::weights::NUM_DRAWS;
 use nano_kernels::cuda::{Device, DeviceBuffer, Gemm};
 use nano_kernels::reference::activation::silu_mul;
@@ -22,7 +22,7 @@ use nano_kernels::reference::product::product;
 
 /// bf16 rounds by 2⁻⁸ of a value at worst.
 const ROUNDING: f64 = 4e-3;
-const OUTPUTS: [Output; 3] = [Output::Bf16, Output::AddBf16, Output::F32];
+const EPILOGUES: [Epilogue; 3] = [Epilogue::Bf16, Epilogue::AddBf16, Epilogue::F32];
 
 struct Case {
     shape: Product,
@@ -32,10 +32,10 @@ struct Case {
 }
 
 impl Case {
-    fn new(num_rows: usize, out_features: usize, in_features: usize, output: Output) -> Self {
+    fn new(num_rows: usize, out_features: usize, in_features: usize, epilogue: Epilogue) -> Self {
         let mut random = Random(num_rows as u64 + 1);
         Self {
-            shape: Product { num_rows, out_features, in_features, output },
+            shape: Product { num_rows, out_features, in_features, epilogue },
             input: random.values(num_rows * in_features),
             weight: random.values(out_features * in_features),
             before: random.values(num_rows * out_features),
@@ -53,16 +53,16 @@ impl Case {
         let rows = rows_of_memory(self.shape.num_rows);
         let input = device.allocate(rows * self.shape.in_features * 2).unwrap();
         let weight = device.allocate_from(&self.weight).unwrap();
-        let element_bytes = if self.shape.output == Output::F32 { 4 } else { 2 };
+        let element_bytes = if self.shape.epilogue == Epilogue::F32 { 4 } else { 2 };
         let out = device.allocate(rows * self.shape.out_features * element_bytes).unwrap();
         out.fill(0xff).unwrap();
         input.upload(0, &self.input).unwrap();
-        if self.shape.output == Output::AddBf16 {
+        if self.shape.epilogue == Epilogue::AddBf16 {
             out.upload(0, &self.before).unwrap();
         }
         product(out.address(), input.address(), weight.address());
         let len = self.shape.num_rows * self.shape.out_features;
-        if self.shape.output == Output::F32 {
+        if self.shape.epilogue == Epilogue::F32 {
             let mut values = vec![0.0_f32; len];
             out.download(0, &mut values).unwrap();
             return values;
@@ -72,18 +72,8 @@ impl Case {
 
     /// By a kernel of ours, without a norm.
     fn launch(&self, out: u64, input: u64, weight: u64) -> FusedProduct {
-        let Product { num_rows, out_features, in_features, output } = self.shape;
-        FusedProduct {
-            out,
-            input,
-            weight,
-            num_rows,
-            out_features,
-            in_features,
-            epilogue: output.into(),
-            norm_before: NormBefore::None,
-            norm_behind: None,
-        }
+        let (norm_before, norm_behind) = (NormBefore::None, None);
+        FusedProduct { product: self.shape, out, input, weight, norm_before, norm_behind }
     }
 
     fn reference(&self) -> Vec<f32> {
@@ -105,7 +95,7 @@ impl Case {
 
     /// What becomes of the plain product.
     fn added_to(&self, mut out: Vec<f32>) -> Vec<f32> {
-        if self.shape.output == Output::AddBf16 {
+        if self.shape.epilogue == Epilogue::AddBf16 {
             out.iter_mut().zip(&self.before).for_each(|(out, before)| *out += before.to_f32());
         }
         out
@@ -121,8 +111,8 @@ fn products_of_any_number_of_rows_agree_with_the_reference() {
         for (num_rows, out_features, in_features) in
             [(1, 512, 256), (3, 151, 96), (17, 264, 704), (64, 97, 64), (300, 512, 136)]
         {
-            for output in OUTPUTS {
-                let case = Case::new(num_rows, out_features, in_features, output);
+            for epilogue in EPILOGUES {
+                let case = Case::new(num_rows, out_features, in_features, epilogue);
                 let what = format!("{:?}, deterministic {is_deterministic}", case.shape);
                 assert_close(&what, &case.run(device, &mut gemm), &case.reference(), ROUNDING);
             }
@@ -164,10 +154,7 @@ fn a_row_product_with_norm_gate_and_residual_agrees_with_the_references() {
                 out: out.address(),
                 input: input_on.address(),
                 weight: weight_on.address(),
-                num_rows: 1,
-                out_features,
-                in_features,
-                epilogue,
+                product: Product { num_rows: 1, out_features, in_features, epilogue },
                 norm_before: if with_norm { whole } else { NormBefore::None },
                 norm_behind: None,
             };
@@ -212,8 +199,8 @@ fn skinny_products_agree_with_the_reference() {
         (31, 1024, 14336),
         (5, 40, 64),
     ] {
-        for output in OUTPUTS {
-            let case = Case::new(num_rows, out_features, in_features, output);
+        for epilogue in EPILOGUES {
+            let case = Case::new(num_rows, out_features, in_features, epilogue);
             let found = case.run_with(device, |out, input, weight| {
                 // SAFETY: `run_with` allocates every buffer with the size of its shape.
                 unsafe { kernels.skinny_product(&case.launch(out, input, weight)) }.unwrap();
@@ -242,9 +229,9 @@ fn batch_products_agree_with_the_reference() {
         (40, 8520, 1032),
         (192, 1032, 1096),
     ] {
-        let plain = Case::new(num_rows, out_features, in_features, Output::F32).reference();
-        for output in OUTPUTS {
-            let case = Case::new(num_rows, out_features, in_features, output);
+        let plain = Case::new(num_rows, out_features, in_features, Epilogue::F32).reference();
+        for epilogue in EPILOGUES {
+            let case = Case::new(num_rows, out_features, in_features, epilogue);
             let run = || {
                 case.run_with(device, |out, input, weight| {
                     // SAFETY: `run_with` allocates every buffer with the size of its shape.
@@ -286,7 +273,7 @@ fn gated_products_agree_with_the_references() {
         (1537, 504, 136),
         (2177, 120, 72),
     ] {
-        let case = Case::new(num_rows, 2 * intermediate_size, in_features, Output::Bf16);
+        let case = Case::new(num_rows, 2 * intermediate_size, in_features, Epilogue::Bf16);
         let input = device.allocate_from(&case.input).unwrap();
         let weight = device.allocate_from(&case.weight).unwrap();
         // One row more than is written.
@@ -294,7 +281,7 @@ fn gated_products_agree_with_the_references() {
         let run = || {
             out.fill(0xff).unwrap();
             let launch = FusedProduct {
-                epilogue: Epilogue::Gated,
+                product: Product { epilogue: Epilogue::Gated, ..case.shape },
                 ..case.launch(out.address(), input.address(), weight.address())
             };
             // SAFETY: every buffer was allocated above with the size of its shape.
@@ -325,8 +312,8 @@ fn a_deterministic_row_has_the_same_bits_in_any_batch() {
     let Some(kernels) = kernels() else { return };
     let device = kernels.device();
     let mut gemm = Gemm::new(device, None, true).unwrap();
-    for output in OUTPUTS {
-        let all = Case::new(515, 1024, 4096, output);
+    for epilogue in EPILOGUES {
+        let all = Case::new(515, 1024, 4096, epilogue);
         let expected = all.run(device, &mut gemm);
         for (first, num_rows) in [(0, 1), (7, 9), (100, 300), (514, 1)] {
             let part = |values: &[bf16], width: usize| {
@@ -339,7 +326,7 @@ fn a_deterministic_row_has_the_same_bits_in_any_batch() {
                 before: part(&all.before, 1024),
             };
             let rows = &expected[first * 1024..(first + num_rows) * 1024];
-            assert!(case.run(device, &mut gemm) == rows, "{output:?}, rows {first} + {num_rows}");
+            assert!(case.run(device, &mut gemm) == rows, "{epilogue:?}, rows {first} + {num_rows}");
         }
     }
 }
@@ -349,7 +336,7 @@ fn what_was_timed_is_kept_and_a_broken_cache_is_made_again() {
     let Some(kernels) = kernels() else { return };
     let device = kernels.device();
     let folder = tempfile::tempdir().unwrap();
-    let case = Case::new(24, 512, 256, Output::AddBf16);
+    let case = Case::new(24, 512, 256, Epilogue::AddBf16);
     let weight = device.allocate_from(&case.weight).unwrap();
     let buffer = || -> DeviceBuffer { device.allocate(256 * 512 * 2).unwrap() };
     let (out, input) = (buffer(), buffer());

@@ -1,7 +1,7 @@
 //! Products of a batch that decodes on Hopper's tensor cores: `kernels/batch_product.cu`.
 
 use super::kernels::{Arguments, Launch};
-use super::product::{Epilogue, FusedProduct};
+use super::product::{Epilogue, FusedProduct, Product};
 use super::spec::Kernel;
 use super::tensor_map::TensorMap;
 use super::{Kernels, Result, check};
@@ -26,8 +26,7 @@ impl Kernels {
     /// # Safety
     /// As of [`fused_product`](Self::fused_product).
     pub unsafe fn batch_product(&self, launch: &FusedProduct) -> Result<()> {
-        let FusedProduct { out, num_rows, in_features, epilogue, .. } = *launch;
-        let width = launch.out_features;
+        let Product { num_rows, out_features: width, in_features, epilogue } = launch.product;
         let max_rows = if self.device().is_hopper() { MAX_ROWS } else { 0 };
         check(num_rows <= max_rows, "num_rows", "at most 192, on Hopper", num_rows)?;
         check(epilogue != Epilogue::Gated, "epilogue", "no gate", epilogue as usize)?;
@@ -54,12 +53,12 @@ impl Kernels {
             (cluster, num_tiles * cluster)
         };
         let norm = self.shared_norm(launch)?;
-        let launch = Launch { cluster, ..Launch::new(kernel, [num_blocks, 1], NUM_THREADS) };
+        let shape = Launch { cluster, ..Launch::new(kernel, [num_blocks, 1], NUM_THREADS) };
         let (rows, width, columns) = (num_rows as i32, width as i32, in_features as i32);
         let (num_tiles, epilogue) = (num_tiles as i32, epilogue as i32);
         let arguments: &Arguments<'_> =
-            &[&weight, &input, &out, &norm, &rows, &width, &columns, &num_tiles, &epilogue];
+            &[&weight, &input, &launch.out, &norm, &rows, &width, &columns, &num_tiles, &epilogue];
         // SAFETY: the maps and the grid are those of the shape; the memory is the caller's word.
-        unsafe { self.launch(&launch, arguments) }
+        unsafe { self.launch(&shape, arguments) }
     }
 }

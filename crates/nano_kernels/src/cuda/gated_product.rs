@@ -2,7 +2,7 @@
 //! `kernels/gated_product.cu`.
 
 use super::kernels::{Arguments, Launch};
-use super::product::{Epilogue, FusedProduct};
+use super::product::{Epilogue, FusedProduct, Product};
 use super::spec::Kernel;
 use super::tensor_map::TensorMap;
 use super::{Kernels, Result, check};
@@ -19,8 +19,8 @@ impl Kernels {
     /// # Safety
     /// As of [`fused_product`](Self::fused_product).
     pub unsafe fn gated_product(&self, launch: &FusedProduct) -> Result<()> {
-        let FusedProduct { out, num_rows, out_features, in_features, epilogue, .. } = *launch;
-        let (is_hopper, width) = (self.device().is_hopper(), launch.width());
+        let Product { num_rows, out_features, in_features, epilogue } = launch.product;
+        let (is_hopper, width) = (self.device().is_hopper(), out_features / 2);
         check(epilogue == Epilogue::Gated, "epilogue", "a gate", epilogue as usize)?;
         check(is_hopper || num_rows == 0, "num_rows", "0 where the GPU is no Hopper", num_rows)?;
         check(out_features.is_multiple_of(16), "out_features", "a multiple of 16", out_features)?;
@@ -45,12 +45,12 @@ impl Kernels {
         let weight = TensorMap::new(launch.weight, [in_features, out_features], [CHUNK, FEATURES])?;
         let input = TensorMap::new(launch.input, [in_features, num_rows], [CHUNK, tile_rows])?;
         let norm = self.shared_norm(launch)?;
-        let launch = Launch::new(kernel, [num_clusters * cluster, 1], num_threads);
+        let shape = Launch::new(kernel, [num_clusters * cluster, 1], num_threads);
         let (rows, tile_rows) = (num_rows as i32, tile_rows as i32);
         let (width, columns) = (width as i32, in_features as i32);
         let arguments: &Arguments<'_> =
-            &[&weight, &input, &out, &norm, &rows, &tile_rows, &width, &columns];
+            &[&weight, &input, &launch.out, &norm, &rows, &tile_rows, &width, &columns];
         // SAFETY: the maps and the grid are those of the shape; the memory is the caller's word.
-        unsafe { self.launch(&launch, arguments) }
+        unsafe { self.launch(&shape, arguments) }
     }
 }

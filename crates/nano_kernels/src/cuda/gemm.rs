@@ -16,7 +16,8 @@ use std::time::Instant;
 use cudarc::cublaslt::{result, sys};
 
 use super::compile::{Fnv, read_cached, write_cached};
-use super::{Device, DeviceBuffer, Error, Graph, Result};
+use super::product::{Epilogue, Product};
+use super::{Device, DeviceBuffer, Error, Graph, Result, check};
 use objects::{BF16, Descriptor, F32, Handle, Layout, Preference, split_variant};
 
 const WORKSPACE_BYTES: usize = 32 << 20;
@@ -36,31 +37,6 @@ const SPLIT_ROWS: usize = 64;
 /// The splits that are tried beside those that cuBLASLt thinks of, with each of its first picks.
 const SPLITS: [u32; 4] = [2, 3, 4, 6];
 const NUM_SPLIT_PICKS: usize = 3;
-
-/// What becomes of a product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Output {
-    /// Written in bf16.
-    Bf16,
-    /// Added to what is there in bf16, rounded once.
-    AddBf16,
-    /// Written in f32.
-    F32,
-}
-
-/// A product's shape: `out [num_rows, out_features] = input [num_rows, in_features] ×
-/// weight [out_features, in_features]ᵀ`, bf16 in, summed in f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Product {
-    /// Rows of input and output.
-    pub num_rows: usize,
-    /// Columns of the output.
-    pub out_features: usize,
-    /// Columns of the input.
-    pub in_features: usize,
-    /// What becomes of it.
-    pub output: Output,
-}
 
 /// A product whose algorithm is to be chosen, with memory to try it on; the output is overwritten.
 #[derive(Clone, Debug)]
@@ -135,7 +111,7 @@ impl Gemm {
     /// Enqueues a product.
     ///
     /// # Errors
-    /// If cuBLASLt has no algorithm for it.
+    /// If cuBLASLt has no algorithm for it, as for none with a gate.
     ///
     /// # Safety
     /// Every address names as much memory as the shape says, with [`rows_of_memory`] rows if this
@@ -153,7 +129,7 @@ impl Gemm {
         }
         let rows_at_once = if self.is_deterministic { FIXED_ROWS } else { product.num_rows };
         let at_once = Product { num_rows: rows_at_once, ..*product };
-        let element_bytes = if product.output == Output::F32 { 4 } else { 2 };
+        let element_bytes = if product.epilogue == Epilogue::F32 { 4 } else { 2 };
         self.prepare(&at_once)?;
         let Some(plan) = self.plans.get(&at_once) else { return Ok(()) };
         for first_row in (0..product.num_rows).step_by(rows_at_once) {
@@ -289,13 +265,14 @@ impl Gemm {
         product: &Product,
         known: Option<sys::cublasLtMatmulAlgo_t>,
     ) -> Result<Plan> {
-        let Product { num_rows, out_features, in_features, output } = *product;
-        let out_type = if output == Output::F32 { F32 } else { BF16 };
+        let Product { num_rows, out_features, in_features, epilogue } = *product;
+        check(epilogue != Epilogue::Gated, "epilogue", "no gate", epilogue as usize)?;
+        let out_type = if epilogue == Epilogue::F32 { F32 } else { BF16 };
         let mut plan = Plan {
             weight: Layout::new(BF16, in_features, out_features)?,
             input: Layout::new(BF16, in_features, num_rows)?,
             out: Layout::new(out_type, out_features, num_rows)?,
-            beta: if output == Output::AddBf16 { 1.0 } else { 0.0 },
+            beta: if epilogue == Epilogue::AddBf16 { 1.0 } else { 0.0 },
             algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
         };
         plan.algorithm = match known.filter(|algorithm| self.serves(&plan, algorithm)) {
@@ -374,9 +351,9 @@ impl Gemm {
         let Some(path) = &self.cache else { return };
         let mut text = String::new();
         for (product, algorithm) in &self.algorithms {
-            let Product { num_rows, out_features, in_features, output } = product;
-            let output = *output as u8;
-            let _ = write!(text, "{num_rows} {out_features} {in_features} {output}");
+            let Product { num_rows, out_features, in_features, epilogue } = product;
+            let epilogue = *epilogue as u8;
+            let _ = write!(text, "{num_rows} {out_features} {in_features} {epilogue}");
             for word in algorithm.data {
                 let _ = write!(text, " {word:x}");
             }
@@ -407,12 +384,12 @@ fn parse(line: &str) -> Option<(Product, sys::cublasLtMatmulAlgo_t)> {
     let mut words = line.split(' ');
     let mut number = || words.next()?.parse::<usize>().ok();
     let (num_rows, out_features, in_features) = (number()?, number()?, number()?);
-    let output = [Output::Bf16, Output::AddBf16, Output::F32].get(number()?).copied()?;
+    let epilogue = [Epilogue::Bf16, Epilogue::AddBf16, Epilogue::F32].get(number()?).copied()?;
     let mut data = [0; 8];
     for word in &mut data {
         *word = u64::from_str_radix(words.next()?, 16).ok()?;
     }
-    let product = Product { num_rows, out_features, in_features, output };
+    let product = Product { num_rows, out_features, in_features, epilogue };
     words.next().is_none().then_some((product, sys::cublasLtMatmulAlgo_t { data }))
 }
 
@@ -423,7 +400,7 @@ mod tests {
     #[test]
     fn a_line_of_the_cache_is_read_as_it_was_written_and_nothing_else() {
         let (product, algorithm) = parse("8 4096 14336 1 1 a 0 ff 0 0 0 12").unwrap();
-        assert_eq!((product.num_rows, product.output), (8, Output::AddBf16));
+        assert_eq!((product.num_rows, product.epilogue), (8, Epilogue::AddBf16));
         assert_eq!(algorithm.data, [1, 10, 0, 255, 0, 0, 0, 18]);
         for wrong in ["", "8 4096 14336 3 1 a 0 ff 0 0 0 12", "8 4096 14336 1 1 a 0 ff 0 0 0"] {
             assert!(parse(wrong).is_none(), "{wrong}");

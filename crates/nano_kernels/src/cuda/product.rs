@@ -1,8 +1,7 @@
-//! Products of our own: what they are told, and which kernel has which shape.
+//! A product's shape, what our own products are told, and which kernel has which shape.
 
 use cudarc::driver::DeviceRepr;
 
-use super::gemm::Output;
 use super::{Kernels, Result, batch_product, check, skinny};
 
 /// Rows at most of a product that shares a norm with another one.
@@ -13,7 +12,7 @@ pub(super) const NORM_SQUARES: usize = 1024;
 pub const SQUARES_BYTES: usize = NORM_ROWS * NORM_SQUARES * size_of::<f32>();
 
 /// What becomes of a product, as the kernels count.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Epilogue {
     /// Written in bf16.
     Bf16,
@@ -25,25 +24,10 @@ pub enum Epilogue {
     Gated,
 }
 
-impl From<Output> for Epilogue {
-    fn from(output: Output) -> Self {
-        match output {
-            Output::Bf16 => Self::Bf16,
-            Output::AddBf16 => Self::AddBf16,
-            Output::F32 => Self::F32,
-        }
-    }
-}
-
-/// One launch with what is around the product; addresses on the device.
-#[derive(Clone, Copy, Debug)]
-pub struct FusedProduct {
-    /// `[num_rows, out_features]`, written; half as wide if gated.
-    pub out: u64,
-    /// `[num_rows, in_features]` bf16.
-    pub input: u64,
-    /// `[out_features, in_features]` bf16; gated, the gate first.
-    pub weight: u64,
+/// A product's shape: `out = input [num_rows, in_features] × weight [out_features, in_features]ᵀ`,
+/// bf16 in, summed in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Product {
     /// Rows of input and output.
     pub num_rows: usize,
     /// Rows of the weight.
@@ -52,6 +36,19 @@ pub struct FusedProduct {
     pub in_features: usize,
     /// What becomes of it.
     pub epilogue: Epilogue,
+}
+
+/// One launch with what is around the product; addresses on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct FusedProduct {
+    /// The shape.
+    pub product: Product,
+    /// `[num_rows, out_features]`, written; half as wide if gated.
+    pub out: u64,
+    /// `[num_rows, in_features]` bf16.
+    pub input: u64,
+    /// `[out_features, in_features]` bf16; gated, the gate first.
+    pub weight: u64,
     /// The norm of the input.
     pub norm_before: NormBefore,
     /// The norm of the output, to be finished by the next product; with [`Epilogue::AddBf16`].
@@ -119,23 +116,11 @@ pub(super) struct SharedNorm {
 // SAFETY: plain numbers, laid out as the source's structure is.
 unsafe impl DeviceRepr for SharedNorm {}
 
-impl FusedProduct {
-    /// Features of the output.
-    pub(super) fn width(&self) -> usize {
-        if self.epilogue == Epilogue::Gated { self.out_features / 2 } else { self.out_features }
-    }
-}
-
 impl Kernels {
     /// The kernel of ours that such products have on this device, if there is one; else they are
     /// [`Gemm`](super::Gemm)'s.
-    pub fn product_kernel(
-        &self,
-        num_rows: usize,
-        out_features: usize,
-        in_features: usize,
-        epilogue: Epilogue,
-    ) -> Option<ProductKernel> {
+    pub fn product_kernel(&self, product: &Product) -> Option<ProductKernel> {
+        let Product { num_rows, out_features, in_features, epilogue } = *product;
         let is_gated = epilogue == Epilogue::Gated;
         let has_whole = |size| out_features.is_multiple_of(if is_gated { 2 * size } else { size });
         if self.has_row_product(num_rows, in_features) && has_whole(1) {
@@ -157,9 +142,9 @@ impl Kernels {
     }
 
     /// Sums of squares of a row that a product leaves for a norm behind it, if its kernel can.
-    pub fn num_squares(&self, launch: &FusedProduct) -> Option<usize> {
-        let FusedProduct { num_rows, out_features, in_features, epilogue, .. } = *launch;
-        match self.product_kernel(num_rows, out_features, in_features, epilogue)? {
+    pub fn num_squares(&self, product: &Product) -> Option<usize> {
+        let Product { num_rows, out_features, epilogue, .. } = *product;
+        match self.product_kernel(product)? {
             _ if epilogue != Epilogue::AddBf16 => None,
             ProductKernel::Skinny => Some(self.skinny_squares(num_rows, out_features)),
             ProductKernel::Batch => Some(batch_product::num_squares(out_features)),
@@ -169,12 +154,13 @@ impl Kernels {
 
     /// The norms of a product of several rows, as the kernels take them.
     pub(super) fn shared_norm(&self, launch: &FusedProduct) -> Result<SharedNorm> {
+        let num_rows = launch.product.num_rows;
         let is_held = |num_squares: usize| (1..=NORM_SQUARES).contains(&num_squares);
         let mut norm = SharedNorm { weight: 0, scaled: 0, squares: 0, num_squares: 0, eps: 0.0 };
         if let Some(behind) = &launch.norm_behind {
             let has_one = matches!(launch.norm_before, NormBefore::None);
             check(has_one, "norm_behind", "absent with a norm before", 1)?;
-            let num_squares = self.num_squares(launch).unwrap_or(0);
+            let num_squares = self.num_squares(&launch.product).unwrap_or(0);
             check(is_held(num_squares), "sums of squares", "1 to 1024 of a row", num_squares)?;
             let NormBehind { weight, scaled, squares } = *behind;
             norm = SharedNorm { weight, scaled, squares, ..norm };
@@ -182,10 +168,9 @@ impl Kernels {
         match launch.norm_before {
             NormBefore::None => {}
             NormBefore::Whole { .. } => {
-                check(false, "num_rows", "1 with a whole norm before", launch.num_rows)?;
+                check(false, "num_rows", "1 with a whole norm before", num_rows)?;
             }
             NormBefore::Begun { squares, num_squares, eps } => {
-                let num_rows = launch.num_rows;
                 check(num_rows <= NORM_ROWS, "num_rows", "at most 192 with a norm", num_rows)?;
                 check(is_held(num_squares), "num_squares", "1 to 1024", num_squares)?;
                 norm = SharedNorm { squares, num_squares: num_squares as i32, eps, ..norm };
@@ -201,16 +186,17 @@ impl Kernels {
     /// stream has come to the launch; what is written overlaps nothing else, and nothing that is
     /// still in the stream writes the weight.
     pub unsafe fn fused_product(&self, launch: &FusedProduct) -> Result<()> {
-        let FusedProduct { num_rows, out_features, in_features, epilogue, .. } = *launch;
-        let kernel = self.product_kernel(num_rows, out_features, in_features, epilogue);
         // SAFETY: the caller's word.
         unsafe {
-            match kernel {
+            match self.product_kernel(&launch.product) {
                 Some(ProductKernel::Row) => self.row_product(launch),
                 Some(ProductKernel::Skinny) => self.skinny_product(launch),
                 Some(ProductKernel::Batch) => self.batch_product(launch),
                 Some(ProductKernel::Gated) => self.gated_product(launch),
-                None => check(false, "num_rows", "what a kernel has with these features", num_rows),
+                None => {
+                    let range = "what a kernel has with these features";
+                    check(false, "num_rows", range, launch.product.num_rows)
+                }
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The product of one row, with norm, residual and gate: `kernels/row_product.cu`.
 
 use super::kernels::{Arguments, Launch};
-use super::product::{Epilogue, FusedProduct, NormBefore};
+use super::product::{Epilogue, FusedProduct, NormBefore, Product};
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
 
@@ -34,14 +34,15 @@ impl Kernels {
     /// # Safety
     /// As of [`fused_product`](Self::fused_product).
     pub unsafe fn row_product(&self, launch: &FusedProduct) -> Result<()> {
-        let FusedProduct { out, input, weight, num_rows, out_features, in_features, .. } = *launch;
+        let FusedProduct { product, out, input, weight, norm_before, norm_behind } = *launch;
+        let Product { num_rows, out_features, in_features, epilogue } = product;
         check(num_rows == 1, "num_rows", "1 for row_product", num_rows)?;
         let ok = self.has_row_product(1, in_features);
         check(ok, "in_features", "a multiple of 8 that fits shared memory", in_features)?;
-        let is_even = launch.epilogue != Epilogue::Gated || out_features.is_multiple_of(2);
+        let is_even = epilogue != Epilogue::Gated || out_features.is_multiple_of(2);
         check(is_even, "out_features", "even where half of them is a gate", out_features)?;
-        check(launch.norm_behind.is_none(), "norm_behind", "absent with one row", 1)?;
-        let (norm, eps) = match launch.norm_before {
+        check(norm_behind.is_none(), "norm_behind", "absent with one row", 1)?;
+        let (norm, eps) = match norm_before {
             NormBefore::None => (0, 0.0),
             NormBefore::Whole { weight, eps } => (weight, eps),
             NormBefore::Begun { .. } => {
@@ -59,8 +60,7 @@ impl Kernels {
             None,
         )?;
         let num_blocks = resident.max(1) as usize * self.device().num_multiprocessors();
-        let (rows, columns, epilogue) =
-            (out_features as i32, in_features as i32, launch.epilogue as i32);
+        let (rows, columns, epilogue) = (out_features as i32, in_features as i32, epilogue as i32);
         let grid = [num_blocks, 1];
         let launch = Launch { shared_bytes, ..Launch::new(Kernel::RowProduct, grid, NUM_THREADS) };
         let arguments: &Arguments<'_> =

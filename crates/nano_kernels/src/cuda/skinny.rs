@@ -1,7 +1,7 @@
 //! Products of up to 32 rows on Hopper's tensor cores: `kernels/skinny_product.cu`.
 
 use super::kernels::{Arguments, Launch};
-use super::product::{Epilogue, FusedProduct};
+use super::product::{Epilogue, FusedProduct, Product};
 use super::spec::Kernel;
 use super::tensor_map::TensorMap;
 use super::{Kernels, Result, check};
@@ -92,7 +92,7 @@ impl Kernels {
     /// # Safety
     /// As of [`fused_product`](Self::fused_product).
     pub unsafe fn skinny_product(&self, launch: &FusedProduct) -> Result<()> {
-        let FusedProduct { out, num_rows, out_features, in_features, epilogue, .. } = *launch;
+        let Product { num_rows, out_features, in_features, epilogue } = launch.product;
         let is_gated = epilogue == Epilogue::Gated;
         let max_rows = if self.device().is_hopper() { MAX_ROWS } else { 0 };
         check(num_rows <= max_rows, "num_rows", "at most 32, on Hopper", num_rows)?;
@@ -125,15 +125,15 @@ impl Kernels {
             chunks(launch.weight, out_features, tile_rows)?
         };
         let shared_bytes = shared_bytes as u32;
-        let launch = Launch { shared_bytes, ..Launch::new(kernel, [num_blocks, 1], NUM_THREADS) };
+        let shape = Launch { shared_bytes, ..Launch::new(kernel, [num_blocks, 1], NUM_THREADS) };
         #[rustfmt::skip]
         let arguments: &Arguments<'_> = &[
-            &weight, &input, &out, &norm, &(num_rows as i32), &(out_features as i32),
+            &weight, &input, &launch.out, &norm, &(num_rows as i32), &(out_features as i32),
             &(in_features as i32), &(tile_rows as i32), &(chunks_per_step as i32),
             &(num_stages as i32), &(epilogue as i32),
         ];
         // SAFETY: the maps and the tiling are those of the shape; the memory is the caller's word.
-        unsafe { self.launch(&launch, arguments) }
+        unsafe { self.launch(&shape, arguments) }
     }
 }
 

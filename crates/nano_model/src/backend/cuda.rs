@@ -10,8 +10,8 @@ mod products;
 mod step;
 
 use nano_kernels::cuda::attention::{DecodePlan, Heads};
-use nano_kernels::cuda::gemm::{Output, Product, Trial, rows_of_memory};
-use nano_kernels::cuda::product::{FusedProduct, SQUARES_BYTES};
+use nano_kernels::cuda::gemm::{Trial, rows_of_memory};
+use nano_kernels::cuda::product::{Epilogue, FusedProduct, Product, SQUARES_BYTES};
 use nano_kernels::cuda::sampling::Sample;
 use nano_kernels::cuda::{Device, DeviceBuffer, Gemm, Kernels, PinnedBuffer};
 
@@ -66,6 +66,13 @@ pub struct CudaWeight {
     buffer: DeviceBuffer,
     rows: usize,
     columns: usize,
+}
+
+impl CudaWeight {
+    /// The product of so many rows with it.
+    fn product(&self, num_rows: usize, epilogue: Epilogue) -> Product {
+        Product { num_rows, out_features: self.rows, in_features: self.columns, epilogue }
+    }
 }
 
 /// Rows of activations in one of the buffers.
@@ -204,32 +211,28 @@ impl CudaBackend {
         let mut trials = Vec::new();
         for &num_rows in num_rows {
             let mut add =
-                |weights: Vec<&CudaWeight>, out: &DeviceBuffer, input: &DeviceBuffer, output| {
+                |weights: Vec<&CudaWeight>, out: &DeviceBuffer, input: &DeviceBuffer, epilogue| {
                     let Some(first) = weights.first() else { return };
-                    if self.product_kernel(num_rows, first, Output::into(output)).is_some() {
+                    let product = first.product(num_rows, epilogue);
+                    if self.product_kernel(&product).is_some() {
                         return;
                     }
                     trials.push(Trial {
-                        product: Product {
-                            num_rows,
-                            out_features: first.rows,
-                            in_features: first.columns,
-                            output,
-                        },
+                        product,
                         out: out.address(),
                         input: input.address(),
                         weights: weights.iter().map(|weight| weight.buffer.address()).collect(),
                     });
                 };
             let layers = &model.layers;
-            add(layers.iter().map(|it| &it.qkv).collect(), qkv, normed, Output::Bf16);
-            add(layers.iter().map(|it| &it.output).collect(), residual, context, Output::AddBf16);
+            add(layers.iter().map(|it| &it.qkv).collect(), qkv, normed, Epilogue::Bf16);
+            add(layers.iter().map(|it| &it.output).collect(), residual, context, Epilogue::AddBf16);
             if !self.fuses_gate {
-                add(layers.iter().map(|it| &it.gate_up).collect(), gate_up, normed, Output::Bf16);
+                add(layers.iter().map(|it| &it.gate_up).collect(), gate_up, normed, Epilogue::Bf16);
             }
-            add(layers.iter().map(|it| &it.down).collect(), residual, gated, Output::AddBf16);
+            add(layers.iter().map(|it| &it.down).collect(), residual, gated, Epilogue::AddBf16);
             if num_rows <= self.limits.max_sequences {
-                add(vec![lm_head], logits, normed, Output::F32);
+                add(vec![lm_head], logits, normed, Epilogue::F32);
             }
         }
         // SAFETY: the buffers have rows for the largest step, which `num_rows` does not exceed by

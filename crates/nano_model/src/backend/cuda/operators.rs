@@ -5,7 +5,6 @@ use nano_kernels::cuda::DeviceBuffer;
 use nano_kernels::cuda::activation::SiluMul;
 use nano_kernels::cuda::attention::{AttentionInput, DecodeRows, Heads, PrefillRows};
 use nano_kernels::cuda::gather::{Gather, TokenIds};
-use nano_kernels::cuda::gemm::Output;
 use nano_kernels::cuda::product::Epilogue;
 use nano_kernels::cuda::rope::RopeWriteKv;
 
@@ -112,7 +111,7 @@ impl Backend for CudaBackend {
         norm: &CudaWeight,
         weight: &CudaWeight,
     ) -> Result<CudaHidden> {
-        self.product(self.activations.qkv.address(), *hidden, Some(norm), weight, Output::Bf16)
+        self.product(self.activations.qkv.address(), *hidden, Some(norm), weight, Epilogue::Bf16)
     }
 
     /// Of the rows that do not decode: decode attention does this itself, see `paged_attention`.
@@ -191,7 +190,7 @@ impl Backend for CudaBackend {
         weight: &CudaWeight,
         residual: CudaHidden,
     ) -> Result<CudaHidden> {
-        self.product(residual.address, *input, None, weight, Output::AddBf16)
+        self.product(residual.address, *input, None, weight, Epilogue::AddBf16)
     }
 
     fn norm_gated_product(
@@ -201,12 +200,12 @@ impl Backend for CudaBackend {
         gate_up: &CudaWeight,
     ) -> Result<CudaHidden> {
         let out = self.activations.gated.address();
-        let epilogue = Epilogue::Gated;
-        if let Some(kernel) = self.product_kernel(hidden.num_rows, gate_up, epilogue) {
-            return self.fused_product(kernel, out, *hidden, Some(norm), gate_up, epilogue);
+        let product = gate_up.product(hidden.num_rows, Epilogue::Gated);
+        if let Some(kernel) = self.product_kernel(&product) {
+            return self.fused_product(kernel, product, out, *hidden, Some(norm), gate_up);
         }
         let both = self.activations.gate_up.address();
-        let both = self.product(both, *hidden, Some(norm), gate_up, Output::Bf16)?;
+        let both = self.product(both, *hidden, Some(norm), gate_up, Epilogue::Bf16)?;
         let launch = SiluMul {
             out,
             gate_up: both.address,
@@ -267,7 +266,7 @@ impl Backend for CudaBackend {
             let row_bytes = self.spec.hidden_size * BF16_BYTES;
             let address = hidden.address + (first * row_bytes) as u64;
             let rows = CudaHidden { address, num_rows };
-            logits = self.product(out, rows, Some(norm), weight, Output::F32)?;
+            logits = self.product(out, rows, Some(norm), weight, Epilogue::F32)?;
             if step.keeps_logits {
                 let kept = &mut self.kept[first * vocab_size..][..num_rows * vocab_size];
                 self.activations.logits.download(0, kept)?;

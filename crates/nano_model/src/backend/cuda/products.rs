@@ -1,8 +1,9 @@
 //! Products and the norms before them, which products of few rows share.
 
-use nano_kernels::cuda::gemm::{Output, Product};
 use nano_kernels::cuda::norm::RmsNorm;
-use nano_kernels::cuda::product::{Epilogue, FusedProduct, NormBefore, NormBehind, ProductKernel};
+use nano_kernels::cuda::product::{
+    Epilogue, FusedProduct, NormBefore, NormBehind, Product, ProductKernel,
+};
 
 use super::{CudaBackend, CudaHidden, CudaWeight};
 use crate::error::Result;
@@ -15,19 +16,14 @@ impl CudaBackend {
         input: CudaHidden,
         norm: Option<&CudaWeight>,
         weight: &CudaWeight,
-        output: Output,
+        epilogue: Epilogue,
     ) -> Result<CudaHidden> {
-        if let Some(kernel) = self.product_kernel(input.num_rows, weight, output.into()) {
-            return self.fused_product(kernel, out, input, norm, weight, output.into());
+        let product = weight.product(input.num_rows, epilogue);
+        if let Some(kernel) = self.product_kernel(&product) {
+            return self.fused_product(kernel, product, out, input, norm, weight);
         }
         self.launch_waiting()?;
         let input = norm.map_or(Ok(input), |norm| self.norm(input, norm))?;
-        let product = Product {
-            num_rows: input.num_rows,
-            out_features: weight.rows,
-            in_features: weight.columns,
-            output,
-        };
         // SAFETY: as in `norm`; weights were written long before any step.
         unsafe { self.gemm.product(&product, out, input.address, weight.buffer.address()) }?;
         Ok(CudaHidden { address: out, ..input })
@@ -35,16 +31,8 @@ impl CudaBackend {
 
     /// The kernel of a product, or `None` where it is cuBLASLt's: where every row must be computed
     /// alike it always is.
-    pub(super) fn product_kernel(
-        &self,
-        num_rows: usize,
-        weight: &CudaWeight,
-        epilogue: Epilogue,
-    ) -> Option<ProductKernel> {
-        if self.is_deterministic {
-            return None;
-        }
-        self.kernels.product_kernel(num_rows, weight.rows, weight.columns, epilogue)
+    pub(super) fn product_kernel(&self, product: &Product) -> Option<ProductKernel> {
+        if self.is_deterministic { None } else { self.kernels.product_kernel(product) }
     }
 
     /// A product by a kernel of ours. One that adds to the residual waits: it begins the norm that
@@ -52,11 +40,11 @@ impl CudaBackend {
     pub(super) fn fused_product(
         &mut self,
         kernel: ProductKernel,
+        product: Product,
         out: u64,
         input: CudaHidden,
         norm: Option<&CudaWeight>,
         weight: &CudaWeight,
-        epilogue: Epilogue,
     ) -> Result<CudaHidden> {
         let (from, norm_before) = match norm {
             None => (input.address, NormBefore::None),
@@ -68,17 +56,14 @@ impl CudaBackend {
         };
         self.launch_waiting()?;
         self.waiting = Some(FusedProduct {
+            product,
             out,
             input: from,
             weight: weight.buffer.address(),
-            num_rows: input.num_rows,
-            out_features: weight.rows,
-            in_features: weight.columns,
-            epilogue,
             norm_before,
             norm_behind: None,
         });
-        if epilogue != Epilogue::AddBf16 {
+        if product.epilogue != Epilogue::AddBf16 {
             self.launch_waiting()?;
         }
         Ok(CudaHidden { address: out, ..input })
@@ -90,8 +75,8 @@ impl CudaBackend {
             (self.activations.normed.address(), self.activations.squares.address());
         if let Some(it) = &mut self.waiting
             && it.out == input.address
-            && (it.num_rows, it.out_features) == (input.num_rows, norm.columns)
-            && let Some(num_squares) = self.kernels.num_squares(it)
+            && (it.product.num_rows, it.product.out_features) == (input.num_rows, norm.columns)
+            && let Some(num_squares) = self.kernels.num_squares(&it.product)
         {
             let weight = norm.buffer.address();
             it.norm_behind = Some(NormBehind { weight, scaled, squares });
