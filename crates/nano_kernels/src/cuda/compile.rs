@@ -9,6 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::ptr;
 
+use cudarc::nvrtc::result::{self, NvrtcError};
 use cudarc::nvrtc::sys;
 
 use super::product::NORM_SQUARES;
@@ -34,15 +35,6 @@ pub struct Cubin {
     pub log: String,
 }
 
-/// What one kernel takes of a multiprocessor, as the compiler reports it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Resources {
-    /// Registers of a thread.
-    pub num_registers: u32,
-    /// Bytes that a thread's registers spill, stores and loads together.
-    pub spill_bytes: u32,
-}
-
 impl Compiler {
     /// Loads NVRTC and proves that it works; `cache_dir` of `None` caches nothing.
     ///
@@ -55,23 +47,16 @@ impl Compiler {
                 "NVRTC (libnvrtc) cannot be loaded: pip install nvidia-cuda-nvrtc".to_owned(),
             ));
         }
-        let mut version = (0, 0);
+        let (mut major, mut minor) = (0, 0);
         // SAFETY: the library is present, and both pointers are valid for the call.
-        let status = unsafe { sys::nvrtcVersion(&raw mut version.0, &raw mut version.1) };
-        let compiler = Self { version, cache_dir };
-        let probe = c"extern \"C\" __global__ void probe(float* x) { *x = rsqrtf(*x); }";
-        let program = Program::new(probe, "probe").map_err(|status| no_compiler(version, status));
-        status.result().map_err(|error| no_compiler(version, error.0))?;
-        let mut program = program?;
-        match program.compile(&["--gpu-architecture=sm_80".to_owned()]) {
-            Ok(()) => Ok(compiler),
-            Err(status) => Err(Error::NoCompiler(format!(
-                "NVRTC {}.{}: {status:?} {}",
-                version.0,
-                version.1,
-                program.log()
-            ))),
-        }
+        let status = unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) };
+        let probe = "extern \"C\" __global__ void probe(float* x) { *x = rsqrtf(*x); }";
+        status
+            .result()
+            .map_err(|error| format!("{:?}", error.0))
+            .and_then(|()| build(probe, "probe", &["--gpu-architecture=sm_80".to_owned()]))
+            .map_err(|why| Error::NoCompiler(format!("NVRTC {major}.{minor}: {why}")))?;
+        Ok(Self { version: (major, minor), cache_dir })
     }
 
     /// Where results are kept.
@@ -98,24 +83,18 @@ impl Compiler {
 
     /// Compiles the kernel anew and replaces what the cache holds of it.
     pub fn compile(&self, spec: &KernelSpec, architecture: &str) -> Result<Cubin> {
-        let failed = |log: String| Error::Compile {
+        let built = build(spec.source, spec.name, &options(spec, architecture));
+        let cubin = built.map_err(|log| Error::Compile {
             kernel: spec.name.to_owned(),
             architecture: architecture.to_owned(),
             log,
-        };
-        let source = CString::new(spec.source).map_err(|error| failed(error.to_string()))?;
-        let mut program = Program::new(&source, spec.name)
-            .map_err(|status| failed(format!("NVRTC refused the source: {status:?}")))?;
-        if let Err(status) = program.compile(&options(spec, architecture)) {
-            return Err(failed(format!("{status:?} {}", program.log())));
-        }
-        let image = program.cubin().map_err(|status| failed(format!("{status:?}")))?;
+        })?;
         if let Some(path) = self.cache_path(spec, architecture)
-            && let Err(error) = write_cached(&path, &image)
+            && let Err(error) = write_cached(&path, &cubin.image)
         {
             tracing::debug!("kernel cache {} is not written: {error}", path.display());
         }
-        Ok(Cubin { image, log: program.log() })
+        Ok(cubin)
     }
 
     /// One file for each text, set of options and version of the compiler.
@@ -135,24 +114,6 @@ impl Compiler {
     }
 }
 
-impl Cubin {
-    /// What the compiler's log says of the kernel's resources; `None` if it came from the cache.
-    pub fn resources(&self) -> Option<Resources> {
-        let mut found = None;
-        for line in self.log.lines().filter(|line| !line.contains("Compiling")) {
-            let before = |unit: &str| -> u32 {
-                let text = line.split(unit).next().filter(|text| text.len() < line.len());
-                let number = text.and_then(|text| text.split_whitespace().next_back());
-                number.and_then(|number| number.parse().ok()).unwrap_or(0)
-            };
-            let resources = found.get_or_insert_with(Resources::default);
-            resources.num_registers = resources.num_registers.max(before(" registers"));
-            resources.spill_bytes += before(" bytes spill stores") + before(" bytes spill loads");
-        }
-        found.filter(|resources| resources.num_registers > 0)
-    }
-}
-
 fn options(spec: &KernelSpec, architecture: &str) -> Vec<String> {
     // NVRTC's own cache, where there is a driver, would give the code without the log.
     let fixed = ["--std=c++17", "--no-cache", "--ptxas-options=-v"];
@@ -163,8 +124,16 @@ fn options(spec: &KernelSpec, architecture: &str) -> Vec<String> {
     options
 }
 
-fn no_compiler(version: (i32, i32), status: sys::nvrtcResult) -> Error {
-    Error::NoCompiler(format!("NVRTC {}.{}: {status:?}", version.0, version.1))
+/// Machine code of a source, or why there is none.
+fn build(source: &str, name: &str, options: &[String]) -> std::result::Result<Cubin, String> {
+    let source = CString::new(source).map_err(|error| error.to_string())?;
+    let program = Program::new(&source, name)
+        .map_err(|error| format!("NVRTC refused the source: {:?}", error.0))?;
+    // SAFETY: the program is alive.
+    let compiled = unsafe { result::compile_program(program.0, options) };
+    compiled.map_err(|error| format!("{:?} {}", error.0, program.log()))?;
+    let image = program.cubin().map_err(|error| format!("{:?}", error.0))?;
+    Ok(Cubin { image, log: program.log() })
 }
 
 /// The image in a cache file, if it is whole.
@@ -216,14 +185,8 @@ impl Fnv {
 /// A program of NVRTC, destroyed on drop.
 struct Program(sys::nvrtcProgram);
 
-type Status<T> = std::result::Result<T, sys::nvrtcResult>;
-
-fn status(result: sys::nvrtcResult) -> Status<()> {
-    result.result().map_err(|error| error.0)
-}
-
 impl Program {
-    fn new(source: &CStr, name: &str) -> Status<Self> {
+    fn new(source: &CStr, name: &str) -> std::result::Result<Self, NvrtcError> {
         let owned = |text: &str| CString::new(text).unwrap_or_default();
         let name = owned(name);
         let (names, texts): (Vec<_>, Vec<_>) =
@@ -233,7 +196,7 @@ impl Program {
         let mut program = ptr::null_mut();
         // SAFETY: every string is null-terminated and outlives the call, which copies them; both
         // arrays have HEADERS.len() entries.
-        status(unsafe {
+        unsafe {
             sys::nvrtcCreateProgram(
                 &raw mut program,
                 source.as_ptr(),
@@ -242,40 +205,25 @@ impl Program {
                 texts.as_ptr(),
                 names.as_ptr(),
             )
-        })?;
+        }
+        .result()?;
         Ok(Self(program))
     }
 
-    fn compile(&mut self, options: &[String]) -> Status<()> {
-        let options: Vec<CString> =
-            options.iter().map(|option| CString::new(&option[..]).unwrap_or_default()).collect();
-        let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
-        // SAFETY: the program is alive; the options are null-terminated and outlive the call.
-        status(unsafe {
-            sys::nvrtcCompileProgram(self.0, pointers.len() as c_int, pointers.as_ptr())
-        })
-    }
-
     fn log(&self) -> String {
-        let mut size = 0;
-        // SAFETY: the program is alive, and so is the target.
-        let sized = unsafe { sys::nvrtcGetProgramLogSize(self.0, &raw mut size) };
-        let mut log = vec![0_u8; size];
-        // SAFETY: the log has the size just asked for.
-        let got = unsafe { sys::nvrtcGetProgramLog(self.0, log.as_mut_ptr().cast()) };
-        if status(sized).and(status(got)).is_err() {
-            return String::new();
-        }
+        // SAFETY: the program is alive.
+        let log = unsafe { result::get_program_log(self.0) }.unwrap_or_default();
+        let log: Vec<u8> = log.into_iter().flat_map(c_char::to_ne_bytes).collect();
         String::from_utf8_lossy(&log).trim_end_matches('\0').trim().to_owned()
     }
 
-    fn cubin(&self) -> Status<Vec<u8>> {
+    fn cubin(&self) -> std::result::Result<Vec<u8>, NvrtcError> {
         let mut size = 0;
         // SAFETY: the program is alive, and so is the target.
-        status(unsafe { sys::nvrtcGetCUBINSize(self.0, &raw mut size) })?;
+        unsafe { sys::nvrtcGetCUBINSize(self.0, &raw mut size) }.result()?;
         let mut image = vec![0_u8; size];
         // SAFETY: the image has the size just asked for.
-        status(unsafe { sys::nvrtcGetCUBIN(self.0, image.as_mut_ptr().cast()) })?;
+        unsafe { sys::nvrtcGetCUBIN(self.0, image.as_mut_ptr().cast()) }.result()?;
         Ok(image)
     }
 }
@@ -317,17 +265,5 @@ mod tests {
         let file = folder.path().join("file");
         fs::write(&file, "").unwrap();
         assert!(write_cached(&file.join("kernel.cubin"), b"machine code").is_err());
-    }
-
-    #[test]
-    fn the_log_gives_registers_and_spills() {
-        let log = "ptxas info    : 0 bytes gmem\n\
-            ptxas info    : Compiling entry function 'sample' for 'sm_90a'\n\
-            ptxas info    : Function properties for sample\n\
-            ptxas         .     8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n\
-            ptxas info    : Used 40 registers, used 1 barriers, 256 bytes smem";
-        let cubin = Cubin { image: Vec::new(), log: log.to_owned() };
-        assert_eq!(cubin.resources(), Some(Resources { num_registers: 40, spill_bytes: 16 }));
-        assert_eq!(Cubin { image: Vec::new(), log: String::new() }.resources(), None);
     }
 }
