@@ -278,7 +278,7 @@ impl CudaBackend {
     }
 
     /// Enqueues the copy of a step's inputs.
-    pub fn upload(&mut self, input: &StepInput<'_>) -> Result<CudaStep> {
+    pub fn upload(&mut self, input: &StepInput) -> Result<CudaStep> {
         self.kept.clear();
         match &mut self.room {
             Some(room) => room.steps.upload(input, &self.decode_plan),
@@ -310,7 +310,7 @@ impl CudaBackend {
             chosen: self.sampled.address(),
             answer: answer.address(),
             logits,
-            rows: step.sampling,
+            rows: step.at.sampling,
             num_rows: step.num_sampled,
             vocab_size,
         };

@@ -88,12 +88,7 @@ impl CudaExecutor {
         let limits = backend.limits();
         let mut graphs = BTreeMap::new();
         for num_rows in graph_sizes(limits.max_tokens.min(limits.max_sequences)) {
-            let input = StepInput {
-                batch: &Batch::default(),
-                sampling: &[],
-                graph_rows: Some(num_rows),
-                keeps_logits: false,
-            };
+            let input = StepInput { graph_rows: Some(num_rows), ..StepInput::default() };
             let step = backend.upload(&input)?;
             // Once outside of the capture, during which nothing may be loaded.
             forward(&mut backend, &model, &step)?;
@@ -120,12 +115,7 @@ impl CudaExecutor {
     fn launch_step(&mut self, step: &ScheduleOutput) -> Result<()> {
         let answer = self.idle.pop().ok_or_else(|| broken("more steps than two are in flight"))?;
         let (input, rows) = self.plan(step);
-        let launched = self.backend.upload(&StepInput {
-            batch: &input.batch,
-            sampling: &input.sampling,
-            graph_rows: input.graph_rows,
-            keeps_logits: input.keeps_logits,
-        })?;
+        let launched = self.backend.upload(&input)?;
         match input.graph_rows.and_then(|num_rows| self.graphs.get(&num_rows)) {
             Some(graph) => graph.launch()?,
             None => drop(forward(&mut self.backend, &self.model, &launched)?),
@@ -141,7 +131,7 @@ impl CudaExecutor {
     }
 
     /// How a step runs, and what each of its sequences gets.
-    fn plan(&self, step: &ScheduleOutput) -> (Plan, Vec<Row>) {
+    fn plan(&self, step: &ScheduleOutput) -> (StepInput, Vec<Row>) {
         let scheduled = &step.sequences;
         let keeps_logits = scheduled.iter().any(|it| it.logit_rows == LogitRows::All);
         let decodes = !keeps_logits && scheduled.iter().all(is_single);
@@ -179,7 +169,7 @@ impl CudaExecutor {
                 rows[index].wanted = Wanted::Logits(first..batch.logit_rows.len());
             }
         }
-        (Plan { batch, sampling, graph_rows, keeps_logits }, rows)
+        (StepInput { batch, sampling, graph_rows, keeps_logits }, rows)
     }
 
     fn sample_step(&mut self, masks: &TokenMasks) -> Result<()> {
@@ -220,13 +210,6 @@ impl CudaExecutor {
         self.idle.push(flight.answer);
         Ok(output)
     }
-}
-
-struct Plan {
-    batch: Batch,
-    sampling: Vec<RowSampling>,
-    graph_rows: Option<usize>,
-    keeps_logits: bool,
 }
 
 fn is_single(scheduled: &ScheduledSequence) -> bool {

@@ -81,7 +81,8 @@ impl Backend for CudaBackend {
     }
 
     fn prepare(&mut self, batch: &Batch) -> Result<CudaStep> {
-        self.upload(&StepInput { batch, sampling: &[], graph_rows: None, keeps_logits: true })
+        let batch = batch.clone();
+        self.upload(&StepInput { batch, keeps_logits: true, ..StepInput::default() })
     }
 
     fn embed(&mut self, table: &CudaWeight, step: &CudaStep) -> Result<CudaHidden> {
@@ -91,18 +92,18 @@ impl Backend for CudaBackend {
         let gather = Gather {
             out,
             source: table.buffer.address(),
-            num_rows: step.num_tokens,
+            num_rows: step.counts.tokens,
             num_source_rows: table.rows,
             row_size: table.columns,
         };
         let ids = TokenIds {
-            token: step.token,
-            from_sampled: step.from_sampled,
+            token: step.at.token,
+            from_sampled: step.at.from_sampled,
             sampled: self.sampled.address(),
         };
         // SAFETY: as in `norm`; rows of the step before are below its number of sampled rows.
         unsafe { self.kernels.embed_tokens(&gather, &ids) }?;
-        Ok(CudaHidden { address: out, num_rows: step.num_tokens })
+        Ok(CudaHidden { address: out, num_rows: step.counts.tokens })
     }
 
     fn norm_product(
@@ -130,9 +131,9 @@ impl Backend for CudaBackend {
             cache: room.cache.address() + (layer * room.layer_bytes) as u64,
             qkv: from(qkv.address, self.spec.qkv_size() * BF16_BYTES),
             cos_sin: room.cos_sin.address(),
-            position: from(step.position, size_of::<u32>()),
-            slot: from(step.slot, size_of::<u32>()),
-            num_tokens: step.num_tokens - step.num_decodes,
+            position: from(step.at.position, size_of::<u32>()),
+            slot: from(step.at.slot, size_of::<u32>()),
+            num_tokens: step.counts.tokens - step.num_decodes,
             num_heads,
             num_kv_heads,
             head_dim,
@@ -154,7 +155,7 @@ impl Backend for CudaBackend {
         let out = self.activations.context.address();
         let input = AttentionInput {
             cache: room.cache.address() + (layer * room.layer_bytes) as u64,
-            block_table: step.block_table,
+            block_table: step.at.block_table,
             max_blocks: room.steps.max_blocks(),
             heads: self.heads,
             window: self.spec.layers[layer].window,
@@ -162,13 +163,13 @@ impl Backend for CudaBackend {
         let decodes = DecodeRows {
             qkv: self.activations.qkv.address(),
             cos_sin: room.cos_sin.address(),
-            parts: step.parts,
+            parts: step.at.parts,
             num_sequences: step.num_decodes,
         };
         let prefills = PrefillRows {
             query: query.address,
-            tiles: step.tiles,
-            num_tiles: step.num_tiles,
+            tiles: step.at.tiles,
+            num_tiles: step.counts.tiles,
             num_tokens: query.num_rows,
         };
         // SAFETY: as in `norm`; tables are those of the scheduler, whose blocks are the cache's, and
@@ -223,19 +224,21 @@ impl Backend for CudaBackend {
         residual: CudaHidden,
         step: &CudaStep,
     ) -> Result<(CudaHidden, CudaHidden)> {
-        let Some(logit_row) = step.logit_row else { return Ok((context, residual)) };
+        if step.is_graph {
+            return Ok((context, residual));
+        }
         self.launch_waiting()?;
         let gather =
             |out: &DeviceBuffer, source: CudaHidden, row_size: usize| -> Result<CudaHidden> {
                 let gather = Gather {
                     out: out.address(),
                     source: source.address,
-                    num_rows: step.num_logit_rows,
+                    num_rows: step.counts.logit_rows,
                     num_source_rows: source.num_rows,
                     row_size,
                 };
                 // SAFETY: as in `norm`.
-                unsafe { self.kernels.gather_rows(&gather, logit_row) }?;
+                unsafe { self.kernels.gather_rows(&gather, step.at.logit_row) }?;
                 Ok(CudaHidden { address: gather.out, num_rows: gather.num_rows })
             };
         // Queries have been read by now, and are as wide as what attention made of them.
@@ -252,7 +255,7 @@ impl Backend for CudaBackend {
         step: &CudaStep,
     ) -> Result<CudaHidden> {
         let out = self.activations.logits.address();
-        let (num_rows, vocab_size) = (step.num_logit_rows, self.spec.vocab_size);
+        let (num_rows, vocab_size) = (step.counts.logit_rows, self.spec.vocab_size);
         let mut at_once = num_rows.max(1);
         if step.keeps_logits {
             self.kept.resize(num_rows * vocab_size, 0.0);

@@ -17,12 +17,12 @@ const MIN_UNUSED_BYTES: usize = 256 << 10;
 const NO_SLOT: u32 = u32::MAX;
 
 /// What a step is made of.
-#[derive(Clone, Copy, Debug)]
-pub struct StepInput<'a> {
+#[derive(Debug, Default)]
+pub struct StepInput {
     /// Its rows. Leading sequences of one row decode, all others prefill.
-    pub batch: &'a Batch,
+    pub batch: Batch,
     /// How the first logit rows are sampled.
-    pub sampling: &'a [RowSampling],
+    pub sampling: Vec<RowSampling>,
     /// The rows of the graph that the step is for: all decode, and every row has logits.
     pub graph_rows: Option<usize>,
     /// Whether the logits go to the host.
@@ -32,29 +32,13 @@ pub struct StepInput<'a> {
 /// A step on the device: sizes and addresses, which alone a captured graph knows.
 #[derive(Clone, Copy, Debug)]
 pub struct CudaStep {
-    pub(super) num_tokens: usize,
+    pub(super) counts: Counts,
     pub(super) num_decodes: usize,
-    pub(super) num_tiles: usize,
-    pub(super) num_logit_rows: usize,
     pub(super) num_sampled: usize,
     pub(super) keeps_logits: bool,
-    pub(super) token: u64,
-    pub(super) from_sampled: u64,
-    pub(super) position: u64,
-    pub(super) slot: u64,
-    pub(super) parts: u64,
-    /// `None` in a graph, all of whose rows have logits.
-    pub(super) logit_row: Option<u64>,
-    pub(super) sampling: u64,
-    pub(super) tiles: u64,
-    pub(super) block_table: u64,
-}
-
-impl CudaStep {
-    /// The rows that are sampled.
-    pub fn num_sampled(&self) -> usize {
-        self.num_sampled
-    }
+    /// All of whose rows have logits.
+    pub(super) is_graph: bool,
+    pub(super) at: Layout,
 }
 
 /// The buffer on the device, and two on the host in turn: one is filled while the other is read.
@@ -70,35 +54,36 @@ pub(super) struct StepBuffers {
     only_tiles: bool,
 }
 
-#[derive(Clone, Copy)]
-struct Counts {
-    tokens: usize,
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Counts {
+    pub(super) tokens: usize,
     sequences: usize,
     parts: usize,
-    tiles: usize,
-    logit_rows: usize,
+    pub(super) tiles: usize,
+    pub(super) logit_rows: usize,
 }
 
-/// Byte offsets.
-struct Layout {
-    token: usize,
-    from_sampled: usize,
-    position: usize,
-    slot: usize,
-    parts: usize,
-    logit_row: usize,
-    sampling: usize,
-    tiles: usize,
-    block_table: usize,
-    end: usize,
+/// Where each part of a step begins.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layout {
+    pub(super) token: u64,
+    pub(super) from_sampled: u64,
+    pub(super) position: u64,
+    pub(super) slot: u64,
+    pub(super) parts: u64,
+    pub(super) logit_row: u64,
+    pub(super) sampling: u64,
+    pub(super) tiles: u64,
+    pub(super) block_table: u64,
+    end: u64,
 }
 
 impl Layout {
-    fn new(counts: Counts, max_blocks: usize) -> Self {
-        let mut end = 0;
+    /// One behind the other from an address on.
+    fn new(mut end: u64, counts: Counts, max_blocks: usize) -> Self {
         let mut take = |num_bytes: usize| {
             let start = end;
-            end += num_bytes.next_multiple_of(ALIGNMENT);
+            end += num_bytes.next_multiple_of(ALIGNMENT) as u64;
             start
         };
         Self {
@@ -128,15 +113,14 @@ impl StepBuffers {
         only_tiles: bool,
     ) -> Result<Self> {
         // At worst every sequence begins a tile, and one token follows the other.
-        let tiles = max_sequences + max_tokens;
         let counts = Counts {
             tokens: max_tokens,
             sequences: max_sequences,
             parts: plan.parts(&[], max_sequences).len(),
-            tiles,
+            tiles: max_sequences + max_tokens,
             logit_rows: max_tokens,
         };
-        let num_bytes = Layout::new(counts, max_blocks).end;
+        let num_bytes = Layout::new(0, counts, max_blocks).end as usize;
         let staging = || -> Result<(PinnedBuffer, Event)> {
             Ok((device.allocate_pinned(num_bytes)?, device.new_event()?))
         };
@@ -155,13 +139,13 @@ impl StepBuffers {
     }
 
     /// Enqueues the copy of a step: all at once, or of long block tables only what is used.
-    pub(super) fn upload(&mut self, input: &StepInput<'_>, plan: &DecodePlan) -> Result<CudaStep> {
-        let StepInput { batch, sampling, graph_rows, keeps_logits } = *input;
+    pub(super) fn upload(&mut self, input: &StepInput, plan: &DecodePlan) -> Result<CudaStep> {
+        let StepInput { batch, sampling, graph_rows, keeps_logits } = input;
         let decodes = batch.sequences.iter().take_while(|it| it.num_rows == 1 && !self.only_tiles);
         let lengths: Vec<u32> = decodes.map(|it| it.context_len() as u32).collect();
         let mut num_decodes = lengths.len();
         let mut tiles = self.tiles(&batch.sequences, num_decodes);
-        if let Some(rows) = graph_rows {
+        if let Some(rows) = *graph_rows {
             let num_tiles = if self.only_tiles { rows } else { 0 };
             tiles.resize(num_tiles, PrefillTile::default());
             num_decodes = rows - num_tiles;
@@ -174,7 +158,8 @@ impl StepBuffers {
             tiles: tiles.len(),
             logit_rows: graph_rows.unwrap_or(batch.logit_rows.len()),
         };
-        let layout = Layout::new(counts, self.max_blocks);
+        let at = Layout::new(self.device.address(), counts, self.max_blocks);
+        let offset = |address: u64| (address - self.device.address()) as usize;
 
         self.turn = 1 - self.turn;
         let (staging, copied) = &mut self.staging[self.turn];
@@ -189,16 +174,16 @@ impl StepBuffers {
         for &row in &batch.previous_rows {
             from_sampled[row as usize] = 1;
         }
-        staging.write(layout.token, &filled(&batch.token_ids, counts.tokens, 0));
-        staging.write(layout.from_sampled, &from_sampled);
-        staging.write(layout.position, &filled(&batch.positions, counts.tokens, 0));
-        staging.write(layout.slot, &filled(&batch.slot_mapping, counts.tokens, NO_SLOT));
-        staging.write(layout.parts, &parts);
-        staging.write(layout.logit_row, &batch.logit_rows);
-        staging.write(layout.sampling, sampling);
-        staging.write(layout.tiles, &tiles);
+        staging.write(offset(at.token), &filled(&batch.token_ids, counts.tokens, 0));
+        staging.write(offset(at.from_sampled), &from_sampled);
+        staging.write(offset(at.position), &filled(&batch.positions, counts.tokens, 0));
+        staging.write(offset(at.slot), &filled(&batch.slot_mapping, counts.tokens, NO_SLOT));
+        staging.write(offset(at.parts), &parts);
+        staging.write(offset(at.logit_row), &batch.logit_rows);
+        staging.write(offset(at.sampling), sampling);
+        staging.write(offset(at.tiles), &tiles);
         for (index, sequence) in batch.sequences.iter().enumerate() {
-            let row = layout.block_table + index * self.max_blocks * 4;
+            let row = offset(at.block_table) + index * self.max_blocks * 4;
             staging.write(row, &batch.block_ids[sequence.block_table.clone()]);
         }
         let tables = batch.sequences.iter().map(|it| &it.block_table);
@@ -208,32 +193,23 @@ impl StepBuffers {
         // live as long as this value, whose drop waits for the device.
         unsafe {
             if counts.sequences * (table_bytes - used_bytes) < MIN_UNUSED_BYTES {
-                self.device.enqueue_upload(staging, layout.end)?;
+                self.device.enqueue_upload(staging, offset(at.end))?;
             } else {
                 let rows = (counts.sequences, table_bytes);
-                self.device.enqueue_upload(staging, layout.block_table)?;
-                self.device.enqueue_upload_rows(staging, layout.block_table, rows, used_bytes)?;
+                let tables = offset(at.block_table);
+                self.device.enqueue_upload(staging, tables)?;
+                self.device.enqueue_upload_rows(staging, tables, rows, used_bytes)?;
             }
         }
         copied.record()?;
 
-        let at = |offset: usize| self.device.address() + offset as u64;
         Ok(CudaStep {
-            num_tokens: counts.tokens,
+            counts,
             num_decodes,
-            num_tiles: counts.tiles,
-            num_logit_rows: counts.logit_rows,
             num_sampled: sampling.len(),
-            keeps_logits,
-            token: at(layout.token),
-            from_sampled: at(layout.from_sampled),
-            position: at(layout.position),
-            slot: at(layout.slot),
-            parts: at(layout.parts),
-            logit_row: graph_rows.is_none().then(|| at(layout.logit_row)),
-            sampling: at(layout.sampling),
-            tiles: at(layout.tiles),
-            block_table: at(layout.block_table),
+            keeps_logits: *keeps_logits,
+            is_graph: graph_rows.is_some(),
+            at,
         })
     }
 
