@@ -4,7 +4,7 @@
 //! enqueue and a captured graph stays true. There is one residual stream, which `embed` begins and
 //! `product_add` adds to in place.
 
-mod bans;
+mod answer;
 mod operators;
 mod products;
 mod step;
@@ -13,12 +13,12 @@ use nano_kernels::cuda::attention::{DecodePlan, Heads};
 use nano_kernels::cuda::gemm::{Trial, rows_of_memory};
 use nano_kernels::cuda::product::{Epilogue, FusedProduct, Product, SQUARES_BYTES};
 use nano_kernels::cuda::sampling::Sample;
-use nano_kernels::cuda::{Device, DeviceBuffer, Gemm, Kernels, PinnedBuffer};
+use nano_kernels::cuda::{Device, DeviceBuffer, Gemm, Kernels};
 
 use crate::config::DecoderSpec;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
-use bans::Bans;
+pub use answer::Answer;
 use step::StepBuffers;
 pub use step::{CudaStep, StepInput};
 
@@ -50,7 +50,6 @@ pub struct CudaBackend {
     activations: Activations,
     /// Of the step before: `[max_tokens]` u32.
     sampled: DeviceBuffer,
-    bans: Bans,
     /// A product that waits for the norm behind it.
     waiting: Option<FusedProduct>,
     /// The numbers of dummy weights, while there are any to make.
@@ -173,7 +172,6 @@ impl CudaBackend {
             decode_plan: DecodePlan::new(device, heads, max_sequences, widest)?,
             activations,
             sampled: rows(limits.max_tokens, 1, size_of::<u32>())?,
-            bans: Bans::new(device)?,
             waiting: None,
             draws: None,
             kept: Vec::new(),
@@ -287,40 +285,35 @@ impl CudaBackend {
     }
 
     /// Enqueues the choice of a token for each sampled row of `step`, whose forward pass was the
-    /// last; `banned` holds pairs of a row and a token. The choices go to `answer` as well,
-    /// `[num_sampled]` u32 of the host's memory.
+    /// last; `banned` holds pairs of a row and a token. The choices go to `answer` as well.
     ///
     /// # Panics
     /// If `answer` is shorter.
-    ///
-    /// # Safety
-    /// Until the stream has come to the choice, `answer` lives and is neither read nor written.
-    pub unsafe fn sample(
-        &mut self,
-        step: &CudaStep,
-        banned: &[u32],
-        answer: &PinnedBuffer,
-    ) -> Result<()> {
-        assert!(step.num_sampled * 4 <= answer.num_bytes(), "the answer is too short");
+    pub fn sample(&mut self, step: &CudaStep, banned: &[u32], answer: &mut Answer) -> Result<()> {
+        assert!(step.num_sampled * 4 <= answer.chosen.num_bytes(), "the answer is too short");
         let logits = self.activations.logits.address();
         let vocab_size = self.spec.vocab_size;
-        let bans =
-            if banned.is_empty() { 0 } else { self.bans.upload(self.kernels.device(), banned)? };
         let sample = Sample {
             chosen: self.sampled.address(),
-            answer: answer.address(),
+            answer: answer.chosen.address(),
             logits,
             rows: step.at.sampling,
             num_rows: step.num_sampled,
             vocab_size,
         };
+        if !banned.is_empty() {
+            answer.ban(self.device(), banned)?;
+        }
         // SAFETY: there are no more sampled rows than rows of logits, whose buffer lives as long as
-        // this value, like that of the step and of the chosen tokens; the answer is checked above.
+        // this value, like that of the step and of the chosen tokens. The answer is long enough, as
+        // checked, waits before it is read or banned tokens are written anew, and its drop waits for
+        // the device.
         unsafe {
-            self.kernels.ban_tokens(logits, bans, banned.len() / 2, vocab_size)?;
+            let banned_at = answer.banned.address();
+            self.kernels.ban_tokens(logits, banned_at, banned.len() / 2, vocab_size)?;
             self.kernels.sample(&sample)?;
         }
-        Ok(())
+        Ok(answer.done.record()?)
     }
 
     /// The logits of the step that was launched last, if it keeps them.

@@ -14,11 +14,11 @@ use nano_core::step::{
 };
 use nano_core::{Error as CoreError, SequenceId, TokenId};
 use nano_kernels::cuda::sampling::{NO_TOKEN, RowSampling};
-use nano_kernels::cuda::{Error as CudaError, Event, Graph, PinnedBuffer};
+use nano_kernels::cuda::{Error as CudaError, Graph};
 use smallvec::smallvec;
 
 use super::{failed, sampling_of};
-use crate::backend::cuda::{CudaBackend, CudaStep, StepInput};
+use crate::backend::cuda::{Answer, CudaBackend, CudaStep, StepInput};
 use crate::batch::Batch;
 use crate::decoder::{Decoder, forward};
 use crate::error::{Error, Result};
@@ -68,13 +68,6 @@ enum Wanted {
     Logits(Range<usize>),
 }
 
-/// Where the choices of a step arrive on the host.
-#[derive(Debug)]
-struct Answer {
-    chosen: PinnedBuffer,
-    done: Event,
-}
-
 impl CudaExecutor {
     /// Runs `model` on `backend`, which has its cache; captures the graphs.
     ///
@@ -103,11 +96,8 @@ impl CudaExecutor {
             graphs.insert(num_rows, graph);
         }
         backend.device().synchronize()?;
-        let answer = || -> Result<Answer> {
-            let chosen = backend.device().allocate_pinned(limits.max_sequences * 4)?;
-            Ok(Answer { chosen, done: backend.device().new_event()? })
-        };
-        let idle = (0..MAX_STEPS_IN_FLIGHT).map(|_| answer()).collect::<Result<_>>()?;
+        let answer = |_| Answer::new(backend.device(), limits.max_sequences);
+        let idle = (0..MAX_STEPS_IN_FLIGHT).map(answer).collect::<Result<_>>()?;
         let (in_flight, previous) = (VecDeque::new(), Vec::new());
         Ok(Self { graphs, in_flight, idle, model, backend, capacity, previous })
     }
@@ -181,15 +171,12 @@ impl CudaExecutor {
                 banned.extend(mask.token_ids.iter().flat_map(|token| [*at as u32, token.0]));
             }
         }
-        // SAFETY: the answer is read once `done` has passed, and belongs to this step until then.
-        unsafe { self.backend.sample(&flight.step, &banned, &flight.answer.chosen) }?;
-        Ok(flight.answer.done.record()?)
+        self.backend.sample(&flight.step, &banned, &mut flight.answer)
     }
 
     fn collect_step(&mut self) -> Result<StepOutput> {
         let flight = self.in_flight.pop_front().ok_or_else(|| broken("no step is in flight"))?;
-        flight.answer.done.wait()?;
-        let (chosen, _) = flight.answer.chosen.as_slice().as_chunks::<4>();
+        let chosen = flight.answer.wait()?;
         let vocab_size = self.backend.spec().vocab_size;
         let mut output = StepOutput::default();
         for Row { sequence, position, wanted } in flight.rows {
