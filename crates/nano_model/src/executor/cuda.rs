@@ -86,13 +86,7 @@ impl CudaExecutor {
             // Once outside of the capture, during which nothing may be loaded.
             forward(&mut backend, &model, &step)?;
             let device = backend.device().clone();
-            let graph = Graph::capture(&device, || {
-                let enqueued = forward(&mut backend, &model, &step);
-                enqueued.map(drop).map_err(|error| match error {
-                    Error::Cuda(error) => error,
-                    error => CudaError::Driver(error.to_string()),
-                })
-            })?;
+            let graph = Graph::capture(&device, || forward(&mut backend, &model, &step).map(drop))?;
             graphs.insert(num_rows, graph);
         }
         backend.device().synchronize()?;
