@@ -31,7 +31,6 @@ pub use kernels::Kernels;
 
 use cudarc::cublaslt::result::CublasError;
 use cudarc::driver::DriverError;
-use cudarc::driver::sys::CUresult;
 
 /// The result of `nano_kernels::cuda`.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -93,10 +92,6 @@ impl From<CublasError> for Error {
     fn from(error: CublasError) -> Self {
         Self::Library(format!("{error}"))
     }
-}
-
-fn is_out_of_memory(error: DriverError) -> bool {
-    error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY
 }
 
 /// Refuses a shape that a kernel does not have.

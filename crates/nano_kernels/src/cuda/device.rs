@@ -9,7 +9,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::{self, CUdevice_attribute};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DeviceRepr, result};
 
-use super::{Error, Result, is_out_of_memory};
+use super::{Error, Result};
 
 /// The unit in which host memory is locked.
 const PAGE_BYTES: usize = 4096;
@@ -17,7 +17,6 @@ const PAGE_BYTES: usize = 4096;
 /// A GPU with the one stream that all work of its owner goes through.
 #[derive(Clone, Debug)]
 pub struct Device {
-    context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     architecture: String,
     num_multiprocessors: usize,
@@ -68,13 +67,12 @@ impl Device {
             num_multiprocessors: context.attribute(multiprocessors)? as usize,
             max_shared_bytes: context.attribute(shared)? as u32 - DECLARED_SHARED_BYTES,
             stream: context.new_stream()?,
-            context,
         })
     }
 
     /// The GPU's name.
     pub fn name(&self) -> Result<String> {
-        Ok(self.context.name()?)
+        Ok(self.context().name()?)
     }
 
     /// The target of the compiler, such as `sm_90a`.
@@ -99,7 +97,7 @@ impl Device {
 
     /// Free and total memory now.
     pub fn memory(&self) -> Result<Memory> {
-        let (free_bytes, total_bytes) = self.context.mem_get_info()?;
+        let (free_bytes, total_bytes) = self.context().mem_get_info()?;
         Ok(Memory { free_bytes, total_bytes })
     }
 
@@ -113,10 +111,10 @@ impl Device {
     /// # Errors
     /// [`Error::OutOfMemory`] with what is free.
     pub fn allocate(&self, num_bytes: usize) -> Result<DeviceBuffer> {
-        self.context.bind_to_thread()?;
+        self.context().bind_to_thread()?;
         // SAFETY: a context is current, and no size is invalid: 0 is raised to 1.
         let address = unsafe { result::malloc_sync(num_bytes.max(1)) }.map_err(|error| {
-            if is_out_of_memory(error) {
+            if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
                 let free_bytes = self.memory().map_or(0, |memory| memory.free_bytes);
                 return Error::OutOfMemory { needed_bytes: num_bytes, free_bytes };
             }
@@ -134,17 +132,17 @@ impl Device {
 
     /// Host memory that the device reads and writes at full speed and in the background.
     pub fn allocate_pinned(&self, num_bytes: usize) -> Result<PinnedBuffer> {
-        self.context.bind_to_thread()?;
+        self.context().bind_to_thread()?;
         // SAFETY: a context is current; flags 0 is plain cached memory.
         let pointer = unsafe { result::malloc_host(num_bytes.max(1), 0) }?;
         // SAFETY: the allocation has at least num_bytes; after this every byte is initialised.
         unsafe { pointer.cast::<u8>().write_bytes(0, num_bytes) };
-        Ok(PinnedBuffer { pointer, num_bytes, context: Arc::clone(&self.context) })
+        Ok(PinnedBuffer { pointer, num_bytes, context: Arc::clone(self.context()) })
     }
 
     /// A point in the stream, recorded nowhere yet.
     pub fn new_event(&self) -> Result<Event> {
-        let event = self.context.new_event(None)?;
+        let event = self.context().new_event(None)?;
         Ok(Event { event, stream: Arc::clone(&self.stream) })
     }
 
@@ -154,7 +152,7 @@ impl Device {
     }
 
     pub(super) fn context(&self) -> &Arc<CudaContext> {
-        &self.context
+        self.stream.context()
     }
 
     pub(super) fn stream(&self) -> &Arc<CudaStream> {
@@ -359,9 +357,7 @@ impl PinnedBuffer {
         // SAFETY: as above, and the borrow is unique.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), self.num_bytes) }
     }
-}
 
-impl PinnedBuffer {
     /// Copies `data` to `offset_bytes`.
     ///
     /// # Panics
@@ -371,6 +367,18 @@ impl PinnedBuffer {
         // SAFETY: these are the bytes of `data`, which types for the device have no padding in.
         let bytes = unsafe { std::slice::from_raw_parts(data.as_ptr().cast::<u8>(), num_bytes) };
         self.as_mut_slice()[offset_bytes..offset_bytes + num_bytes].copy_from_slice(bytes);
+    }
+}
+
+impl Drop for PinnedBuffer {
+    fn drop(&mut self) {
+        let freed = self.context.synchronize().and_then(|()| {
+            // SAFETY: the pointer came from malloc_host and is freed once; the device is idle.
+            unsafe { result::free_host(self.pointer) }
+        });
+        if let Err(error) = freed {
+            tracing::warn!("pinned memory was not given back: {}", Error::from(error));
+        }
     }
 }
 
@@ -390,18 +398,6 @@ impl Event {
     /// Waits until the stream has come to it, and says if any work failed.
     pub fn wait(&self) -> Result<()> {
         Ok(self.event.synchronize()?)
-    }
-}
-
-impl Drop for PinnedBuffer {
-    fn drop(&mut self) {
-        let freed = self.context.synchronize().and_then(|()| {
-            // SAFETY: the pointer came from malloc_host and is freed once; the device is idle.
-            unsafe { result::free_host(self.pointer) }
-        });
-        if let Err(error) = freed {
-            tracing::warn!("pinned memory was not given back: {}", Error::from(error));
-        }
     }
 }
 
