@@ -411,7 +411,7 @@ impl Bench {
             // SAFETY: every buffer was allocated above with the size of its shape.
             unsafe { self.kernels.prefill_attention(&batch.input(i), &rows, out) }
         })?;
-        if !self.kernels.has_prefill_attention_wgmma() {
+        if !self.device().is_hopper() {
             return Ok(());
         }
         let name = format!("prefill_attention_wgmma, {num_sequences} x {num_tokens} on {prefix}");

@@ -275,11 +275,6 @@ impl Kernels {
 }
 
 impl Kernels {
-    /// Whether [`prefill_attention_wgmma`](Self::prefill_attention_wgmma) runs on this device.
-    pub fn has_prefill_attention_wgmma(&self) -> bool {
-        self.device().is_hopper()
-    }
-
     /// As [`prefill_attention`](Self::prefill_attention), at twice the speed on Hopper; a token's
     /// last bits depend on how its sequence was cut into steps, and on what shares its step.
     ///
@@ -306,8 +301,7 @@ impl Kernels {
             return Ok(());
         }
         let range = "those of Hopper, which alone has this kernel";
-        let ok = self.has_prefill_attention_wgmma();
-        check(ok, "num_multiprocessors", range, num_multiprocessors)?;
+        check(self.device().is_hopper(), "num_multiprocessors", range, num_multiprocessors)?;
         check(num_tiles <= 1 << 20, "num_tiles", "at most 1048576", num_tiles)?;
         let Heads { num_heads, num_kv_heads, head_dim } = heads;
         let group = heads.group();

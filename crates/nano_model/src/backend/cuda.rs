@@ -42,8 +42,9 @@ pub struct CudaBackend {
     heads: Heads,
     limits: StepLimits,
     is_deterministic: bool,
-    /// The gate is part of its product, whose own output then takes no memory.
-    fuses_gate: bool,
+    /// Kernels for Hopper alone run, none of which is deterministic: one has the gate within its
+    /// product, whose own output then takes no memory.
+    uses_hopper: bool,
     gemm: Gemm,
     kernels: Kernels,
     decode_plan: DecodePlan,
@@ -150,7 +151,7 @@ impl CudaBackend {
         };
         let max_sequences = rows_of_memory(limits.max_sequences);
         let widest = spec.layers.iter().map(|it| it.window.unwrap_or(u32::MAX)).max();
-        let fuses_gate = device.is_hopper() && !is_deterministic;
+        let uses_hopper = device.is_hopper() && !is_deterministic;
         let tokens = |width| rows(limits.max_tokens.max(limits.max_sequences), width, BF16_BYTES);
         let activations = Activations {
             residual: tokens(spec.hidden_size)?,
@@ -158,7 +159,7 @@ impl CudaBackend {
             qkv: tokens(spec.qkv_size())?,
             query: tokens(query_size)?,
             context: tokens(query_size)?,
-            gate_up: tokens(if fuses_gate { 0 } else { 2 * spec.intermediate_size })?,
+            gate_up: tokens(if uses_hopper { 0 } else { 2 * spec.intermediate_size })?,
             gated: tokens(spec.intermediate_size)?,
             gathered: tokens(spec.hidden_size)?,
             logits: rows(limits.max_sequences, spec.vocab_size, size_of::<f32>())?,
@@ -168,7 +169,7 @@ impl CudaBackend {
             heads,
             limits,
             is_deterministic,
-            fuses_gate,
+            uses_hopper,
             decode_plan: DecodePlan::new(device, heads, max_sequences, widest)?,
             activations,
             sampled: rows(limits.max_tokens, 1, size_of::<u32>())?,
@@ -225,7 +226,7 @@ impl CudaBackend {
             let layers = &model.layers;
             add(layers.iter().map(|it| &it.qkv).collect(), qkv, normed, Epilogue::Bf16);
             add(layers.iter().map(|it| &it.output).collect(), residual, context, Epilogue::AddBf16);
-            if !self.fuses_gate {
+            if !self.uses_hopper {
                 add(layers.iter().map(|it| &it.gate_up).collect(), gate_up, normed, Epilogue::Bf16);
             }
             add(layers.iter().map(|it| &it.down).collect(), residual, gated, Epilogue::AddBf16);

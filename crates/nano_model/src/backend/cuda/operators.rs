@@ -176,7 +176,7 @@ impl Backend for CudaBackend {
         // whose lengths are at most max_model_len.
         unsafe {
             self.kernels.decode_attention(&self.decode_plan, &input, &decodes, out)?;
-            if self.kernels.has_prefill_attention_wgmma() && !self.is_deterministic {
+            if self.uses_hopper {
                 self.kernels.prefill_attention_wgmma(&input, &prefills, out)?;
             } else {
                 self.kernels.prefill_attention(&input, &prefills, out)?;
