@@ -198,7 +198,7 @@ fn is_single(scheduled: &ScheduledSequence) -> bool {
 }
 
 /// Rows that steps are filled up to: 1, 2, 4, 8, 16, 24 and so on, the last one at least `most`.
-pub(crate) fn graph_sizes(most: usize) -> Vec<usize> {
+fn graph_sizes(most: usize) -> Vec<usize> {
     let all = [1, 2, 4].into_iter().chain((8..=MAX_GRAPH_ROWS).step_by(8));
     let mut sizes: Vec<usize> = all.clone().take_while(|&size| size < most).collect();
     sizes.extend(all.skip(sizes.len()).take(1));

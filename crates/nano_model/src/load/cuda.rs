@@ -15,7 +15,7 @@ use crate::backend::cuda::{BLOCK_SIZE, CudaBackend, StepLimits, check_shapes};
 use crate::config::ModelConfig;
 use crate::dummy::DummyWeights;
 use crate::error::{Error, Result};
-use crate::executor::cuda::{CudaExecutor, MAX_STEPS_IN_FLIGHT, graph_sizes};
+use crate::executor::cuda::{CudaExecutor, MAX_STEPS_IN_FLIGHT};
 use crate::weights::WeightMap;
 
 /// Kept from the cache for what comes after it: a step's inputs, the graphs, the driver's own.
@@ -98,7 +98,7 @@ pub(super) fn load(
     let model = load_decoder(&spec, source, &mut backend).map_err(|error| {
         explained(error, "a weight", "free the memory of other programs, or take device=\"cpu\"")
     })?;
-    backend.tune(&model, &product_sizes(limits))?;
+    backend.tune(&model, &product_sizes(limits.max_tokens))?;
     device.synchronize()?;
 
     let memory = device.memory()?;
@@ -131,14 +131,11 @@ pub(super) fn load(
 
 /// Rows whose products are timed: every graph's, and prompts' up to the largest step. Those that
 /// share an algorithm go by the most rows among them, so the largest come first.
-fn product_sizes(limits: StepLimits) -> Vec<usize> {
-    let mut sizes = graph_sizes(limits.max_tokens.min(limits.max_sequences));
-    let largest = limits.max_tokens;
+fn product_sizes(largest: usize) -> Vec<usize> {
     let all = [1, 2, 4].into_iter().chain((8..256).step_by(8));
-    sizes.extend(all.chain((8..).map(|power| 1 << power)).take_while(|&size| size < largest));
+    let all = all.chain((8..).map(|power| 1 << power));
+    let mut sizes: Vec<usize> = all.take_while(|&size| size < largest).collect();
     sizes.push(largest);
-    sizes.sort_unstable();
-    sizes.dedup();
     sizes.reverse();
     sizes
 }
