@@ -8,11 +8,11 @@ mod objects;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::fmt::Write as _;
-use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::time::Instant;
 
+use cudarc::cublaslt::sys::cublasLtMatmulAlgo_t as Algorithm;
 use cudarc::cublaslt::{result, sys};
 
 use super::compile::{Fnv, read_cached, write_cached};
@@ -56,7 +56,7 @@ pub struct Trial {
 pub struct Gemm {
     plans: HashMap<Product, Plan>,
     /// By shape, with the rows of a bucket.
-    algorithms: BTreeMap<Product, sys::cublasLtMatmulAlgo_t>,
+    algorithms: BTreeMap<Product, Algorithm>,
     descriptor: Descriptor,
     handle: Handle,
     workspace: DeviceBuffer,
@@ -71,7 +71,7 @@ struct Plan {
     input: Layout,
     out: Layout,
     beta: f32,
-    algorithm: sys::cublasLtMatmulAlgo_t,
+    algorithm: Algorithm,
 }
 
 impl Gemm {
@@ -136,7 +136,7 @@ impl Gemm {
             let out = out + (first_row * product.out_features * element_bytes) as u64;
             let input = input + (first_row * product.in_features * 2) as u64;
             // SAFETY: the caller's word; whole pieces of rows lie in the memory by its second part.
-            unsafe { self.enqueue(plan, &plan.algorithm, out, input, weight) }?;
+            unsafe { self.enqueue(plan, out, input, weight) }?;
         }
         Ok(())
     }
@@ -158,18 +158,12 @@ impl Gemm {
                 continue;
             }
             let candidates = self.candidates(&trial.product)?;
-            // Those that fail are left out.
-            let timed = |gemm: &Self, algorithms: Vec<sys::cublasLtMatmulAlgo_t>, care| {
-                let seconds = |algorithm: &sys::cublasLtMatmulAlgo_t| {
-                    // SAFETY: the caller's word.
-                    unsafe { gemm.time(trial, *algorithm, care) }.unwrap_or(f64::INFINITY)
-                };
-                let mut timed: Vec<_> = algorithms.iter().map(|it| (seconds(it), *it)).collect();
-                timed.sort_by(|a, b| a.0.total_cmp(&b.0));
-                timed.into_iter().filter(|(seconds, _)| seconds.is_finite()).map(|(_, it)| it)
-            };
-            let finalists = timed(self, candidates, 1).take(NUM_FINALISTS).collect();
-            if let Some(algorithm) = timed(self, finalists, 4).next() {
+            // SAFETY: the caller's word.
+            let by_time = unsafe { self.by_time(trial, &candidates, 1) };
+            let finalists = &by_time[..by_time.len().min(NUM_FINALISTS)];
+            // SAFETY: the caller's word.
+            let by_time = unsafe { self.by_time(trial, finalists, 4) };
+            if let Some(&algorithm) = by_time.first() {
                 self.algorithms.insert(key, algorithm);
                 num_tuned += 1;
             }
@@ -183,19 +177,29 @@ impl Gemm {
         Ok(())
     }
 
-    /// Seconds of one product, the best of `care` replays of a graph of them.
-    unsafe fn time(
+    /// The algorithms that do not fail, the fastest first.
+    unsafe fn by_time(
         &self,
         trial: &Trial,
-        algorithm: sys::cublasLtMatmulAlgo_t,
+        algorithms: &[Algorithm],
         care: usize,
-    ) -> Result<f64> {
+    ) -> Vec<Algorithm> {
+        // SAFETY: the caller's word.
+        let seconds = |it: &Algorithm| unsafe { self.time(trial, *it, care) }.ok();
+        let mut timed: Vec<_> =
+            algorithms.iter().filter_map(|it| Some((seconds(it)?, *it))).collect();
+        timed.sort_by(|a, b| a.0.total_cmp(&b.0));
+        timed.into_iter().map(|(_, it)| it).collect()
+    }
+
+    /// Seconds of one product, the best of `care` replays of a graph of them.
+    unsafe fn time(&self, trial: &Trial, algorithm: Algorithm, care: usize) -> Result<f64> {
         let plan = self.new_plan(&trial.product, Some(algorithm))?;
         let launches = if trial.product.num_rows > FEW_ROWS { 3 } else { 4 + 2 * care };
         let graph = Graph::capture(&self.device, || {
             trial.weights.iter().cycle().take(launches).try_for_each(|&weight| {
                 // SAFETY: the caller's word.
-                unsafe { self.enqueue(&plan, &algorithm, trial.out, trial.input, weight) }
+                unsafe { self.enqueue(&plan, trial.out, trial.input, weight) }
             })
         })?;
         graph.launch()?;
@@ -210,14 +214,7 @@ impl Gemm {
         Ok(best / launches as f64)
     }
 
-    unsafe fn enqueue(
-        &self,
-        plan: &Plan,
-        algorithm: &sys::cublasLtMatmulAlgo_t,
-        out: u64,
-        input: u64,
-        weight: u64,
-    ) -> Result<()> {
+    unsafe fn enqueue(&self, plan: &Plan, out: u64, input: u64, weight: u64) -> Result<()> {
         let alpha = 1.0_f32;
         // Column-major is what cuBLASLt thinks in: its A is the weight, transposed, its B the input.
         // SAFETY: the plan's descriptors are alive, the scalars are read before the call returns;
@@ -236,7 +233,7 @@ impl Gemm {
                 plan.out.0,
                 out as *mut c_void,
                 plan.out.0,
-                ptr::from_ref(algorithm),
+                &raw const plan.algorithm,
                 self.workspace.address() as *mut c_void,
                 WORKSPACE_BYTES,
                 self.device.stream().cu_stream().cast(),
@@ -260,11 +257,7 @@ impl Gemm {
     }
 
     /// A plan with the given algorithm if it serves this shape, else with cuBLASLt's first.
-    fn new_plan(
-        &self,
-        product: &Product,
-        known: Option<sys::cublasLtMatmulAlgo_t>,
-    ) -> Result<Plan> {
+    fn new_plan(&self, product: &Product, known: Option<Algorithm>) -> Result<Plan> {
         let Product { num_rows, out_features, in_features, epilogue } = *product;
         check(epilogue != Epilogue::Gated, "epilogue", "no gate", epilogue as usize)?;
         let out_type = if epilogue == Epilogue::F32 { F32 } else { BF16 };
@@ -273,7 +266,7 @@ impl Gemm {
             input: Layout::new(BF16, in_features, num_rows)?,
             out: Layout::new(out_type, out_features, num_rows)?,
             beta: if epilogue == Epilogue::AddBf16 { 1.0 } else { 0.0 },
-            algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+            algorithm: Algorithm { data: [0; 8] },
         };
         plan.algorithm = match known.filter(|algorithm| self.serves(&plan, algorithm)) {
             Some(algorithm) => algorithm,
@@ -284,12 +277,11 @@ impl Gemm {
         Ok(plan)
     }
 
-    fn serves(&self, plan: &Plan, algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
-        let mut checked = MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed();
-        // SAFETY: the descriptors are alive, and the result is written before it is read; all
-        // zeros are a value of it in any case.
-        let (status, checked) = unsafe {
-            let status = sys::cublasLtMatmulAlgoCheck(
+    fn serves(&self, plan: &Plan, algorithm: &Algorithm) -> bool {
+        let mut checked = no_result();
+        // SAFETY: the descriptors are alive, and so is the result.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoCheck(
                 self.handle.0,
                 self.descriptor.0,
                 plan.weight.0,
@@ -297,14 +289,13 @@ impl Gemm {
                 plan.out.0,
                 plan.out.0,
                 ptr::from_ref(algorithm),
-                checked.as_mut_ptr(),
-            );
-            (status, checked.assume_init())
+                &raw mut checked,
+            )
         };
         status.result().is_ok() && checked.workspaceSize <= WORKSPACE_BYTES
     }
 
-    fn candidates(&self, product: &Product) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
+    fn candidates(&self, product: &Product) -> Result<Vec<Algorithm>> {
         let plan = self.new_plan(product, None)?;
         let few = product.num_rows > FEW_ROWS;
         let mut found =
@@ -320,11 +311,9 @@ impl Gemm {
     }
 
     /// The algorithms that cuBLASLt thinks best, at most `count`.
-    fn heuristic(&self, plan: &Plan, count: usize) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
+    fn heuristic(&self, plan: &Plan, count: usize) -> Result<Vec<Algorithm>> {
         let preference = Preference::new(WORKSPACE_BYTES)?;
-        // SAFETY: all zeros are a value of this plain structure.
-        let empty: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
-        let mut found = vec![empty; count];
+        let mut found = vec![no_result(); count];
         let mut num_found = 0;
         // SAFETY: the descriptors are alive, and `found` has room for as many as are asked for.
         unsafe {
@@ -365,6 +354,12 @@ impl Gemm {
     }
 }
 
+/// What a call of cuBLASLt writes over.
+fn no_result() -> sys::cublasLtMatmulHeuristicResult_t {
+    // SAFETY: all zeros are a value of this plain structure.
+    unsafe { std::mem::zeroed() }
+}
+
 /// Rows that the memory of `num_rows` rows of a product has, deterministic ones included.
 pub fn rows_of_memory(num_rows: usize) -> usize {
     num_rows.next_multiple_of(FIXED_ROWS)
@@ -380,7 +375,7 @@ fn bucket(num_rows: usize) -> usize {
 }
 
 /// A line of the cache.
-fn parse(line: &str) -> Option<(Product, sys::cublasLtMatmulAlgo_t)> {
+fn parse(line: &str) -> Option<(Product, Algorithm)> {
     let mut words = line.split(' ');
     let mut number = || words.next()?.parse::<usize>().ok();
     let (num_rows, out_features, in_features) = (number()?, number()?, number()?);
@@ -390,7 +385,7 @@ fn parse(line: &str) -> Option<(Product, sys::cublasLtMatmulAlgo_t)> {
         *word = u64::from_str_radix(words.next()?, 16).ok()?;
     }
     let product = Product { num_rows, out_features, in_features, epilogue };
-    words.next().is_none().then_some((product, sys::cublasLtMatmulAlgo_t { data }))
+    words.next().is_none().then_some((product, Algorithm { data }))
 }
 
 #[cfg(test)]
