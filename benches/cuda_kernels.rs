@@ -12,7 +12,6 @@ mod cuda_products;
 mod cuda_timing;
 
 use half::bf16;
-use nano_kernels::cuda::activation::SiluMul;
 use nano_kernels::cuda::attention::{
     AttentionInput, DecodePlan, DecodeRows, Heads, PrefillRows, PrefillSequence, prefill_tiles,
 };
@@ -233,9 +232,7 @@ impl Bench {
                 position: index.address(),
                 slot: index.address(),
                 num_tokens,
-                num_heads,
-                num_kv_heads,
-                head_dim,
+                heads: HEADS,
             };
             // SAFETY: every buffer was allocated above with the size of its shape.
             unsafe { self.kernels.rope_write_kv(&launch) }
@@ -247,14 +244,9 @@ impl Bench {
         let sets = num_sets(len * 2);
         let (gate_up, out) = (self.values(len, sets)?, self.device().allocate(len)?);
         self.report(&format!("silu_mul, {num_tokens} tokens"), 3 * len, 0.0, |i| {
-            let launch = SiluMul {
-                out: out.address(),
-                gate_up: gate_up.address() + (i % sets * len * 2) as u64,
-                num_tokens,
-                intermediate_size: INTERMEDIATE,
-            };
+            let (to, from) = (out.address(), gate_up.address() + (i % sets * len * 2) as u64);
             // SAFETY: both buffers were allocated above with the size of their shapes.
-            unsafe { self.kernels.silu_mul(&launch) }
+            unsafe { self.kernels.silu_mul(to, from, num_tokens, INTERMEDIATE) }
         })
     }
 

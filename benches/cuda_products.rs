@@ -1,6 +1,5 @@
 //! Products of more rows by cuBLASLt, and gated ones beside it.
 
-use nano_kernels::cuda::activation::SiluMul;
 use nano_kernels::cuda::gemm::Trial;
 use nano_kernels::cuda::product::{Epilogue, FusedProduct, NormBefore, Product};
 use nano_kernels::cuda::{Gemm, Result};
@@ -74,18 +73,12 @@ impl Bench {
             let weights = (0..sets).map(weight).collect();
             // SAFETY: every buffer was allocated above with the size of its shape.
             unsafe { gemm.tune(&[Trial { product, out: both, input, weights }]) }?;
-            let gate = SiluMul {
-                out,
-                gate_up: both,
-                num_tokens: num_rows,
-                intermediate_size: INTERMEDIATE,
-            };
             let name = format!("cuBLASLt and silu_mul, {num_rows} rows");
             self.report(&name, bytes, flops, |i| {
                 // SAFETY: every buffer was allocated above with the size of its shape.
                 unsafe {
                     gemm.product(&product, both, input, weight(i))?;
-                    self.kernels.silu_mul(&gate)
+                    self.kernels.silu_mul(out, both, num_rows, INTERMEDIATE)
                 }
             })?;
         }

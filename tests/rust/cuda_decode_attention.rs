@@ -204,9 +204,7 @@ fn check_turned(
         position: position_on.address(),
         slot: slot_on.address(),
         num_tokens: batch.len(),
-        num_heads,
-        num_kv_heads,
-        head_dim,
+        heads,
     };
     // SAFETY: every buffer was allocated above with the size of its shape.
     unsafe { kernels.rope_write_kv(&launch) }.unwrap();

@@ -12,7 +12,7 @@ mod cuda_fixture;
 
 use cuda_fixture::{Random, assert_close, download, floats, kernels, poisoned};
 use half::bf16;
-use nano_kernels::cuda::activation::SiluMul;
+use nano_kernels::cuda::attention::Heads;
 use nano_kernels::cuda::gather::{Gather, TokenIds};
 use nano_kernels::cuda::norm::RmsNorm;
 use nano_kernels::cuda::rope::RopeWriteKv;
@@ -99,9 +99,7 @@ fn queries_and_keys_are_turned_and_keys_and_values_lie_at_their_slots() {
             position: position_on.address(),
             slot: slot_on.address(),
             num_tokens,
-            num_heads,
-            num_kv_heads,
-            head_dim,
+            heads: Heads { num_heads, num_kv_heads, head_dim },
         };
         // SAFETY: every buffer was allocated above with the size of its shape; positions and
         // slots are below their limits.
@@ -143,14 +141,9 @@ fn the_gate_multiplies() {
         gate_up[1] = bf16::from_f32(300.0);
         let gate_up_on = device.allocate_from(&gate_up).unwrap();
         let out = poisoned(device, num_tokens * intermediate_size);
-        let launch = SiluMul {
-            out: out.address(),
-            gate_up: gate_up_on.address(),
-            num_tokens,
-            intermediate_size,
-        };
+        let (to, from) = (out.address(), gate_up_on.address());
         // SAFETY: both buffers were allocated above with the size of their shapes.
-        unsafe { kernels.silu_mul(&launch) }.unwrap();
+        unsafe { kernels.silu_mul(to, from, num_tokens, intermediate_size) }.unwrap();
         let expected: Vec<f32> =
             floats(&gate_up).chunks(2 * intermediate_size).flat_map(activation::silu_mul).collect();
         let what = format!("silu_mul {num_tokens} x {intermediate_size}");
@@ -220,15 +213,10 @@ fn a_graph_replays_with_what_its_buffers_hold_then() {
     let (num_tokens, intermediate_size) = (3, 512);
     let gate_up_on = device.allocate(num_tokens * 2 * intermediate_size * 2).unwrap();
     let out = poisoned(device, num_tokens * intermediate_size);
-    let launch = SiluMul {
-        out: out.address(),
-        gate_up: gate_up_on.address(),
-        num_tokens,
-        intermediate_size,
-    };
+    let (to, from) = (out.address(), gate_up_on.address());
     let graph = Graph::capture(device, || {
         // SAFETY: both buffers were allocated above and outlive the graph's launches.
-        unsafe { kernels.silu_mul(&launch) }
+        unsafe { kernels.silu_mul(to, from, num_tokens, intermediate_size) }
     })
     .unwrap();
     for _ in 0..3 {

@@ -4,27 +4,21 @@ use super::kernels::Launch;
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
 
-/// One launch; addresses of bf16 memory on the device.
-#[derive(Clone, Copy, Debug)]
-pub struct SiluMul {
-    /// `[num_tokens, intermediate_size]`, written.
-    pub out: u64,
-    /// `[num_tokens, 2 * intermediate_size]`, the gate first.
-    pub gate_up: u64,
-    /// Rows, at most 65535.
-    pub num_tokens: usize,
-    /// A multiple of 8.
-    pub intermediate_size: usize,
-}
-
 impl Kernels {
-    /// Enqueues `out = silu(gate) * up`.
+    /// Enqueues `out = silu(gate) * up`: `out: [num_tokens, intermediate_size]` bf16 from
+    /// `gate_up: [num_tokens, 2 * intermediate_size]` bf16, the gate first; at most 65535 rows, and a
+    /// size that is a multiple of 8.
     ///
     /// # Safety
     /// Both addresses name as much memory as their shapes say, 16-byte aligned, alive until the
     /// stream has come to the launch, and do not overlap.
-    pub unsafe fn silu_mul(&self, launch: &SiluMul) -> Result<()> {
-        let SiluMul { out, gate_up, num_tokens, intermediate_size } = *launch;
+    pub unsafe fn silu_mul(
+        &self,
+        out: u64,
+        gate_up: u64,
+        num_tokens: usize,
+        intermediate_size: usize,
+    ) -> Result<()> {
         check(
             intermediate_size > 0 && intermediate_size.is_multiple_of(8),
             "intermediate_size",

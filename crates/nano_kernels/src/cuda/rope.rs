@@ -1,5 +1,6 @@
 //! RoPE and the K/V write: `kernels/rope_write_kv.cu`.
 
+use super::attention::Heads;
 use super::kernels::{Arguments, Launch};
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
@@ -23,12 +24,8 @@ pub struct RopeWriteKv {
     pub slot: u64,
     /// Rows.
     pub num_tokens: usize,
-    /// Query heads.
-    pub num_heads: usize,
-    /// Key and value heads.
-    pub num_kv_heads: usize,
-    /// A multiple of 16.
-    pub head_dim: usize,
+    /// The heads, of any numbers; `head_dim` is a multiple of 16.
+    pub heads: Heads,
 }
 
 impl Kernels {
@@ -40,8 +37,8 @@ impl Kernels {
     /// `num_blocks * 16` and distinct. No kernel that is still in the stream writes positions or
     /// slots: they are read before it has ended.
     pub unsafe fn rope_write_kv(&self, launch: &RopeWriteKv) -> Result<()> {
-        let RopeWriteKv { query, cache, qkv, cos_sin, position, slot, .. } = *launch;
-        let RopeWriteKv { num_tokens, num_heads, num_kv_heads, head_dim, .. } = *launch;
+        let RopeWriteKv { query, cache, qkv, cos_sin, position, slot, num_tokens, heads } = *launch;
+        let Heads { num_heads, num_kv_heads, head_dim } = heads;
         let is_whole = head_dim > 0 && head_dim.is_multiple_of(16);
         check(is_whole, "head_dim", "a positive multiple of 16", head_dim)?;
         // Two vectors of 8 a thread as far as threads reach.

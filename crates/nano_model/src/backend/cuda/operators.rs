@@ -2,8 +2,7 @@
 
 use half::bf16;
 use nano_kernels::cuda::DeviceBuffer;
-use nano_kernels::cuda::activation::SiluMul;
-use nano_kernels::cuda::attention::{AttentionInput, DecodeRows, Heads, PrefillRows};
+use nano_kernels::cuda::attention::{AttentionInput, DecodeRows, PrefillRows};
 use nano_kernels::cuda::gather::{Gather, TokenIds};
 use nano_kernels::cuda::product::Epilogue;
 use nano_kernels::cuda::rope::RopeWriteKv;
@@ -123,20 +122,17 @@ impl Backend for CudaBackend {
         step: &CudaStep,
     ) -> Result<CudaHidden> {
         let room = self.room.as_ref().ok_or_else(no_room)?;
-        let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
         let query = self.activations.query.address();
         let from = |address: u64, row_bytes: usize| address + (step.num_decodes * row_bytes) as u64;
         let launch = RopeWriteKv {
-            query: from(query, num_heads * head_dim * BF16_BYTES),
+            query: from(query, self.heads.num_heads * self.heads.head_dim * BF16_BYTES),
             cache: room.cache.address() + (layer * room.layer_bytes) as u64,
             qkv: from(qkv.address, self.spec.qkv_size() * BF16_BYTES),
             cos_sin: room.cos_sin.address(),
             position: from(step.at.position, size_of::<u32>()),
             slot: from(step.at.slot, size_of::<u32>()),
             num_tokens: step.counts.tokens - step.num_decodes,
-            num_heads,
-            num_kv_heads,
-            head_dim,
+            heads: self.heads,
         };
         // SAFETY: as in `norm`; positions are below max_model_len and slots below the cache's end,
         // which the scheduler answers for, and no two rows of a step are the same token.
@@ -207,14 +203,9 @@ impl Backend for CudaBackend {
         }
         let both = self.activations.gate_up.address();
         let both = self.product(both, *hidden, Some(norm), gate_up, Epilogue::Bf16)?;
-        let launch = SiluMul {
-            out,
-            gate_up: both.address,
-            num_tokens: both.num_rows,
-            intermediate_size: self.spec.intermediate_size,
-        };
+        let width = self.spec.intermediate_size;
         // SAFETY: as in `norm`.
-        unsafe { self.kernels.silu_mul(&launch) }?;
+        unsafe { self.kernels.silu_mul(out, both.address, both.num_rows, width) }?;
         Ok(CudaHidden { address: out, ..both })
     }
 
