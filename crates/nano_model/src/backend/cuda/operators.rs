@@ -85,8 +85,8 @@ impl Backend for CudaBackend {
     }
 
     fn embed(&mut self, table: &CudaWeight, step: &CudaStep) -> Result<CudaHidden> {
-        // Of a step before this one without a row of logits.
-        self.launch_waiting()?;
+        // What would be added to the residual of a step without a row of logits, which ends here.
+        self.waiting = None;
         let out = self.activations.residual.address();
         let gather = Gather {
             out,
