@@ -21,6 +21,7 @@ use nano_kernels::cuda::norm::RmsNorm;
 use nano_kernels::cuda::product::Epilogue;
 use nano_kernels::cuda::rope::RopeWriteKv;
 use nano_kernels::cuda::sampling::{RowSampling, Sample};
+use nano_kernels::cuda::spec::KERNELS;
 use nano_kernels::cuda::weights::NUM_DRAWS;
 use nano_kernels::cuda::{Device, DeviceBuffer, Kernels, Result};
 use nano_kernels::reference::sampling::Sampling;
@@ -40,8 +41,9 @@ struct Bench {
 }
 
 fn main() -> Result<()> {
-    let loaded = Device::new(0)
-        .and_then(|device| Kernels::load(&device, &Compiler::new(Compiler::default_cache_dir())?));
+    let loaded = Device::new(0).and_then(|device| {
+        Kernels::load(&device, &Compiler::new(Compiler::default_cache_dir())?, &KERNELS)
+    });
     let kernels = match loaded {
         Ok(kernels) => kernels,
         Err(error) => {

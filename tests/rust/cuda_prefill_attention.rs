@@ -184,7 +184,7 @@ fn parts_that_go_leave_their_shares_to_the_last() {
         spec.defines = [spec.defines, &["-DPATIENCE=0"]].concat().leak();
     }
     let compiler = Compiler::new(Compiler::default_cache_dir()).unwrap();
-    let impatient = Kernels::load_from(&specs, kernels.device(), &compiler).unwrap();
+    let impatient = Kernels::load(kernels.device(), &compiler, &specs).unwrap();
     let mut random = Random(17);
     for heads in [heads(32, 8, 128), heads(8, 1, 128), heads(6, 2, 64)] {
         for batch in [&[(5000, 17)][..], &[(900, 130)], &[(4096, 3), (0, 16), (2050, 40)]] {

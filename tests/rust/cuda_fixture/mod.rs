@@ -5,13 +5,14 @@
 
 use half::bf16;
 use nano_kernels::cuda::compile::Compiler;
+use nano_kernels::cuda::spec::KERNELS;
 use nano_kernels::cuda::{Device, DeviceBuffer, Error, Kernels};
 
 /// All kernels on the first GPU, or `None` with the reason printed.
 pub(crate) fn kernels() -> Option<Kernels> {
     let loaded = Device::new(0).and_then(|device| {
         let compiler = Compiler::new(Compiler::default_cache_dir())?;
-        Kernels::load(&device, &compiler)
+        Kernels::load(&device, &compiler, &KERNELS)
     });
     match loaded {
         Ok(kernels) => Some(kernels),

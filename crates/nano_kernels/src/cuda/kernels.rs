@@ -25,20 +25,16 @@ pub struct Kernels {
     functions: Vec<CudaFunction>,
     /// Clusters of so many thread blocks, each with a multiprocessor for itself, that run at once.
     max_clusters: [usize; MAX_CLUSTER + 1],
-    prefill_scratch: PrefillScratch,
+    pub(super) prefill_scratch: PrefillScratch,
 }
 
 impl Kernels {
-    /// Compiles or reads from the cache, and loads, every kernel for `device`.
-    pub fn load(device: &Device, compiler: &Compiler) -> Result<Self> {
-        Self::load_from(&KERNELS, device, compiler)
-    }
-
-    /// The same from a table of other variants, each launched as the one in its place.
-    pub fn load_from(
-        specs: &[KernelSpec; KERNELS.len()],
+    /// Compiles or reads from the cache, and loads, every kernel for `device`: those of [`KERNELS`],
+    /// or of a table with other variants in their places.
+    pub fn load(
         device: &Device,
         compiler: &Compiler,
+        specs: &[KernelSpec; KERNELS.len()],
     ) -> Result<Self> {
         let functions = specs.iter().map(|spec| {
             let architecture = device.architecture();
@@ -108,10 +104,6 @@ impl Kernels {
     /// all clusters running at once.
     pub(super) fn blocks_of_tile(&self, num_tiles: usize) -> usize {
         (1..=MAX_CLUSTER).rev().find(|&size| num_tiles <= self.max_clusters[size]).unwrap_or(1)
-    }
-
-    pub(super) fn prefill_scratch(&self) -> &PrefillScratch {
-        &self.prefill_scratch
     }
 
     pub(super) fn function(&self, kernel: Kernel) -> &CudaFunction {

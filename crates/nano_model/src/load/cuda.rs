@@ -4,6 +4,7 @@ use std::path::Path;
 
 use nano_core::executor::Capacity;
 use nano_kernels::cuda::compile::Compiler;
+use nano_kernels::cuda::spec::KERNELS;
 use nano_kernels::cuda::{Device, Error as CudaError, Gemm, Kernels};
 
 use super::{
@@ -72,18 +73,14 @@ pub(super) fn load(
     let weight_bytes = spec.num_parameters() as u64 * element_bytes;
     let free = device.memory()?.free_bytes as u64;
     if weight_bytes > free {
-        let what = "the weights";
+        let (needed_bytes, free_bytes) = (weight_bytes as usize, free as usize);
+        let error = CudaError::OutOfMemory { needed_bytes, free_bytes }.into();
         let hint = "take a smaller model, device=\"cpu\", or free the memory of other programs";
-        return Err(Error::GpuMemory {
-            what,
-            needed_gib: gib(weight_bytes),
-            free_gib: gib(free),
-            hint,
-        });
+        return Err(explained(error, "the weights", hint));
     }
 
     let compiler = Compiler::new(Compiler::default_cache_dir())?;
-    let kernels = Kernels::load(device, &compiler)?;
+    let kernels = Kernels::load(device, &compiler, &KERNELS)?;
     let gemm = Gemm::new(device, compiler.cache_dir(), options.deterministic)?;
     let scheduler = options.limits(true);
     let limits = StepLimits {

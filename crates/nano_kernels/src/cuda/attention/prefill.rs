@@ -106,7 +106,7 @@ impl Kernels {
             [head_dim, COLUMNS, 8 * head_dim, 0],
             [COLUMNS, 8, halves, 2],
         )?;
-        let PrefillScratch { turns, partial, partial_ml, arrived } = self.prefill_scratch();
+        let PrefillScratch { turns, partial, partial_ml, arrived } = &self.prefill_scratch;
         let num_blocks = num_multiprocessors.min(num_pairs * num_splits);
         let launch = Launch::new(kernel, [num_blocks, 1], WGMMA_THREADS);
         #[rustfmt::skip]
