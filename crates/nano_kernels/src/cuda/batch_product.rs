@@ -28,13 +28,10 @@ impl Kernels {
     pub unsafe fn batch_product(&self, launch: &FusedProduct) -> Result<()> {
         let Product { num_rows, out_features: width, in_features, epilogue } = launch.product;
         let max_rows = if self.device().is_hopper() { MAX_ROWS } else { 0 };
-        check(num_rows <= max_rows, "num_rows", "at most 192, on Hopper", num_rows)?;
+        check((1..=max_rows).contains(&num_rows), "num_rows", "1 to 192, on Hopper", num_rows)?;
         check(epilogue != Epilogue::Gated, "epilogue", "no gate", epilogue as usize)?;
         check(width.is_multiple_of(8), "out_features", "a multiple of 8", width)?;
         check(in_features.is_multiple_of(8), "in_features", "a multiple of 8", in_features)?;
-        if num_rows == 0 || width == 0 {
-            return Ok(());
-        }
         let kernel = match num_rows {
             0..=64 => Kernel::BatchProduct64,
             65..=96 => Kernel::BatchProduct96,

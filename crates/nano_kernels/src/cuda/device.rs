@@ -20,12 +20,12 @@ pub struct Device {
     stream: Arc<CudaStream>,
     architecture: String,
     num_multiprocessors: usize,
-    max_shared_bytes: u32,
+    max_shared_bytes: usize,
     overlaps_kernels: bool,
 }
 
 /// Shared memory that a kernel of the table declares in its source at most.
-const DECLARED_SHARED_BYTES: u32 = 1024;
+const DECLARED_SHARED_BYTES: usize = 1024;
 
 /// The device's memory at one moment, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +65,7 @@ impl Device {
             architecture: architecture(major, minor),
             overlaps_kernels: major >= 9,
             num_multiprocessors: context.attribute(multiprocessors)? as usize,
-            max_shared_bytes: context.attribute(shared)? as u32 - DECLARED_SHARED_BYTES,
+            max_shared_bytes: context.attribute(shared)? as usize - DECLARED_SHARED_BYTES,
             stream: context.new_stream()?,
         })
     }
@@ -91,7 +91,7 @@ impl Device {
     }
 
     /// Dynamic shared memory that a thread block can have.
-    pub fn max_shared_bytes(&self) -> u32 {
+    pub fn max_shared_bytes(&self) -> usize {
         self.max_shared_bytes
     }
 

@@ -22,12 +22,9 @@ impl Kernels {
         let Product { num_rows, out_features, in_features, epilogue } = launch.product;
         let (is_hopper, width) = (self.device().is_hopper(), out_features / 2);
         check(epilogue == Epilogue::Gated, "epilogue", "a gate", epilogue as usize)?;
-        check(is_hopper || num_rows == 0, "num_rows", "0 where the GPU is no Hopper", num_rows)?;
+        check(is_hopper && num_rows > 0, "num_rows", "positive, on Hopper", num_rows)?;
         check(out_features.is_multiple_of(16), "out_features", "a multiple of 16", out_features)?;
         check(in_features.is_multiple_of(8), "in_features", "a multiple of 8", in_features)?;
-        if num_rows == 0 || width == 0 {
-            return Ok(());
-        }
         let row_tiles = num_rows.div_ceil(TOKENS);
         let is_tall = row_tiles == 2 && num_rows <= TALL_TOKENS;
         // Pairs read less, but an odd row tile costs them another one, and few rows are bound by

@@ -123,7 +123,7 @@ pub(super) struct Launch {
     pub(super) kernel: Kernel,
     pub(super) grid: [usize; 2],
     pub(super) num_threads: u32,
-    pub(super) shared_bytes: u32,
+    pub(super) shared_bytes: usize,
     /// Thread blocks of a cluster, where the source does not say it.
     pub(super) cluster: usize,
     /// Begins when the kernel in front has ended. Blocks that come before lie where there is room
@@ -151,7 +151,7 @@ impl Launch {
             blockDimX: self.num_threads,
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: self.shared_bytes,
+            sharedMemBytes: self.shared_bytes as u32,
             hStream: stream,
             attrs: attributes.as_mut_ptr(),
             numAttrs: attributes.len() as u32,

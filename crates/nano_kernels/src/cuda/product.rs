@@ -179,13 +179,17 @@ impl Kernels {
         Ok(norm)
     }
 
-    /// Enqueues a product by its [`product_kernel`](Self::product_kernel).
+    /// Enqueues a product by its [`product_kernel`](Self::product_kernel); one of no rows is none.
     ///
     /// # Safety
     /// Every address names as much memory as the shape says, 16-byte aligned, alive until the
     /// stream has come to the launch; what is written overlaps nothing else, and nothing that is
     /// still in the stream writes the weight.
     pub unsafe fn fused_product(&self, launch: &FusedProduct) -> Result<()> {
+        let num_rows = launch.product.num_rows;
+        if num_rows == 0 {
+            return Ok(());
+        }
         // SAFETY: the caller's word.
         unsafe {
             match self.product_kernel(&launch.product) {
@@ -193,10 +197,7 @@ impl Kernels {
                 Some(ProductKernel::Skinny) => self.skinny_product(launch),
                 Some(ProductKernel::Batch) => self.batch_product(launch),
                 Some(ProductKernel::Gated) => self.gated_product(launch),
-                None => {
-                    let range = "what a kernel has with these features";
-                    check(false, "num_rows", range, launch.product.num_rows)
-                }
+                None => check(false, "num_rows", "what a kernel has with these features", num_rows),
             }
         }
     }

@@ -19,12 +19,12 @@ impl Kernels {
         let num_bytes = self.ring_bytes() + in_features * 4;
         num_rows == 1
             && in_features.is_multiple_of(8)
-            && num_bytes <= self.device().max_shared_bytes() as usize
+            && num_bytes <= self.device().max_shared_bytes()
     }
 
     /// The pieces of weights on their way to a thread block, as the source counts them.
     fn ring_bytes(&self) -> usize {
-        let has_room = self.device().max_shared_bytes() as usize >= MANY_STAGES_BYTES;
+        let has_room = self.device().max_shared_bytes() >= MANY_STAGES_BYTES;
         let num_stages = if has_room { 10 } else { 4 };
         num_stages * ROWS * VECTOR_BYTES * NUM_THREADS as usize
     }
@@ -49,14 +49,11 @@ impl Kernels {
                 return check(false, "norm_before", "whole with one row", 1);
             }
         };
-        if out_features == 0 {
-            return Ok(());
-        }
         let function = self.function(Kernel::RowProduct);
-        let shared_bytes = (self.ring_bytes() + in_features * if norm != 0 { 4 } else { 2 }) as u32;
+        let shared_bytes = self.ring_bytes() + in_features * if norm != 0 { 4 } else { 2 };
         let resident = function.occupancy_max_active_blocks_per_multiprocessor(
             NUM_THREADS,
-            shared_bytes as usize,
+            shared_bytes,
             None,
         )?;
         let num_blocks = resident.max(1) as usize * self.device().num_multiprocessors();

@@ -77,7 +77,7 @@ impl Kernels {
     fn skinny_tiling(&self, num_rows: usize, out_features: usize) -> Tiling {
         let device = self.device();
         let num_multiprocessors = device.num_multiprocessors();
-        let max_shared_bytes = device.max_shared_bytes() as usize;
+        let max_shared_bytes = device.max_shared_bytes();
         Tiling::new(out_features, variant(num_rows).1, num_multiprocessors, max_shared_bytes)
     }
 
@@ -95,13 +95,11 @@ impl Kernels {
         let Product { num_rows, out_features, in_features, epilogue } = launch.product;
         let is_gated = epilogue == Epilogue::Gated;
         let max_rows = if self.device().is_hopper() { MAX_ROWS } else { 0 };
-        check(num_rows <= max_rows, "num_rows", "at most 32, on Hopper", num_rows)?;
+        check((1..=max_rows).contains(&num_rows), "num_rows", "1 to 32, on Hopper", num_rows)?;
         check(in_features.is_multiple_of(CHUNK), "in_features", "a multiple of 64", in_features)?;
-        let is_whole = !is_gated || out_features.is_multiple_of(16);
-        check(is_whole, "out_features", "a multiple of 16 with a gate", out_features)?;
-        if num_rows == 0 || out_features == 0 {
-            return Ok(());
-        }
+        let is_whole = out_features > 0 && (!is_gated || out_features.is_multiple_of(16));
+        let range = "positive, and a multiple of 16 with a gate";
+        check(is_whole, "out_features", range, out_features)?;
         let (kernel, num_tokens) = variant(num_rows);
         let Tiling { tile_rows, num_blocks, chunks_per_step, num_stages, shared_bytes } =
             self.skinny_tiling(num_rows, out_features);
@@ -124,7 +122,6 @@ impl Kernels {
         } else {
             chunks(launch.weight, out_features, tile_rows)?
         };
-        let shared_bytes = shared_bytes as u32;
         let shape = Launch { shared_bytes, ..Launch::new(kernel, [num_blocks, 1], NUM_THREADS) };
         #[rustfmt::skip]
         let arguments: &Arguments<'_> = &[

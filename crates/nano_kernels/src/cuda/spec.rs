@@ -12,7 +12,7 @@ pub struct KernelSpec {
     /// Macros of the variant, as the compiler takes them.
     pub defines: &'static [&'static str],
     /// Shared memory of a launch beyond what the source declares, at most what the device has.
-    pub dynamic_shared_bytes: u32,
+    pub dynamic_shared_bytes: usize,
 }
 
 /// Headers that a source may include, by name.
@@ -129,30 +129,30 @@ kernels! {
 }
 
 /// As much as the device has.
-const ALL: u32 = u32::MAX;
+const ALL: usize = usize::MAX;
 
 /// Stages of 128 rows of the weight and `num_tokens` of the input in 200 KB.
-const fn batch(num_tokens: u32) -> u32 {
+const fn batch(num_tokens: usize) -> usize {
     let stage_bytes = (128 + num_tokens) * 64 * 2;
     1024 + (200 << 10) / stage_bytes * stage_bytes
 }
 
 /// `num_stages` of `num_tokens` rows of the input and 112 of gate and up each.
-const fn gated(num_tokens: u32, num_stages: u32) -> u32 {
+const fn gated(num_tokens: usize, num_stages: usize) -> usize {
     1024 + num_stages * (num_tokens + 2 * 112) * 64 * 2
 }
 
 /// 4 warps with 3 stages each of a block's keys and values.
-const fn decode(head_dim: u32) -> u32 {
+const fn decode(head_dim: usize) -> usize {
     4 * 3 * 2 * 16 * head_dim * 2
 }
 
 /// 128 query rows, and 2 stages of `num_keys` keys and values.
-const fn prefill(head_dim: u32, num_keys: u32) -> u32 {
+const fn prefill(head_dim: usize, num_keys: usize) -> usize {
     (128 + 2 * 2 * num_keys) * head_dim * 2
 }
 
 /// 128 query rows, and `num_stages` of 128 keys and values.
-const fn wgmma(head_dim: u32, num_stages: u32) -> u32 {
+const fn wgmma(head_dim: usize, num_stages: usize) -> usize {
     1024 + (128 + num_stages * 2 * 128) * head_dim * 2
 }
