@@ -386,7 +386,7 @@ impl Bench {
                 first_position: prefix,
             })
             .collect();
-        let tiles = prefill_tiles(HEADS, &sequences);
+        let tiles = prefill_tiles(HEADS, sequences);
         let tiles_on = self.device().allocate_from(&tiles)?;
         let keys = num_sequences as f64
             * num_tokens as f64

@@ -37,7 +37,7 @@ impl Case {
                 }
             })
             .collect();
-        let tiles = prefill_tiles(self.heads, &sequences);
+        let tiles = prefill_tiles(self.heads, sequences);
         let tiles_on = device.allocate_from(&tiles).unwrap();
         let (out, input) = (poisoned(device, self.query.len()), self.input());
         let rows = PrefillRows {

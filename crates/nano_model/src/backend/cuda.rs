@@ -243,12 +243,8 @@ impl CudaBackend {
     pub fn make_room(&mut self, num_blocks: u32, max_model_len: u32) -> Result<()> {
         self.draws = None;
         let device = self.kernels.device();
-        let layer_bytes = num_blocks as usize
-            * BLOCK_SIZE as usize
-            * 2
-            * self.spec.num_kv_heads
-            * self.spec.head_dim
-            * BF16_BYTES;
+        let token_bytes = 2 * self.spec.num_kv_heads * self.spec.head_dim * BF16_BYTES;
+        let layer_bytes = num_blocks as usize * BLOCK_SIZE as usize * token_bytes;
         let StepLimits { max_tokens, max_sequences } = self.limits;
         let steps = StepBuffers::new(
             device,

@@ -182,10 +182,9 @@ unsafe impl DeviceRepr for PrefillTile {}
 
 /// Cuts sequences into tiles, within one and among them those with the most keys first: they take
 /// longest. A sequence's tiles stay together, so that its keys are in the cache for all of them.
-pub fn prefill_tiles(heads: Heads, sequences: &[PrefillSequence]) -> Vec<PrefillTile> {
+pub fn prefill_tiles(heads: Heads, mut sequences: Vec<PrefillSequence>) -> Vec<PrefillTile> {
     let tile_tokens = 2 * (HALF_ROWS / heads.group().clamp(1, MAX_GROUP));
     let mut tiles = Vec::new();
-    let mut sequences = sequences.to_vec();
     sequences.sort_by_key(|it| Reverse(it.first_position + it.num_tokens));
     for sequence in sequences {
         for start in (0..sequence.num_tokens).step_by(tile_tokens).rev() {
@@ -213,7 +212,7 @@ mod tests {
             num_tokens,
             first_position,
         };
-        let tiles = prefill_tiles(heads, &[sequence(0, 0, 43, 0), sequence(1, 43, 2, 100)]);
+        let tiles = prefill_tiles(heads, vec![sequence(0, 0, 43, 0), sequence(1, 43, 2, 100)]);
         let plain: Vec<_> = tiles
             .iter()
             .map(|tile| (tile.sequence, tile.first_token, tile.num_tokens, tile.first_position))

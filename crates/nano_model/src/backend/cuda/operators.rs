@@ -152,7 +152,7 @@ impl Backend for CudaBackend {
         let input = AttentionInput {
             cache: room.cache.address() + (layer * room.layer_bytes) as u64,
             block_table: step.at.block_table,
-            max_blocks: room.steps.max_blocks(),
+            max_blocks: room.steps.max_blocks,
             heads: self.heads,
             window: self.spec.layers[layer].window,
         };

@@ -6,7 +6,7 @@ use nano_kernels::cuda::attention::{
 use nano_kernels::cuda::sampling::RowSampling;
 use nano_kernels::cuda::{Device, DeviceBuffer, Event, PinnedBuffer};
 
-use crate::batch::{Batch, BatchSequence};
+use crate::batch::Batch;
 use crate::error::Result;
 
 /// Copies begin where the widest load may.
@@ -49,7 +49,7 @@ pub(super) struct StepBuffers {
     turn: usize,
     heads: Heads,
     /// Entries of a block table.
-    max_blocks: usize,
+    pub(super) max_blocks: usize,
     /// Whether every row goes through prefill attention, whose sums no batch changes.
     only_tiles: bool,
 }
@@ -134,17 +134,20 @@ impl StepBuffers {
         })
     }
 
-    pub(super) fn max_blocks(&self) -> usize {
-        self.max_blocks
-    }
-
     /// Enqueues the copy of a step: all at once, or of long block tables only what is used.
     pub(super) fn upload(&mut self, input: &StepInput, plan: &DecodePlan) -> Result<CudaStep> {
         let StepInput { batch, sampling, graph_rows, keeps_logits } = input;
         let decodes = batch.sequences.iter().take_while(|it| it.num_rows == 1 && !self.only_tiles);
         let lengths: Vec<u32> = decodes.map(|it| it.context_len() as u32).collect();
         let mut num_decodes = lengths.len();
-        let mut tiles = self.tiles(&batch.sequences, num_decodes);
+        let prefills = batch.sequences.iter().enumerate().skip(num_decodes);
+        let prefills = prefills.map(|(sequence, it)| PrefillSequence {
+            sequence,
+            first_token: it.first_row,
+            num_tokens: it.num_rows,
+            first_position: it.first_position,
+        });
+        let mut tiles = prefill_tiles(self.heads, prefills.collect());
         if let Some(rows) = *graph_rows {
             let num_tiles = if self.only_tiles { rows } else { 0 };
             tiles.resize(num_tiles, PrefillTile::default());
@@ -211,19 +214,5 @@ impl StepBuffers {
             is_graph: graph_rows.is_some(),
             at,
         })
-    }
-
-    /// The tiles of all sequences but the first.
-    fn tiles(&self, sequences: &[BatchSequence], first: usize) -> Vec<PrefillTile> {
-        let prefills = sequences.iter().enumerate().skip(first);
-        let prefills: Vec<PrefillSequence> = prefills
-            .map(|(sequence, it)| PrefillSequence {
-                sequence,
-                first_token: it.first_row,
-                num_tokens: it.num_rows,
-                first_position: it.first_position,
-            })
-            .collect();
-        prefill_tiles(self.heads, &prefills)
     }
 }
