@@ -21,7 +21,8 @@ pub struct Device {
     architecture: String,
     num_multiprocessors: usize,
     max_shared_bytes: usize,
-    overlaps_kernels: bool,
+    /// Whether a kernel can begin before the one in front of it has ended.
+    pub(super) overlaps_kernels: bool,
 }
 
 /// Shared memory that a kernel of the table declares in its source at most.
@@ -144,11 +145,6 @@ impl Device {
     pub fn new_event(&self) -> Result<Event> {
         let event = self.context().new_event(None)?;
         Ok(Event { event, stream: Arc::clone(&self.stream) })
-    }
-
-    /// Whether a kernel can begin before the one in front of it has ended.
-    pub(super) fn overlaps_kernels(&self) -> bool {
-        self.overlaps_kernels
     }
 
     pub(super) fn context(&self) -> &Arc<CudaContext> {

@@ -79,7 +79,7 @@ impl Kernels {
             pad: [0; 4],
             value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        let begins_early = self.device.overlaps_kernels() && !launch.in_turn;
+        let begins_early = self.device.overlaps_kernels && !launch.in_turn;
         let mut attributes = Vec::with_capacity(2);
         attributes.extend(begins_early.then_some(overlap));
         attributes.extend((launch.cluster > 1).then(|| cluster_of(launch.cluster)));
