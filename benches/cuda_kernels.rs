@@ -13,7 +13,7 @@ mod cuda_timing;
 
 use half::bf16;
 use nano_kernels::cuda::attention::{
-    AttentionInput, DecodePlan, DecodeRows, Heads, PrefillRows, PrefillSequence, prefill_tiles,
+    AttentionInput, DecodePlan, DecodeRows, Heads, PrefillRows, PrefillTile, prefill_tiles,
 };
 use nano_kernels::cuda::compile::Compiler;
 use nano_kernels::cuda::gather::{Gather, TokenIds};
@@ -378,12 +378,12 @@ impl Bench {
     fn prefill(&self, num_sequences: usize, num_tokens: usize, prefix: usize) -> Result<()> {
         let lengths = vec![prefix + num_tokens; num_sequences];
         let batch = Batch::new(self, &lengths, num_sequences * num_tokens)?;
-        let sequences: Vec<PrefillSequence> = (0..num_sequences)
-            .map(|sequence| PrefillSequence {
-                sequence,
-                first_token: sequence * num_tokens,
-                num_tokens,
-                first_position: prefix,
+        let sequences: Vec<PrefillTile> = (0..num_sequences)
+            .map(|sequence| PrefillTile {
+                sequence: sequence as i32,
+                first_token: (sequence * num_tokens) as i32,
+                num_tokens: num_tokens as i32,
+                first_position: prefix as i32,
             })
             .collect();
         let tiles = prefill_tiles(HEADS, sequences);

@@ -14,7 +14,7 @@ mod cuda_fixture;
 use cuda_case::{BOUND, Case, MANY_HEADS, Sequence, heads};
 use cuda_fixture::{Random, assert_close, download, hopper, kernels, poisoned};
 use nano_kernels::cuda::Kernels;
-use nano_kernels::cuda::attention::{PrefillRows, PrefillSequence, prefill_tiles};
+use nano_kernels::cuda::attention::{PrefillRows, PrefillTile, prefill_tiles};
 use nano_kernels::cuda::compile::Compiler;
 use nano_kernels::cuda::spec::KERNELS;
 
@@ -23,17 +23,17 @@ impl Case {
     fn prefill(&self, kernels: &Kernels) -> Vec<Vec<f32>> {
         let device = kernels.device();
         let mut first_token = 0;
-        let sequences: Vec<PrefillSequence> = self
+        let sequences: Vec<PrefillTile> = self
             .sequences
             .iter()
             .enumerate()
             .map(|(sequence, &Sequence { prefix, num_tokens })| {
                 first_token += num_tokens;
-                PrefillSequence {
-                    sequence,
-                    first_token: first_token - num_tokens,
-                    num_tokens,
-                    first_position: prefix,
+                PrefillTile {
+                    sequence: sequence as i32,
+                    first_token: (first_token - num_tokens) as i32,
+                    num_tokens: num_tokens as i32,
+                    first_position: prefix as i32,
                 }
             })
             .collect();

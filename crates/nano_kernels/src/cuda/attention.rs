@@ -8,7 +8,7 @@ use std::f32::consts::LOG2_E;
 
 pub use decode::{DecodePart, DecodePlan, DecodeRows};
 pub(super) use prefill::PrefillScratch;
-pub use prefill::{PrefillRows, PrefillSequence, PrefillTile, prefill_tiles};
+pub use prefill::{PrefillRows, PrefillTile, prefill_tiles};
 
 use super::spec::Kernel;
 use super::{Result, check};

@@ -153,28 +153,19 @@ impl PrefillScratch {
     }
 }
 
-/// New tokens of one sequence in a prefill batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PrefillSequence {
-    /// Its row of the block table.
-    pub sequence: usize,
-    /// Its first new token's row of the query.
-    pub first_token: usize,
-    /// New tokens.
-    pub num_tokens: usize,
-    /// The first new token's position: the length of the cached prefix.
-    pub first_position: usize,
-}
-
-/// A run of tokens that one thread block a K/V head works on, as the kernel reads it; the default
-/// has none.
+/// A run of one sequence's new tokens, as the kernel reads it: as many as one thread block a K/V head
+/// works on, or all of a sequence, to be cut. The default has none.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PrefillTile {
-    sequence: i32,
-    first_token: i32,
-    num_tokens: i32,
-    first_position: i32,
+    /// Its sequence's row of the block table.
+    pub sequence: i32,
+    /// The first token's row of the query.
+    pub first_token: i32,
+    /// Tokens.
+    pub num_tokens: i32,
+    /// The first token's position.
+    pub first_position: i32,
 }
 
 // SAFETY: plain numbers without padding, laid out as in the kernel's source.
@@ -182,17 +173,17 @@ unsafe impl DeviceRepr for PrefillTile {}
 
 /// Cuts sequences into tiles, within one and among them those with the most keys first: they take
 /// longest. A sequence's tiles stay together, so that its keys are in the cache for all of them.
-pub fn prefill_tiles(heads: Heads, mut sequences: Vec<PrefillSequence>) -> Vec<PrefillTile> {
+pub fn prefill_tiles(heads: Heads, mut sequences: Vec<PrefillTile>) -> Vec<PrefillTile> {
     let tile_tokens = 2 * (HALF_ROWS / heads.group().clamp(1, MAX_GROUP));
     let mut tiles = Vec::new();
     sequences.sort_by_key(|it| Reverse(it.first_position + it.num_tokens));
     for sequence in sequences {
         for start in (0..sequence.num_tokens).step_by(tile_tokens).rev() {
             tiles.push(PrefillTile {
-                sequence: sequence.sequence as i32,
-                first_token: (sequence.first_token + start) as i32,
-                num_tokens: (sequence.num_tokens - start).min(tile_tokens) as i32,
-                first_position: (sequence.first_position + start) as i32,
+                first_token: sequence.first_token + start,
+                num_tokens: (sequence.num_tokens - start).min(tile_tokens as i32),
+                first_position: sequence.first_position + start,
+                ..sequence
             });
         }
     }
@@ -206,17 +197,13 @@ mod tests {
     #[test]
     fn tiles_cover_every_token_once_and_the_longest_come_first() {
         let heads = Heads { num_heads: 12, num_kv_heads: 4, head_dim: 64 };
-        let sequence = |sequence, first_token, num_tokens, first_position| PrefillSequence {
+        let run = |sequence, first_token, num_tokens, first_position| PrefillTile {
             sequence,
             first_token,
             num_tokens,
             first_position,
         };
-        let tiles = prefill_tiles(heads, vec![sequence(0, 0, 43, 0), sequence(1, 43, 2, 100)]);
-        let plain: Vec<_> = tiles
-            .iter()
-            .map(|tile| (tile.sequence, tile.first_token, tile.num_tokens, tile.first_position))
-            .collect();
-        assert_eq!(plain, [(1, 43, 2, 100), (0, 42, 1, 42), (0, 0, 42, 0)]);
+        let tiles = prefill_tiles(heads, vec![run(0, 0, 43, 0), run(1, 43, 2, 100)]);
+        assert_eq!(tiles, [run(1, 43, 2, 100), run(0, 42, 1, 42), run(0, 0, 42, 0)]);
     }
 }

@@ -1,8 +1,6 @@
 //! A step on its way to the device: packed into one pinned buffer and sent with a copy or two.
 
-use nano_kernels::cuda::attention::{
-    DecodePart, DecodePlan, Heads, PrefillSequence, PrefillTile, prefill_tiles,
-};
+use nano_kernels::cuda::attention::{DecodePart, DecodePlan, Heads, PrefillTile, prefill_tiles};
 use nano_kernels::cuda::sampling::RowSampling;
 use nano_kernels::cuda::{Device, DeviceBuffer, Event, PinnedBuffer};
 
@@ -141,11 +139,11 @@ impl StepBuffers {
         let lengths: Vec<u32> = decodes.map(|it| it.context_len() as u32).collect();
         let mut num_decodes = lengths.len();
         let prefills = batch.sequences.iter().enumerate().skip(num_decodes);
-        let prefills = prefills.map(|(sequence, it)| PrefillSequence {
-            sequence,
-            first_token: it.first_row,
-            num_tokens: it.num_rows,
-            first_position: it.first_position,
+        let prefills = prefills.map(|(sequence, it)| PrefillTile {
+            sequence: sequence as i32,
+            first_token: it.first_row as i32,
+            num_tokens: it.num_rows as i32,
+            first_position: it.first_position as i32,
         });
         let mut tiles = prefill_tiles(self.heads, prefills.collect());
         if let Some(rows) = *graph_rows {
