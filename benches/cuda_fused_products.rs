@@ -1,7 +1,7 @@
 //! Products by kernels of our own, with the norms around them as in a step.
 
 use nano_kernels::cuda::product::{
-    Epilogue, FusedProduct, NormBefore, NormBehind, Product, ProductKernel, SQUARES_BYTES,
+    Epilogue, FusedProduct, Norm, Product, ProductKernel, SQUARES_BYTES,
 };
 use nano_kernels::cuda::{DeviceBuffer, Result};
 
@@ -31,8 +31,8 @@ impl Bench {
         let (weight, squares) = (norms.weight.address(), norms.squares.address());
         let Product { num_rows, in_features, epilogue, .. } = launch.product;
         if epilogue == Epilogue::AddBf16 && num_rows > 1 {
-            let behind = NormBehind { weight, scaled: norms.scaled.address(), squares };
-            return FusedProduct { norm_behind: Some(behind), ..launch };
+            let norm = Norm::Behind { weight, scaled: norms.scaled.address(), squares };
+            return FusedProduct { norm, ..launch };
         }
         let in_front = Product {
             num_rows,
@@ -40,13 +40,13 @@ impl Bench {
             in_features: HIDDEN,
             epilogue: Epilogue::AddBf16,
         };
-        let norm_before = match self.kernels.num_squares(&in_front) {
-            _ if epilogue == Epilogue::AddBf16 => NormBefore::None,
-            _ if num_rows == 1 => NormBefore::Whole { weight, eps: EPS },
-            Some(num_squares) => NormBefore::Begun { squares, num_squares, eps: EPS },
-            None => NormBefore::None,
+        let norm = match self.kernels.num_squares(&in_front) {
+            _ if epilogue == Epilogue::AddBf16 => Norm::None,
+            _ if num_rows == 1 => Norm::Whole { weight, eps: EPS },
+            Some(num_squares) => Norm::Begun { squares, num_squares, eps: EPS },
+            None => Norm::None,
         };
-        FusedProduct { norm_before, ..launch }
+        FusedProduct { norm, ..launch }
     }
 
     pub(crate) fn fused_products(
@@ -80,8 +80,7 @@ impl Bench {
                     input: input.address(),
                     weight: weight(i),
                     product,
-                    norm_before: NormBefore::None,
-                    norm_behind: None,
+                    norm: Norm::None,
                 };
                 // SAFETY: every buffer was allocated above with the size of its shape.
                 unsafe { self.kernels.fused_product(&self.with_norms(&norms, launch)) }

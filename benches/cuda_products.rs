@@ -1,7 +1,7 @@
 //! Products of more rows by cuBLASLt, and gated ones beside it.
 
 use nano_kernels::cuda::gemm::Trial;
-use nano_kernels::cuda::product::{Epilogue, FusedProduct, NormBefore, Product};
+use nano_kernels::cuda::product::{Epilogue, FusedProduct, Norm, Product};
 use nano_kernels::cuda::{Gemm, Result};
 
 use super::{Bench, HIDDEN, INTERMEDIATE, num_sets};
@@ -63,8 +63,7 @@ impl Bench {
                         out,
                         input,
                         weight: weight(i),
-                        norm_before: NormBefore::None,
-                        norm_behind: None,
+                        norm: Norm::None,
                     };
                     // SAFETY: every buffer was allocated above with the size of its shape.
                     unsafe { self.kernels.fused_product(&self.with_norms(&norms, launch)) }

@@ -14,7 +14,7 @@ mod cuda_fixture;
 use cuda_fixture::{Random, assert_close, download, floats, hopper, poisoned};
 use half::bf16;
 use nano_kernels::cuda::product::{
-    Epilogue, FusedProduct, NormBefore, NormBehind, Product, ProductKernel, SQUARES_BYTES,
+    Epilogue, FusedProduct, Norm, Product, ProductKernel, SQUARES_BYTES,
 };
 use nano_kernels::cuda::{DeviceBuffer, Kernels};
 use nano_kernels::reference::activation::silu_mul;
@@ -83,12 +83,11 @@ impl Layer {
                 in_features,
                 epilogue: Epilogue::AddBf16,
             },
-            norm_before: NormBefore::None,
-            norm_behind: Some(NormBehind {
+            norm: Norm::Behind {
                 weight: norms[index / 2].address(),
                 scaled: scaled.address(),
                 squares,
-            }),
+            },
         };
         let (output, down) =
             (add(&context, CONTEXT_SIZE, 0), add(&gated, self.intermediate_size, 2));
@@ -104,8 +103,7 @@ impl Layer {
                     in_features: self.hidden_size,
                     epilogue: [Epilogue::Gated, Epilogue::Bf16, Epilogue::F32][index / 2],
                 },
-                norm_before: NormBefore::Begun { squares, num_squares, eps: EPS },
-                norm_behind: None,
+                norm: Norm::Begun { squares, num_squares, eps: EPS },
             }
         };
         for launch in [
@@ -237,12 +235,7 @@ fn mistrals_gate_and_logits_behind_a_shared_norm_agree_with_the_references() {
                 in_features: IN_FRONT,
                 epilogue: Epilogue::AddBf16,
             },
-            norm_before: NormBefore::None,
-            norm_behind: Some(NormBehind {
-                weight: norm_on.address(),
-                scaled: scaled.address(),
-                squares,
-            }),
+            norm: Norm::Behind { weight: norm_on.address(), scaled: scaled.address(), squares },
         };
         let num_squares = kernels.num_squares(&add.product).unwrap();
         // SAFETY: every buffer was allocated above with the size of its shape.
@@ -264,8 +257,7 @@ fn mistrals_gate_and_logits_behind_a_shared_norm_agree_with_the_references() {
                 input: scaled.address(),
                 weight: weights_on[index].address(),
                 product: Product { num_rows, out_features, in_features: HIDDEN, epilogue },
-                norm_before: NormBefore::Begun { squares, num_squares, eps: EPS },
-                norm_behind: None,
+                norm: Norm::Begun { squares, num_squares, eps: EPS },
             };
             // SAFETY: every buffer was allocated above with the size of its shape.
             unsafe { kernels.fused_product(&launch) }.unwrap();

@@ -13,7 +13,7 @@ mod cuda_fixture;
 use cuda_fixture::{Random, assert_close, download, floats, hopper, kernels};
 use half::{bf16, f16};
 use nano_kernels::cuda::gemm::{Trial, rows_of_memory};
-use nano_kernels::cuda::product::{Epilogue, FusedProduct, NormBefore, Product};
+use nano_kernels::cuda::product::{Epilogue, FusedProduct, Norm, Product};
 use nano_kernels::cuda::weights::NUM_DRAWS;
 use nano_kernels::cuda::{Device, DeviceBuffer, Gemm};
 use nano_kernels::reference::activation::silu_mul;
@@ -72,8 +72,7 @@ impl Case {
 
     /// By a kernel of ours, without a norm.
     fn launch(&self, out: u64, input: u64, weight: u64) -> FusedProduct {
-        let (norm_before, norm_behind) = (NormBefore::None, None);
-        FusedProduct { product: self.shape, out, input, weight, norm_before, norm_behind }
+        FusedProduct { product: self.shape, out, input, weight, norm: Norm::None }
     }
 
     fn reference(&self) -> Vec<f32> {
@@ -149,14 +148,13 @@ fn a_row_product_with_norm_gate_and_residual_agrees_with_the_references() {
             if epilogue == Epilogue::AddBf16 {
                 out.upload(0, &before).unwrap();
             }
-            let whole = NormBefore::Whole { weight: norm_on.address(), eps: 1e-5 };
+            let whole = Norm::Whole { weight: norm_on.address(), eps: 1e-5 };
             let launch = FusedProduct {
                 out: out.address(),
                 input: input_on.address(),
                 weight: weight_on.address(),
                 product: Product { num_rows: 1, out_features, in_features, epilogue },
-                norm_before: if with_norm { whole } else { NormBefore::None },
-                norm_behind: None,
+                norm: if with_norm { whole } else { Norm::None },
             };
             // SAFETY: every buffer was allocated above with the size of its shape.
             unsafe { kernels.row_product(&launch) }.unwrap();

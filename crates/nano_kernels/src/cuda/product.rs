@@ -49,25 +49,32 @@ pub struct FusedProduct {
     pub input: u64,
     /// `[out_features, in_features]` bf16; gated, the gate first.
     pub weight: u64,
-    /// The norm of the input.
-    pub norm_before: NormBefore,
-    /// The norm of the output, to be finished by the next product; with [`Epilogue::AddBf16`].
-    pub norm_behind: Option<NormBehind>,
+    /// The norm of the input or of the output.
+    pub norm: Norm,
 }
 
-/// The norm before a product.
+/// The norm on one side of a product, which those of several rows share.
 #[derive(Clone, Copy, Debug)]
-pub enum NormBefore {
+pub enum Norm {
     /// There is none.
     None,
-    /// Of one row: all of it.
+    /// Of the input, of one row: all of it.
     Whole {
         /// `[in_features]` bf16.
         weight: u64,
         /// Added to the mean square.
         eps: f32,
     },
-    /// Of 2 to [`NORM_ROWS`] rows: what a product with that norm behind it has left to do.
+    /// Of the output, with [`Epilogue::AddBf16`], of 2 to [`NORM_ROWS`] rows: its beginning.
+    Behind {
+        /// `[out_features]` bf16.
+        weight: u64,
+        /// `[num_rows, out_features]` bf16, written: the output times the weight.
+        scaled: u64,
+        /// [`SQUARES_BYTES`], written.
+        squares: u64,
+    },
+    /// Of the input, of as many rows: what a product with that norm behind it has left to do.
     Begun {
         /// [`SQUARES_BYTES`], as that product left them.
         squares: u64,
@@ -76,17 +83,6 @@ pub enum NormBefore {
         /// Added to the mean square.
         eps: f32,
     },
-}
-
-/// What begins a norm.
-#[derive(Clone, Copy, Debug)]
-pub struct NormBehind {
-    /// `[out_features]` bf16.
-    pub weight: u64,
-    /// `[num_rows, out_features]` bf16, written: the output times the weight.
-    pub scaled: u64,
-    /// [`SQUARES_BYTES`], written.
-    pub squares: u64,
 }
 
 /// Which kernel a product has.
@@ -152,31 +148,28 @@ impl Kernels {
         }
     }
 
-    /// The norms of a product of several rows, as the kernels take them.
+    /// The norm of a product of several rows, as the kernels take it.
     pub(super) fn shared_norm(&self, launch: &FusedProduct) -> Result<SharedNorm> {
         let num_rows = launch.product.num_rows;
         let is_held = |num_squares: usize| (1..=NORM_SQUARES).contains(&num_squares);
-        let mut norm = SharedNorm { weight: 0, scaled: 0, squares: 0, num_squares: 0, eps: 0.0 };
-        if let Some(behind) = &launch.norm_behind {
-            let has_one = matches!(launch.norm_before, NormBefore::None);
-            check(has_one, "norm_behind", "absent with a norm before", 1)?;
-            let num_squares = self.num_squares(&launch.product).unwrap_or(0);
-            check(is_held(num_squares), "sums of squares", "1 to 1024 of a row", num_squares)?;
-            let NormBehind { weight, scaled, squares } = *behind;
-            norm = SharedNorm { weight, scaled, squares, ..norm };
-        }
-        match launch.norm_before {
-            NormBefore::None => {}
-            NormBefore::Whole { .. } => {
+        let none = SharedNorm { weight: 0, scaled: 0, squares: 0, num_squares: 0, eps: 0.0 };
+        match launch.norm {
+            Norm::None => Ok(none),
+            Norm::Whole { .. } => {
                 check(false, "num_rows", "1 with a whole norm before", num_rows)?;
+                Ok(none)
             }
-            NormBefore::Begun { squares, num_squares, eps } => {
+            Norm::Behind { weight, scaled, squares } => {
+                let num_squares = self.num_squares(&launch.product).unwrap_or(0);
+                check(is_held(num_squares), "sums of squares", "1 to 1024 of a row", num_squares)?;
+                Ok(SharedNorm { weight, scaled, squares, ..none })
+            }
+            Norm::Begun { squares, num_squares, eps } => {
                 check(num_rows <= NORM_ROWS, "num_rows", "at most 192 with a norm", num_rows)?;
                 check(is_held(num_squares), "num_squares", "1 to 1024", num_squares)?;
-                norm = SharedNorm { squares, num_squares: num_squares as i32, eps, ..norm };
+                Ok(SharedNorm { squares, num_squares: num_squares as i32, eps, ..none })
             }
         }
-        Ok(norm)
     }
 
     /// Enqueues a product by its [`product_kernel`](Self::product_kernel); one of no rows is none.

@@ -1,7 +1,7 @@
 //! The product of one row, with norm, residual and gate: `kernels/row_product.cu`.
 
 use super::kernels::{Arguments, Launch};
-use super::product::{Epilogue, FusedProduct, NormBefore, Product};
+use super::product::{Epilogue, FusedProduct, Norm, Product};
 use super::spec::Kernel;
 use super::{Kernels, Result, check};
 
@@ -34,20 +34,17 @@ impl Kernels {
     /// # Safety
     /// As of [`fused_product`](Self::fused_product).
     pub unsafe fn row_product(&self, launch: &FusedProduct) -> Result<()> {
-        let FusedProduct { product, out, input, weight, norm_before, norm_behind } = *launch;
+        let FusedProduct { product, out, input, weight, norm } = *launch;
         let Product { num_rows, out_features, in_features, epilogue } = product;
         check(num_rows == 1, "num_rows", "1 for row_product", num_rows)?;
         let ok = self.has_row_product(1, in_features);
         check(ok, "in_features", "a multiple of 8 that fits shared memory", in_features)?;
         let is_even = epilogue != Epilogue::Gated || out_features.is_multiple_of(2);
         check(is_even, "out_features", "even where half of them is a gate", out_features)?;
-        check(norm_behind.is_none(), "norm_behind", "absent with one row", 1)?;
-        let (norm, eps) = match norm_before {
-            NormBefore::None => (0, 0.0),
-            NormBefore::Whole { weight, eps } => (weight, eps),
-            NormBefore::Begun { .. } => {
-                return check(false, "norm_before", "whole with one row", 1);
-            }
+        let (norm, eps) = match norm {
+            Norm::None => (0, 0.0),
+            Norm::Whole { weight, eps } => (weight, eps),
+            _ => return check(false, "norm", "whole and before with one row", 1),
         };
         let function = self.function(Kernel::RowProduct);
         let shared_bytes = self.ring_bytes() + in_features * if norm != 0 { 4 } else { 2 };

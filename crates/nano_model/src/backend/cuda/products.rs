@@ -1,9 +1,7 @@
 //! Products and the norms before them, which products of few rows share.
 
 use nano_kernels::cuda::norm::RmsNorm;
-use nano_kernels::cuda::product::{
-    Epilogue, FusedProduct, NormBefore, NormBehind, Product, ProductKernel,
-};
+use nano_kernels::cuda::product::{Epilogue, FusedProduct, Norm, Product, ProductKernel};
 
 use super::{CudaBackend, CudaHidden, CudaWeight};
 use crate::error::Result;
@@ -46,23 +44,17 @@ impl CudaBackend {
         norm: Option<&CudaWeight>,
         weight: &CudaWeight,
     ) -> Result<CudaHidden> {
-        let (from, norm_before) = match norm {
-            None => (input.address, NormBefore::None),
+        let (from, norm) = match norm {
+            None => (input.address, Norm::None),
             Some(norm) if kernel == ProductKernel::Row => {
                 let (weight, eps) = (norm.buffer.address(), self.spec.rms_norm_eps);
-                (input.address, NormBefore::Whole { weight, eps })
+                (input.address, Norm::Whole { weight, eps })
             }
             Some(norm) => self.shared_norm(input, norm)?,
         };
         self.launch_waiting()?;
-        self.waiting = Some(FusedProduct {
-            product,
-            out,
-            input: from,
-            weight: weight.buffer.address(),
-            norm_before,
-            norm_behind: None,
-        });
+        self.waiting =
+            Some(FusedProduct { product, out, input: from, weight: weight.buffer.address(), norm });
         if product.epilogue != Epilogue::AddBf16 {
             self.launch_waiting()?;
         }
@@ -70,20 +62,21 @@ impl CudaBackend {
     }
 
     /// The norm of several rows: begun by the product that waits, where its kernel can.
-    fn shared_norm(&mut self, input: CudaHidden, norm: &CudaWeight) -> Result<(u64, NormBefore)> {
+    fn shared_norm(&mut self, input: CudaHidden, norm: &CudaWeight) -> Result<(u64, Norm)> {
         let (scaled, squares) =
             (self.activations.normed.address(), self.activations.squares.address());
         if let Some(it) = &mut self.waiting
             && it.out == input.address
+            && matches!(it.norm, Norm::None)
             && (it.product.num_rows, it.product.out_features) == (input.num_rows, norm.columns)
             && let Some(num_squares) = self.kernels.num_squares(&it.product)
         {
             let weight = norm.buffer.address();
-            it.norm_behind = Some(NormBehind { weight, scaled, squares });
+            it.norm = Norm::Behind { weight, scaled, squares };
             let eps = self.spec.rms_norm_eps;
-            return Ok((scaled, NormBefore::Begun { squares, num_squares, eps }));
+            return Ok((scaled, Norm::Begun { squares, num_squares, eps }));
         }
-        Ok((self.norm(input, norm)?.address, NormBefore::None))
+        Ok((self.norm(input, norm)?.address, Norm::None))
     }
 
     /// A norm by its own kernel.
