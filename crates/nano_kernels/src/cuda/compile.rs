@@ -6,6 +6,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::ptr;
 
@@ -17,7 +18,7 @@ use super::spec::{HEADERS, KernelSpec};
 use super::{Error, Result};
 
 /// Opens a cache file; a change of its form changes it.
-const MAGIC: &[u8; 8] = b"nbcubin1";
+const MAGIC: &[u8; 8] = b"nbcubin2";
 
 /// NVRTC, and where its results are kept.
 #[derive(Debug)]
@@ -99,17 +100,8 @@ impl Compiler {
 
     /// One file for each text, set of options and version of the compiler.
     fn cache_path(&self, spec: &KernelSpec, architecture: &str) -> Option<PathBuf> {
-        let mut hash = Fnv::new();
-        for (_, header) in HEADERS {
-            hash.add(header.as_bytes());
-        }
-        hash.add(spec.source.as_bytes());
-        for option in options(spec, architecture) {
-            hash.add(option.as_bytes());
-        }
-        hash.add(&self.version.0.to_le_bytes());
-        hash.add(&self.version.1.to_le_bytes());
-        let file = format!("{}-{architecture}-{:016x}.cubin", spec.name, hash.0);
+        let hash = hash_of(&(HEADERS, spec.source, options(spec, architecture), self.version));
+        let file = format!("{}-{architecture}-{hash:016x}.cubin", spec.name);
         Some(self.cache_dir.as_ref()?.join(file))
     }
 }
@@ -141,7 +133,7 @@ pub(super) fn read_cached(path: &Path) -> Option<Vec<u8>> {
     let bytes = fs::read(path).ok()?;
     let (magic, rest) = bytes.split_at_checked(MAGIC.len())?;
     let (checksum, image) = rest.split_at_checked(size_of::<u64>())?;
-    let whole = magic == MAGIC && checksum == Fnv::of(image).to_le_bytes();
+    let whole = magic == MAGIC && checksum == hash_of(&image).to_le_bytes();
     whole.then(|| image.to_vec())
 }
 
@@ -151,7 +143,7 @@ pub(super) fn write_cached(path: &Path, image: &[u8]) -> std::io::Result<()> {
         fs::create_dir_all(folder)?;
     }
     let unfinished = path.with_extension(format!("{}.unfinished", std::process::id()));
-    let content = [&MAGIC[..], &Fnv::of(image).to_le_bytes(), image].concat();
+    let content = [&MAGIC[..], &hash_of(&image).to_le_bytes(), image].concat();
     let written = fs::write(&unfinished, content).and_then(|()| fs::rename(&unfinished, path));
     if written.is_err() {
         // The first error is the one to tell.
@@ -160,26 +152,12 @@ pub(super) fn write_cached(path: &Path, image: &[u8]) -> std::io::Result<()> {
     written
 }
 
-/// The FNV-1a hash, the same in every process and version.
-pub(super) struct Fnv(u64);
-
-impl Fnv {
-    fn new() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-
-    pub(super) fn of(bytes: &[u8]) -> u64 {
-        let mut hash = Self::new();
-        hash.add(bytes);
-        hash.0
-    }
-
-    fn add(&mut self, bytes: &[u8]) {
-        // The length keeps ("a", "bc") and ("ab", "c") apart.
-        for &byte in (bytes.len() as u64).to_le_bytes().iter().chain(bytes) {
-            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
-    }
+/// The same in every process; should another version of the standard library have another, a cache
+/// begins anew.
+pub(super) fn hash_of(value: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// A program of NVRTC, destroyed on drop.

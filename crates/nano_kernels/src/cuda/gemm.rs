@@ -15,7 +15,7 @@ use std::time::Instant;
 use cudarc::cublaslt::sys::cublasLtMatmulAlgo_t as Algorithm;
 use cudarc::cublaslt::{result, sys};
 
-use super::compile::{Fnv, read_cached, write_cached};
+use super::compile::{hash_of, read_cached, write_cached};
 use super::product::{Epilogue, Product};
 use super::{Device, DeviceBuffer, Error, Graph, Result, check};
 use objects::{BF16, Descriptor, F32, Handle, Layout, Preference, split_variant};
@@ -91,7 +91,7 @@ impl Gemm {
         // SAFETY: the library is present.
         let version = unsafe { sys::cublasLtGetVersion() };
         let machine = format!("{} cuBLASLt {version}", device.name()?);
-        let file = format!("products-{:016x}", Fnv::of(machine.as_bytes()));
+        let file = format!("products-{:016x}", hash_of(&machine));
         let cache = cache_dir.map(|folder| folder.join(file));
         let mut gemm = Self {
             plans: HashMap::new(),
