@@ -275,10 +275,8 @@ impl CudaBackend {
     /// Enqueues the copy of a step's inputs.
     pub fn upload(&mut self, input: &StepInput) -> Result<CudaStep> {
         self.kept.clear();
-        match &mut self.room {
-            Some(room) => room.steps.upload(input, &self.decode_plan),
-            None => Err(no_room()),
-        }
+        let room = self.room.as_mut().ok_or_else(no_room)?;
+        room.steps.upload(input, &self.decode_plan)
     }
 
     /// Enqueues the choice of a token for each sampled row of `step`, whose forward pass was the

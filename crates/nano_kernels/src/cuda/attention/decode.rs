@@ -136,9 +136,10 @@ impl Kernels {
     /// # Safety
     /// Every address names as much memory as its shape says, 16-byte aligned, alive until the
     /// stream has come to the launch; the parts are the plan's for so many sequences, their
-    /// lengths fit the table and `cos_sin`, and the table's blocks within the window are blocks of the cache, the last one of no other sequence. Launches that
-    /// share a plan go through one stream. No kernel that is still in the stream writes parts,
-    /// table, angles or the cache's older rows: they are read before it has ended.
+    /// lengths fit the table and `cos_sin`, and the table's blocks within the window are blocks of
+    /// the cache, the last one of no other sequence. Launches that share a plan go through one
+    /// stream. No kernel that is still in the stream writes parts, table, angles or the cache's
+    /// older rows: they are read before it has ended.
     pub unsafe fn decode_attention(
         &self,
         plan: &DecodePlan,

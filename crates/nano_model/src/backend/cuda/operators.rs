@@ -18,21 +18,19 @@ use crate::weights::TensorBytes;
 impl CudaBackend {
     /// One checkpoint tensor into its place in a weight.
     fn place(&self, buffer: &DeviceBuffer, offset: usize, part: TensorBytes<'_>) -> Result<usize> {
-        let element_bytes = match part.dtype {
+        let (is_half, num_elements) = match part.dtype {
             CheckpointDtype::BFloat16 => {
                 buffer.upload_large(offset, part.bytes)?;
                 return Ok(part.bytes.len());
             }
-            CheckpointDtype::Float16 => 2,
-            CheckpointDtype::Float32 => 4,
+            CheckpointDtype::Float16 => (true, part.bytes.len() / 2),
+            CheckpointDtype::Float32 => (false, part.bytes.len() / 4),
         };
         let source = self.device().allocate(part.bytes.len())?;
         source.upload_large(0, part.bytes)?;
-        let num_elements = part.bytes.len() / element_bytes;
-        let (out, source, is_half) =
-            (buffer.address() + offset as u64, source.address(), element_bytes == 2);
+        let out = buffer.address() + offset as u64;
         // SAFETY: the weight has room for its parts, and the source is dropped after the wait.
-        unsafe { self.kernels.round_to_bf16(out, source, num_elements, is_half) }?;
+        unsafe { self.kernels.round_to_bf16(out, source.address(), num_elements, is_half) }?;
         self.device().synchronize()?;
         Ok(num_elements * BF16_BYTES)
     }
