@@ -10,6 +10,7 @@ use std::ffi::c_void;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::ptr;
+use std::rc::Rc;
 use std::time::Instant;
 
 use cudarc::cublaslt::sys::cublasLtMatmulAlgo_t as Algorithm;
@@ -54,7 +55,7 @@ pub struct Trial {
 /// cuBLASLt on one device, with its own workspace.
 #[derive(Debug)]
 pub struct Gemm {
-    plans: HashMap<Product, Plan>,
+    plans: HashMap<Product, Rc<Plan>>,
     /// By shape, with the rows of a bucket.
     algorithms: BTreeMap<Product, Algorithm>,
     descriptor: Descriptor,
@@ -130,13 +131,12 @@ impl Gemm {
         let rows_at_once = if self.is_deterministic { FIXED_ROWS } else { product.num_rows };
         let at_once = Product { num_rows: rows_at_once, ..*product };
         let element_bytes = if product.epilogue == Epilogue::F32 { 4 } else { 2 };
-        self.prepare(&at_once)?;
-        let Some(plan) = self.plans.get(&at_once) else { return Ok(()) };
+        let plan = self.plan(&at_once)?;
         for first_row in (0..product.num_rows).step_by(rows_at_once) {
             let out = out + (first_row * product.out_features * element_bytes) as u64;
             let input = input + (first_row * product.in_features * 2) as u64;
             // SAFETY: the caller's word; whole pieces of rows lie in the memory by its second part.
-            unsafe { self.enqueue(plan, out, input, weight) }?;
+            unsafe { self.enqueue(&plan, out, input, weight) }?;
         }
         Ok(())
     }
@@ -242,18 +242,18 @@ impl Gemm {
         Ok(())
     }
 
-    /// Makes the plan of a shape, if it is not there.
-    fn prepare(&mut self, product: &Product) -> Result<()> {
-        if self.plans.contains_key(product) {
-            return Ok(());
+    /// The plan of a shape, made if it is not there.
+    fn plan(&mut self, product: &Product) -> Result<Rc<Plan>> {
+        if let Some(plan) = self.plans.get(product) {
+            return Ok(Rc::clone(plan));
         }
         if self.plans.len() >= MAX_PLANS {
             self.plans.clear();
         }
         let key = Product { num_rows: bucket(product.num_rows), ..*product };
-        let plan = self.new_plan(product, self.algorithms.get(&key).copied())?;
-        self.plans.insert(*product, plan);
-        Ok(())
+        let plan = Rc::new(self.new_plan(product, self.algorithms.get(&key).copied())?);
+        self.plans.insert(*product, Rc::clone(&plan));
+        Ok(plan)
     }
 
     /// A plan with the given algorithm if it serves this shape, else with cuBLASLt's first.
