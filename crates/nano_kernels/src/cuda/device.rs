@@ -328,9 +328,6 @@ pub struct PinnedBuffer {
     context: Arc<CudaContext>,
 }
 
-// SAFETY: the memory is plain host memory that belongs to this value alone.
-unsafe impl Send for PinnedBuffer {}
-
 impl PinnedBuffer {
     /// The address, which is the same for kernels.
     pub fn address(&self) -> u64 {
