@@ -119,22 +119,16 @@ impl Kernels {
         let Product { num_rows, out_features, in_features, epilogue } = *product;
         let is_gated = epilogue == Epilogue::Gated;
         let has_whole = |size| out_features.is_multiple_of(if is_gated { 2 * size } else { size });
-        if self.has_row_product(num_rows, in_features) && has_whole(1) {
-            return Some(ProductKernel::Row);
-        }
-        if !self.device().is_hopper() || !has_whole(if is_gated { 8 } else { 1 }) {
-            return None;
-        }
-        if num_rows <= skinny::MAX_ROWS && in_features.is_multiple_of(skinny::CHUNK) {
-            Some(ProductKernel::Skinny)
-        } else if !in_features.is_multiple_of(8) {
-            None
-        } else if is_gated {
-            Some(ProductKernel::Gated)
-        } else {
-            let is_batch = num_rows <= batch_product::MAX_ROWS && has_whole(8);
-            is_batch.then_some(ProductKernel::Batch)
-        }
+        let is_wgmma = self.device().is_hopper() && (!is_gated || has_whole(8));
+        let is_skinny = num_rows <= skinny::MAX_ROWS && in_features.is_multiple_of(skinny::CHUNK);
+        Some(match epilogue {
+            _ if self.has_row_product(num_rows, in_features) && has_whole(1) => ProductKernel::Row,
+            _ if is_wgmma && is_skinny => ProductKernel::Skinny,
+            _ if !is_wgmma || !has_whole(8) || !in_features.is_multiple_of(8) => return None,
+            Epilogue::Gated => ProductKernel::Gated,
+            _ if num_rows <= batch_product::MAX_ROWS => ProductKernel::Batch,
+            _ => return None,
+        })
     }
 
     /// Sums of squares of a row that a product leaves for a norm behind it, if its kernel can.
