@@ -16,7 +16,8 @@
 //
 // Grid: as many blocks as the device has room for, or pieces of work; IN_PARTS, one for each of num_tiles
 // num_kv_heads num_splits pieces. Block: NUM_THREADS.
-// Shared memory: 1024 + HALVES ROW_BYTES (2 GROUP_ROWS + STAGES 2 KEYS) bytes, dynamic.
+// Shared memory: 1024 + HALVES ROW_BYTES (2 GROUP_ROWS + STAGES 2 KEYS) + 2 GROUP_ROWS OUT_ROW_BYTES
+// bytes, dynamic.
 //
 //   query:       tensor map of [num_tokens, num_heads, HEAD_DIM] bf16, rotated, with boxes of
 //                64 columns, a group's heads and GROUP_ROWS / group tokens
@@ -202,6 +203,7 @@ struct Attention {
     Running running;
     u32 query[HEAD_DIM / 16][4], weights[KEYS / 16][4];
     float output[HEAD_DIM / 2];
+    float inverse_sums[2];  // once a tile is finished
 
     __device__ __forceinline__ void begin(u32 queries, int first_row) {
         const int lane = threadIdx.x % WARP, row = first_row + lane % 16;
@@ -284,6 +286,8 @@ struct Attention {
         pin(output);
         begin_products();
         multiply_weights<NUM_KEYS>(turn.stage);
+#pragma unroll
+        for (int h = 0; h < 2; h++) inverse_sums[h] = 1.0f / quad_sum(running.sum[h]);
         wait_products<0>();
         pin(output);
         if (threadIdx.x % WARP == 0) arrive(barriers.values_free + turn.stage * 8);
@@ -303,6 +307,13 @@ __device__ __forceinline__ void attend(bf16* out, const Scratch& scratch, int nu
     const u32 query_full = barriers.query_full + warpgroup * 8;
     const u32 query_free = barriers.query_free + warpgroup * 8;
     const u32 my_queries = queries + warpgroup * GROUP_ROWS * ROW_BYTES;
+    // Of the warp's sixteen rows the lane's, whose token no tile has if it is one too many.
+    const int my_row = first_row + lane % 16;
+    const bool is_row = my_row < group_tokens * group;
+    const int my_token = is_row ? first_of_group + my_row / group : 2 * GROUP_ROWS;
+    const int my_head = my_row % group;
+    const u32 out_rows = queries + (1 + 2 * STAGES) * TILE_BYTES +
+                         (warpgroup * GROUP_ROWS + first_row) * OUT_ROW_BYTES;
     Attention it = {barriers, queries + TILE_BYTES};
     const auto& output = it.output;
     const auto& running = it.running;
@@ -314,11 +325,9 @@ __device__ __forceinline__ void attend(bf16* out, const Scratch& scratch, int nu
         const Keys span = work->keys;
         const int kv_head = work->kv_head;
         if (tile.num_tokens == 0) break;
-        const auto position_of = [&](int row) {
-            return tile.first_position + min(first_of_group + row / group, tile.num_tokens - 1);
-        };
-        const int my_row = first_row + lane / 4;
-        it.rows = {{position_of(my_row), position_of(my_row + 8)},
+        const int position = tile.first_position + min(my_token, tile.num_tokens - 1);
+        it.rows = {{__shfl_sync(ALL_LANES, position, lane / 4),
+                    __shfl_sync(ALL_LANES, position, lane / 4 + 8)},
                    tile.first_position,
                    tile.first_position + tile.num_tokens - 1};
         it.begin(my_queries, first_row);
@@ -336,19 +345,16 @@ __device__ __forceinline__ void attend(bf16* out, const Scratch& scratch, int nu
             it.finish<KEYS>();
         }
 
-        bf16* targets[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int row = my_row + h * 8, token = first_of_group + row / group;
-            const i64 at = (i64)(tile.first_token + token) * num_heads + kv_head * group + row % group;
-            const bool is_row = row < group_tokens * group && token < tile.num_tokens;
-            targets[h] = is_row ? out + at * HEAD_DIM : nullptr;
-        }
+        // The lane's row of the output's heads, -1 for none.
+        const int head = (tile.first_token + my_token) * num_heads + kv_head * group + my_head;
+        const int row_of_out = my_token < tile.num_tokens ? head : -1;
         if (IN_PARTS && span.num_parts > 1) {
             u32 shares = leave_part(scratch, running, output, span.part, num_splits, span.num_parts);
+            bf16* targets[2];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                if (targets[h]) targets[h] += lane % 4 * 2;
+                const int row = __shfl_sync(ALL_LANES, row_of_out, lane / 4 + h * 8);
+                targets[h] = row < 0 ? nullptr : out + (i64)row * HEAD_DIM + lane % 4 * 2;
             }
             for (; shares != 0; shares &= shares - 1) {
                 merge_share(scratch, targets, blockIdx.x - span.part, __ffs(shares) - 1,
@@ -357,24 +363,26 @@ __device__ __forceinline__ void attend(bf16* out, const Scratch& scratch, int nu
             forget_parts(scratch, num_splits, span.num_parts);
             continue;
         }
-        // Neighbours swap, so that a lane has four columns in a row and four lanes write 32 bytes.
-        const bool is_odd = lane % 2 == 1;
+        // By way of shared memory, so that a warp writes whole rows.
+        __syncwarp();
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const float scale_out = 1.0f / quad_sum(running.sum[h]);
-            bf16* target = targets[h] + lane % 4 / 2 * 4 + (is_odd ? 8 : 0);
+        for (int j = 0; j < HEAD_DIM / 8; j += 2) {
+            u32 pairs[4];
 #pragma unroll
-            for (int j = 0; j < HEAD_DIM / 8; j += 2) {
-                const float* left = &output[4 * j + 2 * h];
-                const float* right = left + 4;
-                const u32 low = pack_bf16(left[0] * scale_out, left[1] * scale_out);
-                const u32 high = pack_bf16(right[0] * scale_out, right[1] * scale_out);
-                const u32 swapped = __shfl_xor_sync(ALL_LANES, is_odd ? low : high, 1);
-                if (targets[h]) {
-                    *(uint2*)(target + j * 8) =
-                        is_odd ? make_uint2(swapped, high) : make_uint2(low, swapped);
-                }
+            for (int i = 0; i < 4; i++) {
+                const float *pair = &output[4 * j + 2 * i], scale_out = it.inverse_sums[i % 2];
+                pairs[i] = pack_bf16(pair[0] * scale_out, pair[1] * scale_out);
             }
+            store_matrices(out_rows + lane % 16 * OUT_ROW_BYTES + (j + lane / 16) * 16, pairs);
+        }
+        __syncwarp();
+        constexpr int LANES_OF_ROW = HEAD_DIM / 8;
+#pragma unroll
+        for (int i = 0; i < 16; i += WARP / LANES_OF_ROW) {
+            const int row = i + lane / LANES_OF_ROW, eight = lane % LANES_OF_ROW;
+            const int target = __shfl_sync(ALL_LANES, row_of_out, row);
+            const uint4 x = load_eight(out_rows + row * OUT_ROW_BYTES + eight * 16);
+            if (target >= 0) *(uint4*)(out + (i64)target * HEAD_DIM + eight * 8) = x;
         }
     }
 }

@@ -20,6 +20,8 @@ constexpr int BOXES = BLOCKS_PER_STEP / COPYING_WARPS;  // of a warp: one a lane
 // A step's keys, or values: eight rows of one half, eight of the other, and so on.
 constexpr int EIGHT_BYTES = 8 * ROW_BYTES, EIGHTS_BYTES = HALVES * EIGHT_BYTES;
 constexpr int BOX_BYTES = BLOCK_SIZE / 8 * EIGHTS_BYTES;
+// A row of the output on its way: eight of them lie in different banks.
+constexpr int OUT_ROW_BYTES = HEAD_DIM * 2 + 16;
 // Of a thread, by setmaxnreg: 128 x 40 + 256 x 232 is what a launch of 384 x 168 holds.
 #define COPYING_REGISTERS "40"
 #define MULTIPLYING_REGISTERS "232"
@@ -80,6 +82,20 @@ __device__ __forceinline__ u64 descriptor_at(u32 low, int num_bytes) {
         : "=l"(d)
         : "r"(low + num_bytes / 16), "r"((u32)(EIGHTS_BYTES >> 4) | 1u << 30));
     return d;
+}
+// Four matrices of 8 x 8 bf16, their rows at the addresses of eight lanes each.
+__device__ __forceinline__ void store_matrices(u32 row, const u32 (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+                 "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+}
+__device__ __forceinline__ uint4 load_eight(u32 address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
 }
 __device__ __forceinline__ void sync_copying_warps() {
     asm volatile("bar.sync 4, 128;" ::: "memory");

@@ -152,7 +152,7 @@ const fn prefill(head_dim: usize, num_keys: usize) -> usize {
     (128 + 2 * 2 * num_keys) * head_dim * 2
 }
 
-/// 128 query rows, and `num_stages` of 128 keys and values.
+/// 128 query rows, `num_stages` of 128 keys and values, and 128 rows of the output.
 const fn wgmma(head_dim: usize, num_stages: usize) -> usize {
-    1024 + (128 + num_stages * 2 * 128) * head_dim * 2
+    1024 + (128 + num_stages * 2 * 128) * head_dim * 2 + 128 * (head_dim * 2 + 16)
 }
