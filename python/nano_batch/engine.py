@@ -329,8 +329,8 @@ class RequestStream(Iterator[RequestOutput]):
 
     def __init__(self, engine: Engine, native: _native.RequestStream, prompt: str | None) -> None:
         """Wrap a submitted request."""
-        # An engine that nobody holds is closed.
-        self._engine = engine
+        # An engine that nobody holds is closed: not before the last item.
+        self._engine: Engine | None = engine
         self._native = native
         self._prompt = prompt
         self.request_id = native.request_id
@@ -352,6 +352,8 @@ class RequestStream(Iterator[RequestOutput]):
 
     def _output(self, delta: "_native._Delta") -> RequestOutput:
         token_ids, text, finish_reason, stop_reason, first_token_s, last_token_s = delta
+        if finish_reason is not None:
+            self._engine = None
         return RequestOutput(
             request_id=self.request_id,
             prompt=self._prompt,

@@ -1,8 +1,10 @@
 """Readers of streams: what one does not take, by an interrupt or an abort, is lost for none."""
 
+import gc
 import json
 import signal
 import threading
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -12,6 +14,7 @@ from nano_batch.exceptions import EngineClosedError, RequestFailedError
 from recital_model import TEXT
 from safetensors.torch import load_file, save_file
 
+SHORT = SamplingParams(temperature=0, max_tokens=60)
 LONG = SamplingParams(temperature=0, max_tokens=60000, ignore_eos=True)
 
 
@@ -65,6 +68,18 @@ def test_a_stream_keeps_its_engine(reciting_dir):
         return engine.stream("?", SamplingParams(temperature=0, max_tokens=60))
 
     assert ask().collect().outputs[0].text == TEXT
+
+
+@pytest.mark.parametrize("read", [lambda stream: stream.collect(), list], ids=["collect", "for"])
+def test_a_stream_that_has_ended_lets_go_of_its_engine(read, reciting_dir):
+    engine = Engine(str(reciting_dir), device="cpu", num_threads=1, num_blocks=64)
+    stream, is_left = engine.stream("?", SHORT), weakref.ref(engine)
+    del engine
+    assert is_left() is not None
+    read(stream)
+    gc.collect()
+    assert is_left() is None
+    assert stream.collect().finished
 
 
 @pytest.mark.parametrize(
