@@ -4,8 +4,10 @@ import gc
 import json
 import signal
 import threading
+import time
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import recital_model
@@ -80,6 +82,48 @@ def test_a_stream_that_has_ended_lets_go_of_its_engine(read, reciting_dir):
     gc.collect()
     assert is_left() is None
     assert stream.collect().finished
+
+
+def test_a_thread_without_signals_waits_without_waking(reciting_dir, open_engine, wait_until):
+    engine = open_engine(reciting_dir, num_blocks=8192, max_num_seqs=1)
+    streams = [engine.stream("?", LONG) for _ in range(30)]
+    waiting = threading.Thread(target=streams[-1].collect)
+    waiting.start()
+
+    def status():
+        return Path(f"/proc/self/task/{waiting.native_id}/status").read_text()
+
+    def num_wakes():
+        return int(status().split("\nvoluntary_ctxt_switches:")[1].split()[0])
+
+    wait_until(lambda: "State:\tS" in status(), "it waits")
+    time.sleep(0.1)
+    before = num_wakes()
+    time.sleep(0.5)
+    assert num_wakes() <= before + 1
+    for stream in reversed(streams):
+        engine.abort(stream.request_id)
+    waiting.join()
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda engine, text: engine.generate(text, use_tqdm=False),
+        lambda engine, text: engine.get_tokenizer().encode(text),
+    ],
+    ids=["generate", "encode"],
+)
+def test_ctrl_c_interrupts_what_encodes_a_long_text(encode, tmp_path, open_engine):
+    path = recital_model.write(tmp_path) / "config.json"
+    config = json.loads(path.read_text()) | {"max_position_embeddings": 1 << 24}
+    path.write_text(json.dumps(config))
+    engine = open_engine(tmp_path, max_model_len=1 << 24)
+    with pytest.raises(KeyboardInterrupt), ctrl_c():
+        encode(engine, "a " * (1 << 20))
+    threads = [comm.read_text() for comm in Path("/proc/self/task").glob("*/comm")]
+    assert "nano-encode\n" in threads, "it was interrupted after its end"
+    assert engine.generate("?", SHORT, use_tqdm=False)[0].outputs[0].text == TEXT
 
 
 @pytest.mark.parametrize(

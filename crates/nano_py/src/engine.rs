@@ -1,11 +1,9 @@
 //! `Engine`: a running engine behind Python's wrapper of the same name.
 
-use std::panic::resume_unwind;
 use std::path::PathBuf;
-use std::thread;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{RecvTimeoutError, bounded};
 use nano_core::{RequestId, TokenId};
 use nano_engine::{Error, Prompt};
 use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
@@ -14,7 +12,8 @@ use pyo3::types::{PyDict, PyString};
 
 use crate::error::{invalid, plain_text, to_py};
 use crate::sampling_params::SamplingParams;
-use crate::stream::{RequestStream, SIGNAL_INTERVAL};
+use crate::signals::{encoding, interruptible};
+use crate::stream::RequestStream;
 
 /// A prompt as Python spells it.
 #[derive(FromPyObject)]
@@ -25,7 +24,7 @@ enum PyPrompt<'py> {
 
 /// A running engine.
 #[pyclass(frozen, module = "nano_batch._native")]
-pub(crate) struct Engine(nano_engine::Engine);
+pub(crate) struct Engine(Arc<nano_engine::Engine>);
 
 #[pymethods]
 impl Engine {
@@ -86,7 +85,10 @@ impl Engine {
             seed: seed as u64,
             max_model_len,
         };
-        load(py, model_dir, options).map(Self)
+        // An engine that is ready only after Ctrl-C is dropped by its loader.
+        let load = move || nano_engine::Engine::load(model_dir, options);
+        let engine = interruptible(py, "nano-load", load)?.map_err(|error| to_py(py, &error))?;
+        Ok(Self(Arc::new(engine)))
     }
 
     /// Submits a request and returns at once.
@@ -96,14 +98,17 @@ impl Engine {
         prompt: PyPrompt<'_>,
         params: SamplingParams<'_>,
     ) -> PyResult<RequestStream> {
-        let prompt = match prompt {
+        let (prompt, num_bytes) = match prompt {
             PyPrompt::Text(text) => {
-                Prompt::Text(plain_text(&text, "prompt", "invalid_prompt")?.to_owned())
+                let text = plain_text(&text, "prompt", "invalid_prompt")?;
+                (Prompt::Text(text.to_owned()), text.len())
             }
-            PyPrompt::Tokens(tokens) => Prompt::Tokens(self.token_ids(py, &tokens)?),
+            PyPrompt::Tokens(tokens) => (Prompt::Tokens(self.token_ids(py, &tokens)?), 0),
         };
         let (params, text) = params.checked(py)?;
-        let stream = py.detach(|| self.0.submit(prompt, params, text.as_ref()));
+        let engine = Arc::clone(&self.0);
+        let submit = move || engine.submit(prompt, params, text.as_ref());
+        let stream = encoding(py, num_bytes, submit)?;
         stream.map(RequestStream::new).map_err(|error| to_py(py, &error))
     }
 
@@ -223,28 +228,6 @@ fn checked(py: Python<'_>, tokens: &[i64], vocab_size: u32) -> PyResult<Vec<Toke
     checked.collect()
 }
 
-/// Loads on a thread of its own, so that Ctrl-C ends the wait. An engine that is ready only after
-/// that is dropped by its loader.
-fn load(
-    py: Python<'_>,
-    model_dir: PathBuf,
-    options: ModelOptions,
-) -> PyResult<nano_engine::Engine> {
-    let (ended, end) = bounded::<()>(0);
-    let main = move || {
-        let _ended = ended;
-        nano_engine::Engine::load(model_dir, options)
-    };
-    let loader = thread::Builder::new().name("nano-load".into()).spawn(main)?;
-    while py.detach(|| end.recv_timeout(SIGNAL_INTERVAL)) == Err(RecvTimeoutError::Timeout) {
-        py.check_signals()?;
-    }
-    match py.detach(|| loader.join()) {
-        Ok(engine) => engine.map_err(|error| to_py(py, &error)),
-        Err(panic) => resume_unwind(panic),
-    }
-}
-
 /// Text to tokens and back, as the engine does it.
 #[pyclass(frozen, module = "nano_batch._native")]
 pub(crate) struct Tokenizer {
@@ -269,9 +252,9 @@ impl Tokenizer {
         text: Bound<'_, PyString>,
         add_special_tokens: bool,
     ) -> PyResult<Vec<u32>> {
-        let text = plain_text(&text, "text", "invalid_prompt")?;
-        let tokens = py
-            .detach(|| self.inner.encode(text, add_special_tokens))
+        let text = plain_text(&text, "text", "invalid_prompt")?.to_owned();
+        let inner = self.inner.clone();
+        let tokens = encoding(py, text.len(), move || inner.encode(&text, add_special_tokens))?
             .map_err(|error| to_py(py, &error.into()))?;
         Ok(tokens.into_iter().map(|token| token.0).collect())
     }

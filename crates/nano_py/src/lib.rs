@@ -7,6 +7,7 @@ mod block_allocator;
 mod engine;
 mod error;
 mod sampling_params;
+mod signals;
 mod stream;
 
 use pyo3::prelude::*;

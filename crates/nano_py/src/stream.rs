@@ -2,16 +2,14 @@
 
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nano_engine::{Delta, Error, Finish, StopReason};
 use pyo3::prelude::*;
 use pyo3::types::PyByteArray;
 
 use crate::error::to_py;
-
-/// How often a waiting thread looks whether Ctrl-C was pressed.
-pub(crate) const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
+use crate::signals::interval;
 
 /// `(token_ids, text, finish_reason, stop_reason, first_token_s, last_token_s)`.
 type DeltaTuple = (Vec<u32>, String, Option<&'static str>, Option<Py<PyAny>>, f64, f64);
@@ -31,8 +29,9 @@ impl RequestStream {
     /// Waits without the GIL and lets Ctrl-C through before anything is taken: what is taken is lost
     /// if Python raises next.
     fn take<T>(&self, py: Python<'_>, wait: Read<()>, take: Read<T>) -> PyResult<T> {
+        let interval = interval(py)?;
         loop {
-            let ready = py.detach(|| wait(&self.0, Instant::now() + SIGNAL_INTERVAL));
+            let ready = py.detach(|| wait(&self.0, Instant::now() + interval));
             py.check_signals()?;
             if ready.map_err(|error| to_py(py, &error))?.is_pending() {
                 continue;
