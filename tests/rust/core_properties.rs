@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 mod core_scene;
+mod fake_executor;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;

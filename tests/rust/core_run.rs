@@ -4,13 +4,14 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use nano_core::executor::fake::FakeExecutor;
 use nano_core::scheduler::SchedulerStats;
 use nano_core::step::ScheduledSequence;
 use nano_core::{
     Capacity, Executor, FinishReason, Request, RequestId, RequestKind, RequestLimits,
     SamplingParams, ScheduleOutput, Scheduler, SchedulerConfig, TokenEvent, TokenId,
 };
+
+use crate::fake_executor::FakeExecutor;
 
 pub(crate) const VOCAB_SIZE: u32 = 50;
 

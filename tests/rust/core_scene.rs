@@ -6,7 +6,6 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
-use nano_core::executor::fake::{FakeExecutor, Fault};
 use nano_core::step::{LogitRows, ScheduledSequence, StepOutput, TokenMasks, TokenSource};
 use nano_core::{
     Capacity, EngineCore, Error, Executor, FinishReason, Request, RequestId, RequestKind,
@@ -14,6 +13,7 @@ use nano_core::{
 };
 use proptest::prelude::*;
 
+use crate::fake_executor::{FakeExecutor, Fault};
 use crate::{Mix, SEED, count};
 
 const MAX_MODEL_LEN: u32 = 30;

@@ -1,9 +1,12 @@
 //! The scheduler step by step: who runs, and in which order.
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
+mod core_engine;
+mod core_fake;
 mod core_outcome;
 mod core_pace;
 mod core_run;
+mod fake_executor;
 
 use std::time::Duration;
 

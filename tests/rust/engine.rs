@@ -3,15 +3,18 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by a panic")]
 #![expect(clippy::float_cmp, reason = "the fake's logits are whole numbers")]
 
+mod fake_executor;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use nano_core::executor::fake::{FakeExecutor, Fault};
 use nano_core::{Capacity, Executor, SamplingParams, SchedulerConfig, TokenId};
 use nano_engine::{Delta, Engine, Error, Finish, Prompt, RequestStream};
 use nano_model::{GenerationDefaults, ModelInfo};
+
+use fake_executor::{FakeExecutor, Fault};
 
 const VOCAB_SIZE: u32 = 50;
 /// "Within a second", and no test may hang.

@@ -1,7 +1,5 @@
 //! The seam to whatever runs the model.
 
-pub mod fake;
-
 use std::fmt::Debug;
 
 use crate::error::Result;

@@ -3,24 +3,21 @@
 //! Its cache holds one token id per slot. The next token of a sequence is a hash of all tokens
 //! that its block table leads to, so a wrong table, slot or position changes the output, and
 //! [`FakeExecutor::continuation`] says what the output must be.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use smallvec::smallvec;
-
-use crate::error::{Error, Result};
-use crate::executor::{Capacity, Executor};
-use crate::ids::{BlockId, SequenceId, TokenId};
-use crate::step::{
-    LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput, TokenMasks, TokenSource,
+use nano_core::step::{
+    LogitRows, SampledRow, ScheduledSequence, StepOutput, TokenMasks, TokenSource,
 };
+use nano_core::{BlockId, Capacity, Error, Executor, Result, ScheduleOutput, SequenceId, TokenId};
 
 /// What goes wrong, and at which step.
 #[derive(Clone, Debug)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// `collect` returns an error.
     Error,
     /// The step's first row that asks for logits fails.
@@ -42,7 +39,7 @@ struct InFlight {
 
 /// See the [module](self).
 #[derive(Debug)]
-pub struct FakeExecutor {
+pub(crate) struct FakeExecutor {
     capacity: Capacity,
     vocab_size: u32,
     slots: Vec<TokenId>,
@@ -54,7 +51,7 @@ pub struct FakeExecutor {
 
 impl FakeExecutor {
     /// An executor whose tokens are below `vocab_size`.
-    pub fn new(capacity: Capacity, vocab_size: u32) -> Self {
+    pub(crate) fn new(capacity: Capacity, vocab_size: u32) -> Self {
         Self {
             capacity,
             vocab_size,
@@ -67,19 +64,23 @@ impl FakeExecutor {
     }
 
     /// Lets step number `step`, counting from 1, go wrong.
-    pub fn with_fault(mut self, step: u64, fault: Fault) -> Self {
+    pub(crate) fn with_fault(mut self, step: u64, fault: Fault) -> Self {
         self.fault = Some((step, fault));
         self
     }
 
     /// Lets every `collect` take this long.
-    pub fn with_step_time(mut self, step_time: Duration) -> Self {
+    pub(crate) fn with_step_time(mut self, step_time: Duration) -> Self {
         self.step_time = step_time;
         self
     }
 
     /// The `num_tokens` tokens that follow `prompt` when nothing is banned.
-    pub fn continuation(prompt: &[TokenId], num_tokens: usize, vocab_size: u32) -> Vec<TokenId> {
+    pub(crate) fn continuation(
+        prompt: &[TokenId],
+        num_tokens: usize,
+        vocab_size: u32,
+    ) -> Vec<TokenId> {
         let mut tokens = prompt.to_vec();
         for _ in 0..num_tokens {
             tokens.push(next_token(tokens.iter().copied(), vocab_size));
@@ -198,14 +199,19 @@ impl Executor for FakeExecutor {
         let rows = rows.filter(|((scheduled, _), _)| scheduled.logit_rows != LogitRows::None);
         let rows = rows.map(|((scheduled, token), logits)| SampledRow {
             sequence: scheduled.sequence,
-            tokens: if logits.is_some() { smallvec![] } else { smallvec![token] },
+            tokens: logits.is_none().then_some(token).into_iter().collect(),
             logits,
             error: None,
         });
         let mut rows: Vec<SampledRow> = rows.collect();
         if let (Some(Fault::Row), Some(row)) = (self.fault_at(step.step), rows.first_mut()) {
             let error = Some(Error::LogitsNotFinite { position: 0 });
-            *row = SampledRow { sequence: row.sequence, tokens: smallvec![], logits: None, error };
+            *row = SampledRow {
+                sequence: row.sequence,
+                tokens: [].into_iter().collect(),
+                logits: None,
+                error,
+            };
         }
         Ok(StepOutput { rows })
     }
@@ -217,103 +223,4 @@ fn next_token(context: impl Iterator<Item = TokenId>, vocab_size: u32) -> TokenI
         (hash ^ u64::from(token.0)).wrapping_mul(0x0100_0000_01b3)
     });
     TokenId(((hash >> 32) % u64::from(vocab_size)) as u32)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Instant;
-
-    use super::*;
-
-    const CAPACITY: Capacity = Capacity { num_blocks: 4, block_size: 2, max_steps_in_flight: 2 };
-
-    fn tokens(ids: &[u32]) -> Vec<TokenId> {
-        ids.iter().copied().map(TokenId).collect()
-    }
-
-    /// A step of one sequence that runs `ids` at positions from `first` on.
-    fn step(number: u64, sequence: u64, first: u32, ids: &[u32], table: &[u32]) -> ScheduleOutput {
-        ScheduleOutput {
-            step: number,
-            sequences: vec![ScheduledSequence {
-                sequence: SequenceId(sequence),
-                tokens: TokenSource::Host(0..ids.len() as u32),
-                num_computed_tokens: first,
-                num_scheduled_tokens: ids.len() as u32,
-                block_table: 0..table.len() as u32,
-                logit_rows: LogitRows::Last(1),
-                params: Arc::default(),
-                seed: 0,
-            }],
-            token_ids: tokens(ids),
-            block_ids: table.iter().copied().map(BlockId).collect(),
-            num_tokens: ids.len() as u32,
-            num_prompt_tokens: ids.len() as u32,
-            num_preempted: 0,
-        }
-    }
-
-    fn sampled(executor: &mut FakeExecutor, step: &ScheduleOutput) -> Vec<TokenId> {
-        executor.launch(step).unwrap();
-        executor.sample(&TokenMasks::default()).unwrap();
-        executor.collect().unwrap().rows[0].tokens.to_vec()
-    }
-
-    #[test]
-    fn the_continuation_goes_on_where_it_was_cut() {
-        let all = FakeExecutor::continuation(&tokens(&[5, 1]), 6, 1000);
-        let head = FakeExecutor::continuation(&tokens(&[5, 1]), 2, 1000);
-        let prompt = [tokens(&[5, 1]), head.clone()].concat();
-        let tail = FakeExecutor::continuation(&prompt, 4, 1000);
-        assert_eq!(all, [head, tail].concat());
-        assert_ne!(all, FakeExecutor::continuation(&tokens(&[1, 5]), 6, 1000));
-    }
-
-    #[test]
-    fn chunks_in_scattered_blocks_lead_to_the_continuation() {
-        let mut executor = FakeExecutor::new(CAPACITY, 1000);
-        sampled(&mut executor, &step(1, 0, 0, &[5, 1], &[3]));
-        sampled(&mut executor, &step(2, 0, 2, &[7], &[3, 0]));
-        let next = sampled(&mut executor, &step(3, 0, 3, &[2, 4], &[3, 0, 2]));
-        assert_eq!(next, FakeExecutor::continuation(&tokens(&[5, 1, 7, 2, 4]), 1, 1000));
-        let wrong = sampled(&mut executor, &step(4, 0, 4, &[4], &[0, 3, 2]));
-        assert_ne!(wrong, next);
-    }
-
-    #[test]
-    fn there_is_nothing_to_collect_without_a_step() {
-        let error = FakeExecutor::new(CAPACITY, 10).collect().unwrap_err();
-        assert_eq!(error.to_string(), "executor failed: no step is in flight");
-    }
-
-    #[test]
-    fn a_step_takes_at_least_its_time() {
-        let mut executor = FakeExecutor::new(CAPACITY, 10).with_step_time(Duration::from_millis(3));
-        let start = Instant::now();
-        sampled(&mut executor, &step(1, 0, 0, &[1], &[0]));
-        assert!(start.elapsed() >= Duration::from_millis(3));
-    }
-
-    #[test]
-    #[should_panic(expected = "block 1 is reused while a step in flight names it")]
-    fn a_block_of_a_step_in_flight_given_to_another_sequence_is_noticed() {
-        let mut executor = FakeExecutor::new(CAPACITY, 10);
-        executor.launch(&step(1, 0, 0, &[1, 2, 3], &[0, 1])).unwrap();
-        executor.launch(&step(2, 1, 0, &[1], &[1])).unwrap();
-    }
-
-    #[test]
-    #[should_panic(expected = "the table does not cover 2")]
-    fn a_table_that_is_too_short_is_noticed() {
-        let _ = FakeExecutor::new(CAPACITY, 10).launch(&step(1, 0, 0, &[1, 2, 3], &[0]));
-    }
-
-    #[test]
-    #[should_panic(expected = "too deep")]
-    fn a_step_too_many_in_flight_is_noticed() {
-        let mut executor = FakeExecutor::new(CAPACITY, 10);
-        for number in 1..=3 {
-            executor.launch(&step(number, 0, 0, &[1], &[0])).unwrap();
-        }
-    }
 }
