@@ -300,8 +300,9 @@ class Engine:
     def close(self) -> None:
         """End every request at once, stop the threads and give the memory back.
 
-        It waits up to two seconds for the step that runs. One that takes longer, as a long prompt's
-        may on the CPU, is left to itself: its threads and memory go when it ends.
+        It waits up to two seconds for the step that runs, and for handlers of the log. A step that
+        takes longer, as a long prompt's may on the CPU, is left to itself: its threads and memory
+        go when it ends.
         """
         self._native.close()
         self._close.detach()

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::output_thread::{self, Output, Registered};
 use crate::stream::{Mailbox, RequestStream};
 
-/// How long [`Engine::close`] waits for a step that does not end.
+/// How long [`Engine::close`] waits for a step, or a handler of the log, that does not end.
 const CLOSE_GRACE: Duration = Duration::from_secs(2);
 
 /// A prompt.
@@ -56,8 +56,8 @@ pub struct Engine {
 struct Threads {
     engine: JoinHandle<()>,
     output: JoinHandle<()>,
-    /// Disconnected when the engine thread is about to end.
-    engine_done: Receiver<()>,
+    /// Disconnected when both are about to end.
+    done: Receiver<()>,
 }
 
 impl Engine {
@@ -90,7 +90,8 @@ impl Engine {
         let (commands, command_receiver) = unbounded();
         let (outputs, output_receiver) = unbounded();
         let (ready, outcome) = unbounded();
-        let (done, engine_done) = unbounded();
+        let (engine_done, done) = unbounded::<()>();
+        let output_done = engine_done.clone();
         let stats = Arc::new(Mutex::new(SchedulerStats::default()));
         let channels = Channels {
             commands: command_receiver,
@@ -110,7 +111,7 @@ impl Engine {
                 }
                 Err(error) => drop(ready.send(Err(error))),
             }
-            drop(done);
+            drop(engine_done);
         };
         let engine = thread::Builder::new().name("nano-engine".into()).spawn(engine_main)?;
         let Ok(loaded) = outcome.recv() else {
@@ -122,7 +123,10 @@ impl Engine {
         };
         let (capacity, model) = loaded?;
         let abort = commands.clone();
-        let output_main = move || output_thread::run(&output_receiver, &abort);
+        let output_main = move || {
+            output_thread::run(&output_receiver, &abort);
+            drop(output_done);
+        };
         let output = thread::Builder::new().name("nano-output".into()).spawn(output_main)?;
         let limits = RequestLimits {
             vocab_size: model.vocab_size,
@@ -136,7 +140,7 @@ impl Engine {
             commands,
             outputs,
             own_threads: [engine.thread().id(), output.thread().id()],
-            threads: Mutex::new(Some(Threads { engine, output, engine_done })),
+            threads: Mutex::new(Some(Threads { engine, output, done })),
             is_closed: AtomicBool::new(false),
             next_request: Mutex::new(0),
             limits,
@@ -282,8 +286,9 @@ impl Engine {
     }
 
     /// Ends every stream with [`Error::EngineClosed`] at once, then waits up to two seconds for the
-    /// step in flight and gives all memory back. A step that takes longer is left to itself, and its
-    /// thread gives the memory back when it ends. Calling it again does nothing.
+    /// step in flight and for the log's handlers, and gives all memory back. A step that takes longer
+    /// is left to itself, and its thread gives the memory back when it ends. Calling it again does
+    /// nothing.
     pub fn close(&self) {
         self.is_closed.store(true, Ordering::Release);
         if std::process::id() != self.owner {
@@ -300,15 +305,19 @@ impl Engine {
         // Held, so that whoever closes it too waits as well.
         let mut threads = self.threads.lock();
         let Some(threads) = threads.take() else { return };
-        let _ = threads.output.join();
-        match threads.engine_done.recv_timeout(CLOSE_GRACE) {
-            Err(RecvTimeoutError::Timeout) => {
+        match threads.done.recv_timeout(CLOSE_GRACE) {
+            Err(RecvTimeoutError::Timeout) if threads.output.is_finished() => {
                 tracing::warn!(
                     "a step runs {CLOSE_GRACE:?} after the engine was closed: memory comes back \
                      when it ends"
                 );
             }
-            Ok(()) | Err(RecvTimeoutError::Disconnected) => drop(threads.engine.join()),
+            // The handler that holds the output thread would hold this one, too.
+            Err(RecvTimeoutError::Timeout) => {}
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => {
+                let _ = threads.engine.join();
+                let _ = threads.output.join();
+            }
         }
     }
 }

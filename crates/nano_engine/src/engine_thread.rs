@@ -38,9 +38,7 @@ pub(crate) fn run<E: Executor>(core: EngineCore<E>, channels: &Channels) {
         Ok(Err(error)) => error.to_string(),
         Err(panic) => format!("a step panicked: {}", panic_message(panic.as_ref())),
     };
-    // Readers first: a handler of the log may take its time, or close the engine.
-    let _ = channels.outputs.send(Output::Failed { message: message.clone() });
-    tracing::error!("the engine has failed: {message}");
+    let _ = channels.outputs.send(Output::Failed { message });
 }
 
 fn serve<E: Executor>(mut core: EngineCore<E>, channels: &Channels) -> Result<()> {
