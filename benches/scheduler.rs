@@ -122,9 +122,7 @@ fn bench(criterion: &mut Criterion) {
                 || (scheduler(case), Some(answer(&step))),
                 |(scheduler, output)| {
                     let step = scheduler.schedule();
-                    let masks = scheduler.token_masks(&step);
-                    let events = scheduler.update(&step, output.take().unwrap_or_default());
-                    (masks, events.unwrap())
+                    scheduler.update(&step, output.take().unwrap_or_default()).unwrap()
                 },
                 BatchSize::PerIteration,
             );

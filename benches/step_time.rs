@@ -1,6 +1,6 @@
 //! Times of one step with random weights: `cargo run --release -p nano_model --example step_time`,
 //! with the directory of a `config.json` if it shall not be the model below. Prints milliseconds:
-//! the median of forward, of sampling and of both, and the quickest step.
+//! the median of launches and of steps, and the quickest step.
 #![expect(clippy::print_stdout, reason = "a table is what this program is for")]
 
 use std::error::Error;
@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use nano_core::step::{LogitRows, ScheduledSequence, TokenMasks, TokenSource};
+use nano_core::step::{LogitRows, ScheduledSequence, TokenSource};
 use nano_core::{BlockId, Executor, SamplingParams, ScheduleOutput, SequenceId, TokenId};
 use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
 
@@ -39,6 +39,7 @@ fn step(num_sequences: u32, computed: u32, scheduled: u32, temperature: f32) -> 
             num_scheduled_tokens: scheduled,
             block_table: table,
             logit_rows: LogitRows::Last(1),
+            banned: None,
             params: Arc::clone(&params),
             seed: index.into(),
         });
@@ -58,20 +59,16 @@ fn time(
     step: &ScheduleOutput,
     num_runs: usize,
 ) -> Result<(), Box<dyn Error>> {
-    let (mut launches, mut samples, mut steps) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut launches, mut steps) = (Vec::new(), Vec::new());
     for _ in 0..num_runs {
         let start = Instant::now();
         executor.launch(step)?;
         launches.push(start.elapsed().as_secs_f64() * 1e3);
-        let half_way = Instant::now();
-        executor.sample(&TokenMasks::default())?;
         executor.collect()?;
-        samples.push(half_way.elapsed().as_secs_f64() * 1e3);
         steps.push(start.elapsed().as_secs_f64() * 1e3);
     }
-    let (launch, sample) = (median(&mut launches), median(&mut samples));
-    let (step, best) = (median(&mut steps), steps[0]);
-    println!("{name:40} {launch:8.2} {sample:8.2} {step:8.2} {best:8.2}");
+    let (launch, step, best) = (median(&mut launches), median(&mut steps), steps[0]);
+    println!("{name:40} {launch:8.2} {step:8.2} {best:8.2}");
     Ok(())
 }
 
@@ -108,7 +105,7 @@ fn run(dir: &Path) -> Result<(), Box<dyn Error>> {
     let (mut executor, info) = nano_model::load(dir, &options)?;
     let mib = info.packed_bytes >> 20;
     println!("{} of {mib} MiB, made in {:.2} s", info.dtype, start.elapsed().as_secs_f64());
-    println!("{:40} {:>8} {:>8} {:>8} {:>8}", "milliseconds", "forward", "sample", "step", "best");
+    println!("{:40} {:>8} {:>8} {:>8}", "milliseconds", "launch", "step", "best");
     let cases = [
         ("decode, 1 row, context 100", step(1, 99, 1, 0.0), 60),
         ("decode, 1 row, context 1000", step(1, 999, 1, 0.0), 60),

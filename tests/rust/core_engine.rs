@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use nano_core::step::{StepOutput, TokenMasks};
+use nano_core::step::StepOutput;
 use nano_core::{
     Capacity, EngineCore, Error, Executor, FinishReason, Request, RequestId, RequestKind,
     RequestLimits, Result, SamplingParams, ScheduleOutput, SchedulerConfig, TokenId,
@@ -183,10 +183,6 @@ impl Executor for Noting {
         let chunk = (step.num_prompt_tokens > 0).then_some(step.num_prompt_tokens);
         self.chunks.borrow_mut().extend(chunk);
         self.fake.launch(step)
-    }
-
-    fn sample(&mut self, masks: &TokenMasks) -> Result<()> {
-        self.fake.sample(masks)
     }
 
     fn collect(&mut self) -> Result<StepOutput> {

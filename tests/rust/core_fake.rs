@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nano_core::step::{LogitRows, ScheduledSequence, TokenMasks, TokenSource};
+use nano_core::step::{LogitRows, ScheduledSequence, TokenSource};
 use nano_core::{BlockId, Capacity, Executor, ScheduleOutput, SequenceId, TokenId};
 
 use crate::fake_executor::FakeExecutor;
@@ -25,6 +25,7 @@ fn step(number: u64, sequence: u64, first: u32, ids: &[u32], table: &[u32]) -> S
             num_scheduled_tokens: ids.len() as u32,
             block_table: 0..table.len() as u32,
             logit_rows: LogitRows::Last(1),
+            banned: None,
             params: Arc::default(),
             seed: 0,
         }],
@@ -38,7 +39,6 @@ fn step(number: u64, sequence: u64, first: u32, ids: &[u32], table: &[u32]) -> S
 
 fn sampled(executor: &mut FakeExecutor, step: &ScheduleOutput) -> Vec<TokenId> {
     executor.launch(step).unwrap();
-    executor.sample(&TokenMasks::default()).unwrap();
     executor.collect().unwrap().rows[0].tokens.to_vec()
 }
 

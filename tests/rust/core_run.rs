@@ -85,7 +85,6 @@ impl Run {
         self.scheduler.check_invariants();
         if !step.sequences.is_empty() {
             self.executor.launch(&step).unwrap();
-            self.executor.sample(&self.scheduler.token_masks(&step)).unwrap();
             self.in_flight.push_back(step.clone());
         }
         step

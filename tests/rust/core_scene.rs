@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
-use nano_core::step::{LogitRows, ScheduledSequence, StepOutput, TokenMasks, TokenSource};
+use nano_core::step::{LogitRows, ScheduledSequence, StepOutput, TokenSource};
 use nano_core::{
     Capacity, EngineCore, Error, Executor, FinishReason, Request, RequestId, RequestKind,
     RequestLimits, SamplingParams, ScheduleOutput, SchedulerConfig, TokenEvent, TokenId,
@@ -200,6 +200,7 @@ impl Watched {
         let num_chunks = of(|s| s.logit_rows == LogitRows::None);
         let num_single = of(|s| s.logit_rows == LogitRows::Last(1) && s.num_scheduled_tokens == 1);
         let num_named = of(|s| matches!(s.tokens, TokenSource::PreviousStep { .. }));
+        count(&self.mix, "rows with bans", of(|s| s.banned.is_some()));
         count(&self.mix, "prompt chunks without a sample", num_chunks);
         count(&self.mix, "tokens named before they were seen", num_named);
         count(
@@ -221,11 +222,6 @@ impl Executor for Watched {
         self.count(step);
         self.last_step = step.step;
         self.fake.launch(step)
-    }
-
-    fn sample(&mut self, masks: &TokenMasks) -> nano_core::Result<()> {
-        count(&self.mix, "rows with bans", masks.banned.len() as u64);
-        self.fake.sample(masks)
     }
 
     fn collect(&mut self) -> nano_core::Result<StepOutput> {

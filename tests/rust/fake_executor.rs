@@ -10,9 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use nano_core::step::{
-    LogitRows, SampledRow, ScheduledSequence, StepOutput, TokenMasks, TokenSource,
-};
+use nano_core::step::{LogitRows, SampledRow, ScheduledSequence, StepOutput, TokenSource};
 use nano_core::{BlockId, Capacity, Error, Executor, Result, ScheduleOutput, SequenceId, TokenId};
 
 /// What goes wrong, and at which step.
@@ -156,26 +154,19 @@ impl Executor for FakeExecutor {
             }
             let context =
                 (0..scheduled.context_len()).map(|p| self.slots[self.slot(step, scheduled, p)]);
-            sampled.push(next_token(context, self.vocab_size));
+            let mut token = next_token(context, self.vocab_size);
+            while scheduled.banned.as_ref().is_some_and(|banned| banned.contains(&token)) {
+                token.0 = (token.0 + 1) % self.vocab_size;
+            }
+            sampled.push(token);
             let wants_logits = scheduled.logit_rows == LogitRows::All;
             logits.push(
                 wants_logits.then(|| inputs.iter().flat_map(|&t| self.logits_of(t)).collect()),
             );
         }
         assert_eq!(num_tokens, step.num_tokens, "the step's tokens are miscounted");
+        self.previous_sampled.clone_from(&sampled);
         self.in_flight.push_back(InFlight { step: step.clone(), sampled, logits });
-        Ok(())
-    }
-
-    fn sample(&mut self, masks: &TokenMasks) -> Result<()> {
-        let Some(newest) = self.in_flight.back_mut() else { return Ok(()) };
-        for banned in &masks.banned {
-            let token = &mut newest.sampled[banned.row as usize];
-            while banned.token_ids.contains(token) {
-                token.0 = (token.0 + 1) % self.vocab_size;
-            }
-        }
-        self.previous_sampled.clone_from(&newest.sampled);
         Ok(())
     }
 

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::{io, thread};
 
 use model_fixture::{BLOCK_SIZE, model, options};
-use nano_core::step::{LogitRows, ScheduledSequence, TokenMasks, TokenSource};
+use nano_core::step::{LogitRows, ScheduledSequence, TokenSource};
 use nano_core::{BlockId, SamplingParams, ScheduleOutput, SequenceId, TokenId};
 use nano_model::{DtypeChoice, ModelOptions, load};
 
@@ -82,6 +82,7 @@ fn decode(num_sequences: u32, position: u32) -> ScheduleOutput {
             num_scheduled_tokens: 1,
             block_table: first_block..step.block_ids.len() as u32,
             logit_rows: LogitRows::Last(1),
+            banned: None,
             params: Arc::new(SamplingParams {
                 temperature: [0.0, 0.7][row as usize % 2],
                 top_k: [None, None, Some(5)][row as usize % 3],
@@ -105,7 +106,6 @@ fn warm_decode_steps_take_no_memory_but_for_their_answer() {
         let options = ModelOptions { dtype, num_blocks, num_threads, ..options() };
         let (mut executor, _) = load(dir.path(), &options).unwrap();
         wait_for_worker();
-        let masks = TokenMasks::default();
         // The first step's sequences name nothing before; the second is as long as any.
         let mut first = decode(num_sequences, 40);
         for (row, sequence) in (0..).zip(&mut first.sequences) {
@@ -114,15 +114,11 @@ fn warm_decode_steps_take_no_memory_but_for_their_answer() {
         let longest = decode(num_sequences, 40);
         for step in [&first, &longest] {
             executor.launch(step).unwrap();
-            executor.sample(&masks).unwrap();
             executor.collect().unwrap();
         }
         for position in 20..=40 {
             let step = decode(num_sequences, position);
-            let run = num_allocations(|| {
-                executor.launch(&step).unwrap();
-                executor.sample(&masks).unwrap();
-            });
+            let run = num_allocations(|| executor.launch(&step).unwrap());
             assert_eq!(run, 0, "{num_sequences} sequences at {position}");
             let mut rows = Vec::new();
             let answer = num_allocations(|| rows = executor.collect().unwrap().rows);

@@ -12,7 +12,7 @@ mod model_fixture;
 use std::collections::BTreeMap;
 
 use model_fixture::{options, write_json};
-use nano_core::step::{StepOutput, TokenMasks};
+use nano_core::step::StepOutput;
 use nano_core::{
     Capacity, EngineCore, Executor, Request, RequestId, RequestKind, RequestLimits, SamplingParams,
     ScheduleOutput, TokenId,
@@ -206,10 +206,6 @@ impl Executor for OneStep {
 
     fn launch(&mut self, step: &ScheduleOutput) -> nano_core::Result<()> {
         self.0.launch(step)
-    }
-
-    fn sample(&mut self, masks: &TokenMasks) -> nano_core::Result<()> {
-        self.0.sample(masks)
     }
 
     fn collect(&mut self) -> nano_core::Result<StepOutput> {

@@ -8,9 +8,7 @@ mod tch_backend;
 use std::sync::Arc;
 
 use model_fixture::{BLOCK_SIZE, NUM_BLOCKS, model, options, write_json};
-use nano_core::step::{
-    BannedTokens, LogitRows, SampledRow, ScheduledSequence, TokenMasks, TokenSource,
-};
+use nano_core::step::{LogitRows, SampledRow, ScheduledSequence, TokenSource};
 use nano_core::{BlockId, Error, Executor, SamplingParams, ScheduleOutput, SequenceId, TokenId};
 use nano_kernels::reference::sampling::{Sampling, sample};
 use nano_model::backend::Backend;
@@ -55,6 +53,7 @@ impl Run {
             num_scheduled_tokens: end - computed,
             block_table: table..step.block_ids.len() as u32,
             logit_rows: rows,
+            banned: None,
             params: Arc::new(self.params.clone()),
             seed: 1000 + u64::from(self.number),
         });
@@ -62,9 +61,8 @@ impl Run {
     }
 }
 
-fn run(executor: &mut dyn Executor, step: &ScheduleOutput, masks: &TokenMasks) -> Vec<SampledRow> {
+fn run(executor: &mut dyn Executor, step: &ScheduleOutput) -> Vec<SampledRow> {
     executor.launch(step).unwrap();
-    executor.sample(masks).unwrap();
     let rows = executor.collect().unwrap().rows;
     let asked = step.sequences.iter().filter(|it| it.logit_rows != LogitRows::None);
     assert!(asked.clone().count() == rows.len());
@@ -79,7 +77,7 @@ fn logits(executor: &mut dyn Executor, sequence: &Run, ends: &[u32]) -> Vec<f32>
     for &end in ends {
         let mut step = ScheduleOutput::default();
         sequence.schedule(&mut step, computed, end, LogitRows::All);
-        let rows = run(executor, &step, &TokenMasks::default());
+        let rows = run(executor, &step);
         logits.extend_from_slice(rows[0].logits.as_ref().unwrap());
         computed = end;
     }
@@ -115,12 +113,12 @@ fn neighbours_in_a_batch_change_nothing() {
     let mut before = ScheduleOutput::default();
     first.schedule(&mut before, 0, 29, LogitRows::None);
     third.schedule(&mut before, 0, 7, LogitRows::None);
-    assert!(run(&mut *executor, &before, &TokenMasks::default()).is_empty());
+    assert!(run(&mut *executor, &before).is_empty());
     let mut step = ScheduleOutput::default();
     first.schedule(&mut step, 29, 30, LogitRows::All);
     second.schedule(&mut step, 0, 9, LogitRows::All);
     third.schedule(&mut step, 7, 18, LogitRows::All);
-    let rows = run(&mut *executor, &step, &TokenMasks::default());
+    let rows = run(&mut *executor, &step);
     for ((row, alone), skipped) in rows.iter().zip(&alone).zip([29, 0, 7]) {
         assert_close(row.logits.as_ref().unwrap(), &alone[skipped * VOCAB_SIZE..], BOUND);
     }
@@ -149,7 +147,7 @@ fn tokens_are_sampled_from_the_last_row_as_the_reference_does() {
         sequence.params = SamplingParams { temperature, top_k: Some(9), ..sequence.params };
         let mut step = ScheduleOutput::default();
         sequence.schedule(&mut step, 0, 21, LogitRows::Last(1));
-        let rows = run(&mut *executor, &step, &TokenMasks::default());
+        let rows = run(&mut *executor, &step);
         let sampling = Sampling {
             temperature,
             top_k: Some(9),
@@ -172,11 +170,11 @@ fn banned_tokens_are_never_sampled_and_others_are_not_banned() {
     for sequence in &sequences {
         sequence.schedule(&mut step, 0, 5, LogitRows::Last(1));
     }
-    let free = run(&mut *executor, &step, &TokenMasks::default());
+    let free = run(&mut *executor, &step);
     let best = free[1].tokens[0];
     // A token outside the vocabulary is nothing to ban.
-    let banned = BannedTokens { row: 1, token_ids: Arc::from([best, TokenId(9999)]) };
-    let masked = run(&mut *executor, &step, &TokenMasks { banned: vec![banned] });
+    step.sequences[1].banned = Some(Arc::from([best, TokenId(9999)]));
+    let masked = run(&mut *executor, &step);
     assert_eq!(masked[0].tokens, free[0].tokens);
     assert_ne!(masked[1].tokens[0], best);
 }
@@ -189,18 +187,18 @@ fn a_token_may_come_from_the_step_before() {
     let mut step = ScheduleOutput::default();
     Run::new(0, 3).schedule(&mut step, 0, 3, LogitRows::None);
     sequence.schedule(&mut step, 0, 6, LogitRows::Last(1));
-    let token = run(&mut *executor, &step, &TokenMasks::default())[0].tokens[0];
+    let token = run(&mut *executor, &step)[0].tokens[0];
     sequence.tokens.push(token.0);
     let mut step = ScheduleOutput::default();
     sequence.schedule(&mut step, 6, 7, LogitRows::All);
-    let from_host = run(&mut *executor, &step, &TokenMasks::default());
+    let from_host = run(&mut *executor, &step);
     // The same again, with the token named by the row that sampled it.
     let mut before = ScheduleOutput::default();
     Run::new(0, 3).schedule(&mut before, 0, 3, LogitRows::None);
     sequence.schedule(&mut before, 0, 6, LogitRows::Last(1));
-    run(&mut *executor, &before, &TokenMasks::default());
+    run(&mut *executor, &before);
     step.sequences[0].tokens = TokenSource::PreviousStep { row: 1 };
-    let from_step = run(&mut *executor, &step, &TokenMasks::default());
+    let from_step = run(&mut *executor, &step);
     assert_eq!(from_step[0].logits, from_host[0].logits);
 }
 
@@ -216,7 +214,7 @@ fn logits_that_are_no_numbers_end_their_own_request() {
     let (mut executor, _) = load(dir.path(), &options()).unwrap();
     let mut step = ScheduleOutput::default();
     Run::new(0, 3).schedule(&mut step, 0, 3, LogitRows::Last(1));
-    let rows = run(&mut *executor, &step, &TokenMasks::default());
+    let rows = run(&mut *executor, &step);
     assert_eq!(rows[0].error, Some(Error::LogitsNotFinite { position: 3 }));
 }
 
@@ -229,7 +227,7 @@ fn the_whole_agrees_with_libtorch() {
     for sequence in &sequences {
         sequence.schedule(&mut step, 0, sequence.tokens.len() as u32, LogitRows::All);
     }
-    let rows = run(&mut *executor, &step, &TokenMasks::default());
+    let rows = run(&mut *executor, &step);
     let found: Vec<f32> = rows.into_iter().flat_map(|row| row.logits.unwrap()).collect();
 
     let make = |spec, dtype, num_blocks, block_size| {

@@ -70,7 +70,6 @@ impl<E: Executor> EngineCore<E> {
             tracing::debug!(step = step.step, tokens = step.num_tokens, sequences, preempted);
             let start = Instant::now();
             self.executor.launch(&step)?;
-            self.executor.sample(&self.scheduler.token_masks(&step))?;
             self.in_flight.push_back((step, start));
         }
         if launched && self.in_flight.len() < self.max_steps_in_flight {
@@ -106,7 +105,7 @@ mod tests {
     use crate::ids::TokenId;
     use crate::request::{RequestKind, RequestLimits};
     use crate::sampling_params::SamplingParams;
-    use crate::step::{StepOutput, TokenMasks};
+    use crate::step::StepOutput;
 
     /// Gives no answer.
     #[derive(Debug)]
@@ -118,10 +117,6 @@ mod tests {
         }
 
         fn launch(&mut self, _step: &ScheduleOutput) -> Result<()> {
-            Ok(())
-        }
-
-        fn sample(&mut self, _masks: &TokenMasks) -> Result<()> {
             Ok(())
         }
 

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use crate::error::Result;
-use crate::step::{ScheduleOutput, StepOutput, TokenMasks};
+use crate::step::{ScheduleOutput, StepOutput};
 
 /// What an executor has room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,19 +19,15 @@ pub struct Capacity {
 /// Runs steps. Steps are launched ahead and collected in order, so that the host prepares step
 /// n + 1 while step n runs.
 ///
-/// For each step the engine calls `launch`, then `sample`, and later `collect`; at most
-/// [`Capacity::max_steps_in_flight`] steps are launched and not collected. An error ends the
+/// At most [`Capacity::max_steps_in_flight`] steps are launched and not collected. An error ends the
 /// engine: what the device holds is unknown after it. An executor is built, used and dropped on
 /// the engine thread.
 pub trait Executor: Debug {
     /// Fixed for the executor's life.
     fn capacity(&self) -> Capacity;
 
-    /// Starts the forward pass of `step` and does not wait for it.
+    /// Starts the forward pass and the sampling of `step`.
     fn launch(&mut self, step: &ScheduleOutput) -> Result<()>;
-
-    /// Starts the sampling of the step launched last; masks may be worked out while it runs.
-    fn sample(&mut self, masks: &TokenMasks) -> Result<()>;
 
     /// Waits for the oldest step in flight.
     fn collect(&mut self) -> Result<StepOutput>;
@@ -44,10 +40,6 @@ impl<E: Executor + ?Sized> Executor for Box<E> {
 
     fn launch(&mut self, step: &ScheduleOutput) -> Result<()> {
         (**self).launch(step)
-    }
-
-    fn sample(&mut self, masks: &TokenMasks) -> Result<()> {
-        (**self).sample(masks)
     }
 
     fn collect(&mut self) -> Result<StepOutput> {

@@ -27,8 +27,8 @@ use crate::sequence::{InFlightToken, Sequence};
 pub use pace::Pace;
 
 use crate::step::{
-    BannedTokens, FinishReason, LogitRows, SampledRow, ScheduleOutput, ScheduledSequence,
-    StepOutput, TokenEvent, TokenMasks, TokenSource,
+    FinishReason, LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput, TokenEvent,
+    TokenSource,
 };
 
 /// The limits of one step.
@@ -262,28 +262,6 @@ impl Scheduler {
         sequence.num_uncomputed_tokens().min(budget)
     }
 
-    /// What may not be sampled in `step`, the step scheduled last.
-    pub fn token_masks(&self, step: &ScheduleOutput) -> TokenMasks {
-        let mut masks = TokenMasks::default();
-        for (row, scheduled) in step.sequences.iter().enumerate() {
-            let samples = matches!(scheduled.logit_rows, LogitRows::Last(_));
-            if !samples || scheduled.params.min_tokens == 0 {
-                continue;
-            }
-            let Some(sequence) = self.find_running(scheduled.sequence) else { continue };
-            if sequence.newest_in_flight_is_before_min_tokens() {
-                let token_ids = Arc::clone(&sequence.banned_before_min_tokens);
-                masks.banned.push(BannedTokens { row: row as u32, token_ids });
-            }
-        }
-        masks
-    }
-
-    fn find_running(&self, id: SequenceId) -> Option<&Sequence> {
-        let index = self.running.binary_search_by_key(&id, |sequence| sequence.id).ok()?;
-        Some(&self.running[index])
-    }
-
     /// Takes the results of `step`, the oldest one in flight: appends tokens, ends sequences,
     /// frees blocks.
     ///
@@ -393,6 +371,7 @@ fn push_scheduled(step: &mut ScheduleOutput, sequence: &mut Sequence, num_tokens
         (false, true) => LogitRows::Last(1),
         (false, false) => LogitRows::None,
     };
+    let is_banned = logit_rows == LogitRows::Last(1) && sequence.is_before_min_tokens();
     step.sequences.push(ScheduledSequence {
         sequence: sequence.id,
         tokens,
@@ -400,6 +379,7 @@ fn push_scheduled(step: &mut ScheduleOutput, sequence: &mut Sequence, num_tokens
         num_scheduled_tokens: num_tokens,
         block_table: extend_range(&mut step.block_ids, &sequence.block_table),
         logit_rows,
+        banned: is_banned.then(|| Arc::clone(&sequence.banned_before_min_tokens)),
         params: Arc::clone(&sequence.params),
         seed: sequence.seed,
     });

@@ -93,9 +93,9 @@ impl Sequence {
         self.num_output_tokens() > 0 && self.num_uncomputed_tokens() == 1
     }
 
-    /// Whether an end-of-sequence or stop token may not be chosen as the token in flight.
-    pub fn newest_in_flight_is_before_min_tokens(&self) -> bool {
-        self.num_output_tokens() <= self.params.min_tokens
+    /// Whether an end-of-sequence or stop token may not be chosen as the next token.
+    pub fn is_before_min_tokens(&self) -> bool {
+        self.num_output_tokens() < self.params.min_tokens
     }
 
     /// Appends a token that was in flight; returns the reason if it is the last one.
@@ -229,8 +229,8 @@ mod tests {
     fn the_bans_hold_for_the_first_min_tokens_tokens() {
         let mut sequence = generate(SamplingParams { min_tokens: 2, ..SamplingParams::default() });
         for expected in [true, true, false] {
+            assert_eq!(sequence.is_before_min_tokens(), expected);
             launch(&mut sequence);
-            assert_eq!(sequence.newest_in_flight_is_before_min_tokens(), expected);
         }
     }
 

@@ -49,6 +49,8 @@ pub struct ScheduledSequence {
     pub block_table: Range<u32>,
     /// Which rows of logits are needed.
     pub logit_rows: LogitRows,
+    /// What may not be chosen as the next token, if anything.
+    pub banned: Option<Arc<[TokenId]>>,
     /// How the next token is chosen.
     pub params: Arc<SamplingParams>,
     /// The key of the sequence's noise.
@@ -98,22 +100,6 @@ pub struct ScheduleOutput {
     pub num_prompt_tokens: u32,
     /// Sequences that lost their blocks to make room for this step.
     pub num_preempted: u32,
-}
-
-/// Tokens that may not be sampled in a step.
-#[derive(Clone, Debug, Default)]
-pub struct TokenMasks {
-    /// One entry for each sequence with banned tokens, in the order of the step's sequences.
-    pub banned: Vec<BannedTokens>,
-}
-
-/// The banned tokens of one scheduled sequence.
-#[derive(Clone, Debug)]
-pub struct BannedTokens {
-    /// Index into [`ScheduleOutput::sequences`].
-    pub row: u32,
-    /// What may not be chosen.
-    pub token_ids: Arc<[TokenId]>,
 }
 
 /// What the executor hands back for one scheduled sequence that asked for logits.
@@ -175,6 +161,7 @@ mod tests {
             num_scheduled_tokens: 3,
             block_table: 0..2,
             logit_rows,
+            banned: None,
             params: Arc::default(),
             seed: 0,
         }

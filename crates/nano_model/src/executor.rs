@@ -5,9 +5,7 @@ pub mod cuda;
 use std::ops::Range;
 
 use nano_core::executor::{Capacity, Executor};
-use nano_core::step::{
-    LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput, TokenMasks,
-};
+use nano_core::step::{LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput};
 use nano_core::{Error as CoreError, TokenId};
 use nano_kernels::cpu::Element;
 use nano_kernels::cpu::sampling::sample;
@@ -75,26 +73,23 @@ impl<E: Element> CpuExecutor<E> {
         let logits = forward(&mut self.backend, &self.model, &prepared)?;
         self.backend.to_host(logits, &mut self.logits)?;
         self.sequences.clone_from(&step.sequences);
+        self.sample_rows();
         Ok(())
     }
 
-    fn sample_rows(&mut self, masks: &TokenMasks) {
+    fn sample_rows(&mut self) {
         let Self { sequences, logits, draws, vocab_size, .. } = self;
         let vocab_size = *vocab_size;
         draws.resize_with(sequences.len().max(draws.len()), Draw::default);
-        let mut banned = masks.banned.iter().peekable();
         let mut start = 0;
-        for (row, (scheduled, draw)) in sequences.iter().zip(&mut *draws).enumerate() {
+        for (scheduled, draw) in sequences.iter().zip(&mut *draws) {
             draw.logits = start..start + num_logit_rows(scheduled) as usize * vocab_size;
             draw.token = None;
             start = draw.logits.end;
-            while let Some(mask) = banned.next_if(|mask| mask.row as usize <= row) {
-                let is_mine = mask.row as usize == row && !draw.logits.is_empty();
-                for token in mask.token_ids.iter().filter(|_| is_mine) {
-                    let last = &mut logits[draw.logits.end - vocab_size..draw.logits.end];
-                    if let Some(logit) = last.get_mut(token.0 as usize) {
-                        *logit = f32::NEG_INFINITY;
-                    }
+            for token in scheduled.banned.iter().flat_map(|banned| &**banned) {
+                let last = &mut logits[draw.logits.end - vocab_size..draw.logits.end];
+                if let Some(logit) = last.get_mut(token.0 as usize) {
+                    *logit = f32::NEG_INFINITY;
                 }
             }
         }
@@ -155,11 +150,6 @@ impl<E: Element> Executor for CpuExecutor<E> {
 
     fn launch(&mut self, step: &ScheduleOutput) -> nano_core::Result<()> {
         self.run(step).map_err(|error| failed(&error))
-    }
-
-    fn sample(&mut self, masks: &TokenMasks) -> nano_core::Result<()> {
-        self.sample_rows(masks);
-        Ok(())
     }
 
     fn collect(&mut self) -> nano_core::Result<StepOutput> {

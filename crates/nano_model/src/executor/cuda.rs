@@ -9,9 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use nano_core::executor::{Capacity, Executor};
-use nano_core::step::{
-    LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput, TokenMasks,
-};
+use nano_core::step::{LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput};
 use nano_core::{Error as CoreError, SequenceId, TokenId};
 use nano_kernels::cuda::sampling::{NO_TOKEN, RowSampling};
 use nano_kernels::cuda::{Error as CudaError, Graph};
@@ -111,7 +109,7 @@ impl CudaExecutor {
         };
         self.previous = rows.iter().map(chosen).collect();
         self.in_flight.push_back(InFlight { step: launched, rows, logits, answer });
-        Ok(())
+        self.sample_step(step)
     }
 
     /// How a step runs, and what each of its sequences gets.
@@ -156,13 +154,12 @@ impl CudaExecutor {
         (StepInput { batch, sampling, graph_rows, keeps_logits }, rows)
     }
 
-    fn sample_step(&mut self, masks: &TokenMasks) -> Result<()> {
+    fn sample_step(&mut self, step: &ScheduleOutput) -> Result<()> {
         let flight = self.in_flight.back_mut().ok_or_else(|| broken("no step was launched"))?;
         let mut banned = Vec::new();
-        for mask in &masks.banned {
-            if let Some(Row { wanted: Wanted::Token(at), .. }) = flight.rows.get(mask.row as usize)
-            {
-                banned.extend(mask.token_ids.iter().flat_map(|token| [*at as u32, token.0]));
+        for (row, scheduled) in flight.rows.iter().zip(&step.sequences) {
+            if let (Wanted::Token(at), Some(tokens)) = (&row.wanted, &scheduled.banned) {
+                banned.extend(tokens.iter().flat_map(|token| [*at as u32, token.0]));
             }
         }
         self.backend.sample(&flight.step, &banned, &mut flight.answer)
@@ -217,10 +214,6 @@ impl Executor for CudaExecutor {
 
     fn launch(&mut self, step: &ScheduleOutput) -> nano_core::Result<()> {
         self.launch_step(step).map_err(|error| failed(&error))
-    }
-
-    fn sample(&mut self, masks: &TokenMasks) -> nano_core::Result<()> {
-        self.sample_step(masks).map_err(|error| failed(&error))
     }
 
     fn collect(&mut self) -> nano_core::Result<StepOutput> {
