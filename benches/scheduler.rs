@@ -8,12 +8,11 @@
 use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use nano_core::step::{LogitRows, SampledRow, StepOutput};
+use nano_core::step::{LogitRows, RowAnswer, SampledRow, StepOutput};
 use nano_core::{
     Capacity, Request, RequestId, RequestKind, RequestLimits, SamplingParams, ScheduleOutput,
     Scheduler, SchedulerConfig, TokenId,
 };
-use smallvec::smallvec;
 
 const NUM_SEQUENCES: u32 = 256;
 const CONTEXT_LEN: u32 = 512;
@@ -80,9 +79,7 @@ fn answer(step: &ScheduleOutput) -> StepOutput {
     let sampled = step.sequences.iter().filter(|s| s.logit_rows != LogitRows::None);
     let row = sampled.map(|scheduled| SampledRow {
         sequence: scheduled.sequence,
-        tokens: smallvec![TokenId(7)],
-        logits: None,
-        error: None,
+        answer: RowAnswer::Token(TokenId(7)),
     });
     StepOutput { rows: row.collect() }
 }

@@ -38,7 +38,7 @@ fn step(num_sequences: u32, computed: u32, scheduled: u32, temperature: f32) -> 
             num_computed_tokens: computed,
             num_scheduled_tokens: scheduled,
             block_table: table,
-            logit_rows: LogitRows::Last(1),
+            logit_rows: LogitRows::Last,
             banned: None,
             params: Arc::clone(&params),
             seed: index.into(),

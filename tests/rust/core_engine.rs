@@ -23,9 +23,9 @@ fn fake(depth: u32, num_blocks: u32) -> FakeExecutor {
     FakeExecutor::new(capacity, VOCAB_SIZE)
 }
 
-fn engine(executor: FakeExecutor) -> EngineCore<FakeExecutor> {
+fn engine(executor: FakeExecutor) -> EngineCore {
     let config = SchedulerConfig { max_num_seqs: 4, max_num_batched_tokens: 8, max_itl: None };
-    EngineCore::new(config, executor).unwrap()
+    EngineCore::new(config, Box::new(executor)).unwrap()
 }
 
 fn prompt(id: u64) -> Vec<TokenId> {
@@ -57,14 +57,14 @@ fn continuation(id: u64, num_tokens: usize) -> Vec<TokenId> {
 const MAX_STEPS: usize = 200;
 
 /// Steps until nothing is left, and the tokens of every request.
-fn run<E: Executor>(engine: &mut EngineCore<E>) -> BTreeMap<u64, Vec<TokenId>> {
+fn run(engine: &mut EngineCore) -> BTreeMap<u64, Vec<TokenId>> {
     let mut tokens: BTreeMap<u64, Vec<TokenId>> = BTreeMap::new();
     for _ in 0..MAX_STEPS {
         if engine.is_idle() {
             return tokens;
         }
         for event in engine.step().unwrap() {
-            tokens.entry(event.request.0).or_default().extend(event.tokens);
+            tokens.entry(event.request.0).or_default().extend(event.token);
         }
         engine.check_invariants();
     }
@@ -109,7 +109,7 @@ fn the_row_after_a_stop_token_is_computed_in_vain_and_its_block_comes_back() {
     engine.add(request(0, SamplingParams { stop_token_ids, ..SamplingParams::default() }));
     assert!(engine.step().unwrap().is_empty());
     let [event] = &engine.step().unwrap()[..] else { panic!("one event") };
-    assert_eq!(event.tokens[..], expected);
+    assert_eq!(event.token.as_slice(), expected);
     assert_eq!(event.finish, Some(FinishReason::Stop(Some(expected[0]))));
     // The step in flight names four blocks.
     assert!(!engine.is_idle());
@@ -197,7 +197,7 @@ fn chunks(depth: u32, max_itl: Option<Duration>) -> Vec<u32> {
     let fake = fake(depth, 1000).with_step_time(Duration::from_millis(3));
     let chunks = Rc::default();
     let noting = Noting { fake, chunks: Rc::clone(&chunks) };
-    let mut engine = EngineCore::new(config, noting).unwrap();
+    let mut engine = EngineCore::new(config, Box::new(noting)).unwrap();
     engine.add(generate(0, 60));
     assert!(engine.step().unwrap().len() <= 1);
     engine.add(generate(600, 2));
@@ -227,6 +227,6 @@ fn a_prompt_gets_less_of_each_step_that_is_too_long_and_more_of_one_that_is_not(
 #[test]
 fn a_limit_of_zero_is_refused() {
     let config = SchedulerConfig { max_num_seqs: 0, max_num_batched_tokens: 1, max_itl: None };
-    let error = EngineCore::new(config, fake(1, 1)).map(|_| ()).unwrap_err();
+    let error = EngineCore::new(config, Box::new(fake(1, 1))).map(|_| ()).unwrap_err();
     assert!(matches!(error, Error::InvalidConfig { name: "max_num_seqs", .. }));
 }

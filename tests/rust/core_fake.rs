@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nano_core::step::{LogitRows, ScheduledSequence, TokenSource};
+use nano_core::step::{LogitRows, RowAnswer, ScheduledSequence, TokenSource};
 use nano_core::{BlockId, Capacity, Executor, ScheduleOutput, SequenceId, TokenId};
 
 use crate::fake_executor::FakeExecutor;
@@ -24,7 +24,7 @@ fn step(number: u64, sequence: u64, first: u32, ids: &[u32], table: &[u32]) -> S
             num_computed_tokens: first,
             num_scheduled_tokens: ids.len() as u32,
             block_table: 0..table.len() as u32,
-            logit_rows: LogitRows::Last(1),
+            logit_rows: LogitRows::Last,
             banned: None,
             params: Arc::default(),
             seed: 0,
@@ -37,9 +37,9 @@ fn step(number: u64, sequence: u64, first: u32, ids: &[u32], table: &[u32]) -> S
     }
 }
 
-fn sampled(executor: &mut FakeExecutor, step: &ScheduleOutput) -> Vec<TokenId> {
+fn sampled(executor: &mut FakeExecutor, step: &ScheduleOutput) -> RowAnswer {
     executor.launch(step).unwrap();
-    executor.collect().unwrap().rows[0].tokens.to_vec()
+    executor.collect().unwrap().rows.remove(0).answer
 }
 
 #[test]
@@ -58,7 +58,8 @@ fn chunks_in_scattered_blocks_lead_to_the_continuation() {
     sampled(&mut executor, &step(1, 0, 0, &[5, 1], &[3]));
     sampled(&mut executor, &step(2, 0, 2, &[7], &[3, 0]));
     let next = sampled(&mut executor, &step(3, 0, 3, &[2, 4], &[3, 0, 2]));
-    assert_eq!(next, FakeExecutor::continuation(&tokens(&[5, 1, 7, 2, 4]), 1, 1000));
+    let expected = FakeExecutor::continuation(&tokens(&[5, 1, 7, 2, 4]), 1, 1000)[0];
+    assert_eq!(next, RowAnswer::Token(expected));
     let wrong = sampled(&mut executor, &step(4, 0, 4, &[4], &[0, 3, 2]));
     assert_ne!(wrong, next);
 }

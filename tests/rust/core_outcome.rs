@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use nano_core::step::{LogitRows, SampledRow, StepOutput};
+use nano_core::step::{LogitRows, RowAnswer, SampledRow, StepOutput};
 use nano_core::{
     Error, Executor, FinishReason, RequestId, RequestKind, SamplingParams, SchedulerConfig, TokenId,
 };
@@ -18,7 +18,7 @@ fn an_aborted_request_frees_its_blocks_and_is_gone() {
     assert_eq!((waiting.request, waiting.finish), (RequestId(1), Some(FinishReason::Abort)));
     assert_eq!((run.stats().num_waiting, run.stats().num_free_blocks), (0, 2));
     let running = run.scheduler.abort(RequestId(0)).unwrap();
-    assert!(running.tokens.is_empty() && running.logits.is_none());
+    assert!(running.token.is_none() && running.logits.is_none());
     assert_eq!((running.request, running.finish), (RequestId(0), Some(FinishReason::Abort)));
     assert_eq!((run.stats().num_running, run.stats().num_free_blocks), (0, 4));
     assert!(run.scheduler.is_idle());
@@ -59,8 +59,7 @@ fn a_row_that_failed_ends_its_own_request() {
     let step = run.launch();
     let mut rows = run.executor.collect().unwrap().rows;
     let error = Error::LogitsNotFinite { position: 1 };
-    rows[0].tokens.clear();
-    rows[0].error = Some(error.clone());
+    rows[0].answer = RowAnswer::Error(error.clone());
     let events = run.scheduler.update(&step, StepOutput { rows }).unwrap();
     let ended: Vec<_> = events.into_iter().map(|event| (event.request.0, event.finish)).collect();
     assert_eq!(ended, [(0, Some(FinishReason::Error(error))), (1, None)]);
@@ -168,7 +167,7 @@ fn logits_of_a_chunked_prompt_arrive_row_by_row() {
         let step = run.launch();
         assert_eq!(step.sequences[0].logit_rows, LogitRows::All);
         let event = run.collect().pop().unwrap();
-        assert!(event.tokens.is_empty());
+        assert!(event.token.is_none());
         lens.push(event.logits.unwrap().len() / VOCAB_SIZE as usize);
     }
     assert_eq!(lens, [3, 3, 1]);
@@ -201,13 +200,12 @@ fn an_update_with_wrong_rows_is_an_error_and_changes_no_request() {
     let (mut scheduler, step, rows) = run();
     assert_eq!(scheduler.update(&step, StepOutput { rows }).unwrap().len(), 3);
 
-    let break_rows: [fn(&mut Vec<SampledRow>); 6] = [
+    let break_rows: [fn(&mut Vec<SampledRow>); 5] = [
         |rows| rows.truncate(2),
         |rows| rows.push(rows[2].clone()),
         |rows| rows.swap(0, 2),
-        |rows| rows[2].tokens.clear(),
-        |rows| rows[2].tokens.push(TokenId(0)),
-        |rows| rows[1].logits = None,
+        |rows| rows[2].answer = RowAnswer::Logits(vec![0.0]),
+        |rows| rows[1].answer = RowAnswer::Token(TokenId(0)),
     ];
     for (index, break_rows) in break_rows.iter().enumerate() {
         let (mut scheduler, step, mut rows) = run();

@@ -104,7 +104,7 @@ impl Run {
     fn note(&mut self, event: TokenEvent) {
         let id = event.request.0;
         assert!(!self.finished.contains_key(&id), "news of request {id}, which has ended");
-        self.tokens.entry(id).or_default().extend(event.tokens);
+        self.tokens.entry(id).or_default().extend(event.token);
         self.logits.entry(id).or_default().extend(event.logits.unwrap_or_default());
         self.finished.extend(event.finish.map(|reason| (id, reason)));
     }

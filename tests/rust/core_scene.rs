@@ -198,7 +198,7 @@ impl Watched {
             step.sequences.iter().filter(|scheduled| is(scheduled)).count() as u64
         };
         let num_chunks = of(|s| s.logit_rows == LogitRows::None);
-        let num_single = of(|s| s.logit_rows == LogitRows::Last(1) && s.num_scheduled_tokens == 1);
+        let num_single = of(|s| s.logit_rows == LogitRows::Last && s.num_scheduled_tokens == 1);
         let num_named = of(|s| matches!(s.tokens, TokenSource::PreviousStep { .. }));
         count(&self.mix, "rows with bans", of(|s| s.banned.is_some()));
         count(&self.mix, "prompt chunks without a sample", num_chunks);
@@ -242,7 +242,7 @@ struct Ticket {
 
 pub(crate) struct Scene {
     machine: Machine,
-    engine: EngineCore<Watched>,
+    engine: EngineCore,
     /// By request id.
     tickets: Vec<Ticket>,
     seeds: Rc<RefCell<Vec<Option<u64>>>>,
@@ -260,7 +260,7 @@ impl Scene {
         let (seeds, mix) = (Rc::default(), Rc::clone(mix));
         let watched =
             Watched { fake, config, last_step: 0, seeds: Rc::clone(&seeds), mix: Rc::clone(&mix) };
-        let engine = EngineCore::new(config, watched).unwrap();
+        let engine = EngineCore::new(config, Box::new(watched)).unwrap();
         Self { machine, engine, tickets: Vec::new(), seeds, mix, has_failed: false }
     }
 
@@ -331,10 +331,13 @@ impl Scene {
         let ticket = &mut self.tickets[event.request.0 as usize];
         assert!(!ticket.has_ended, "news after the end");
         let logits = event.logits.unwrap_or_default();
-        let tokens_end = ticket.num_tokens + event.tokens.len();
+        let tokens_end = ticket.num_tokens + event.token.iter().len();
         let logits_end = ticket.num_logits + logits.len();
         let expected = &ticket.expected;
-        assert_eq!(expected.tokens.get(ticket.num_tokens..tokens_end), Some(&event.tokens[..]));
+        assert_eq!(
+            expected.tokens.get(ticket.num_tokens..tokens_end),
+            Some(event.token.as_slice())
+        );
         assert_eq!(expected.logits.get(ticket.num_logits..logits_end), Some(&logits[..]));
         ticket.num_tokens = tokens_end;
         ticket.num_logits = logits_end;

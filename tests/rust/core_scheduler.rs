@@ -45,7 +45,7 @@ fn a_long_prompt_runs_in_chunks_and_samples_after_the_last() {
     let all: Vec<_> = steps.iter().flat_map(parts).collect();
     assert_eq!(all, [(0, 0, 4), (0, 4, 4), (0, 8, 2)]);
     let rows: Vec<_> = steps.iter().map(|step| step.sequences[0].logit_rows).collect();
-    assert_eq!(rows, [LogitRows::None, LogitRows::None, LogitRows::Last(1)]);
+    assert_eq!(rows, [LogitRows::None, LogitRows::None, LogitRows::Last]);
     let tables: Vec<_> = steps.iter().map(|step| step.block_ids.len()).collect();
     assert_eq!(tables, [2, 4, 5]);
     assert!(run.collect().is_empty() && run.collect().is_empty());

@@ -38,7 +38,7 @@ fn spawn(executor: FakeExecutor) -> Engine {
         num_blocks: executor.capacity().num_blocks,
         limits,
     };
-    Engine::spawn("no tokenizer".into(), None, 0, || Ok((executor, model))).unwrap()
+    Engine::spawn("no tokenizer".into(), None, 0, || Ok((Box::new(executor), model))).unwrap()
 }
 
 fn submit(engine: &Engine, first: u32, max_tokens: u32) -> RequestStream {
@@ -264,7 +264,8 @@ fn a_bad_request_is_refused_and_harms_no_other() {
 
 #[test]
 fn an_executor_that_cannot_be_built_says_why_also_by_a_panic() {
-    let spawn = |build: fn() -> nano_engine::Result<(FakeExecutor, ModelInfo)>| {
+    type Built = nano_engine::Result<(Box<dyn Executor>, ModelInfo)>;
+    let spawn = |build: fn() -> Built| {
         Engine::spawn("no tokenizer".into(), None, 0, build).unwrap_err().to_string()
     };
     let failing = || Err(nano_core::Error::ExecutorFailed { message: "no device".into() }.into());

@@ -62,7 +62,8 @@ fn closing_does_not_wait_for_a_handler_of_the_log() {
     };
     let capacity = Capacity { num_blocks: 8, block_size: 4, max_steps_in_flight: 1 };
     let executor = FakeExecutor::new(capacity, 10).with_fault(1, Fault::Error);
-    let engine = Engine::spawn("no tokenizer".into(), None, 0, || Ok((executor, model))).unwrap();
+    let engine =
+        Engine::spawn("no tokenizer".into(), None, 0, || Ok((Box::new(executor), model))).unwrap();
     let prompt = Prompt::Tokens(vec![TokenId(1)]);
     let stream = engine.submit(prompt, SamplingParams::default(), None).unwrap();
     match stream.collect(Instant::now() + MINUTE) {

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use nano_core::step::{LogitRows, SampledRow, ScheduledSequence, StepOutput, TokenSource};
+use nano_core::step::{
+    LogitRows, RowAnswer, SampledRow, ScheduledSequence, StepOutput, TokenSource,
+};
 use nano_core::{BlockId, Capacity, Error, Executor, Result, ScheduleOutput, SequenceId, TokenId};
 
 /// What goes wrong, and at which step.
@@ -190,19 +192,11 @@ impl Executor for FakeExecutor {
         let rows = rows.filter(|((scheduled, _), _)| scheduled.logit_rows != LogitRows::None);
         let rows = rows.map(|((scheduled, token), logits)| SampledRow {
             sequence: scheduled.sequence,
-            tokens: logits.is_none().then_some(token).into_iter().collect(),
-            logits,
-            error: None,
+            answer: logits.map_or(RowAnswer::Token(token), RowAnswer::Logits),
         });
         let mut rows: Vec<SampledRow> = rows.collect();
         if let (Some(Fault::Row), Some(row)) = (self.fault_at(step.step), rows.first_mut()) {
-            let error = Some(Error::LogitsNotFinite { position: 0 });
-            *row = SampledRow {
-                sequence: row.sequence,
-                tokens: [].into_iter().collect(),
-                logits: None,
-                error,
-            };
+            row.answer = RowAnswer::Error(Error::LogitsNotFinite { position: 0 });
         }
         Ok(StepOutput { rows })
     }

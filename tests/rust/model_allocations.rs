@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::{io, thread};
 
 use model_fixture::{BLOCK_SIZE, model, options};
-use nano_core::step::{LogitRows, ScheduledSequence, TokenSource};
+use nano_core::step::{LogitRows, RowAnswer, ScheduledSequence, TokenSource};
 use nano_core::{BlockId, SamplingParams, ScheduleOutput, SequenceId, TokenId};
 use nano_model::{DtypeChoice, ModelOptions, load};
 
@@ -81,7 +81,7 @@ fn decode(num_sequences: u32, position: u32) -> ScheduleOutput {
             num_computed_tokens: position,
             num_scheduled_tokens: 1,
             block_table: first_block..step.block_ids.len() as u32,
-            logit_rows: LogitRows::Last(1),
+            logit_rows: LogitRows::Last,
             banned: None,
             params: Arc::new(SamplingParams {
                 temperature: [0.0, 0.7][row as usize % 2],
@@ -124,7 +124,7 @@ fn warm_decode_steps_take_no_memory_but_for_their_answer() {
             let answer = num_allocations(|| rows = executor.collect().unwrap().rows);
             // The rows, which the scheduler keeps.
             assert_eq!((answer, rows.len()), (1, num_sequences as usize));
-            assert!(rows.iter().all(|row| row.tokens.len() == 1));
+            assert!(rows.iter().all(|row| matches!(row.answer, RowAnswer::Token(_))));
         }
     }
 }

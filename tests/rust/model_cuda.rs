@@ -85,8 +85,8 @@ fn serve(
     run(executor, &info, options, eos, requests)
 }
 
-fn run<E: Executor>(
-    executor: E,
+fn run(
+    executor: Box<dyn Executor>,
     info: &ModelInfo,
     options: &ModelOptions,
     eos: &[u32],
@@ -110,7 +110,7 @@ fn run<E: Executor>(
     while !core.is_idle() {
         for event in core.step().unwrap() {
             let answer = answers.entry(event.request.0).or_default();
-            answer.tokens.extend(event.tokens.iter().map(|token| token.0));
+            answer.tokens.extend(event.token.iter().map(|token| token.0));
             answer.logits.extend(event.logits.unwrap_or_default());
         }
     }
@@ -222,7 +222,7 @@ fn one_step_in_flight_says_what_two_do() {
     let options = ModelOptions { deterministic: true, ..gpu_options() };
     let (executor, info) = load(dir.path(), &options).unwrap();
     assert_eq!(executor.capacity().max_steps_in_flight, 2);
-    let one = run(OneStep(executor), &info, &options, &[], &mix());
+    let one = run(Box::new(OneStep(executor)), &info, &options, &[], &mix());
     assert!(one == serve(&dir, &options, &[], &mix()));
 }
 

@@ -1,6 +1,6 @@
 //! The decoder as a whole, through the executor: chunks, batches and back ends play no part in what
 //! a sequence says.
-#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test ends at the first surprise")]
 
 mod model_fixture;
 mod tch_backend;
@@ -8,7 +8,7 @@ mod tch_backend;
 use std::sync::Arc;
 
 use model_fixture::{BLOCK_SIZE, NUM_BLOCKS, model, options, write_json};
-use nano_core::step::{LogitRows, SampledRow, ScheduledSequence, TokenSource};
+use nano_core::step::{LogitRows, RowAnswer, ScheduledSequence, TokenSource};
 use nano_core::{BlockId, Error, Executor, SamplingParams, ScheduleOutput, SequenceId, TokenId};
 use nano_kernels::reference::sampling::{Sampling, sample};
 use nano_model::backend::Backend;
@@ -61,13 +61,23 @@ impl Run {
     }
 }
 
-fn run(executor: &mut dyn Executor, step: &ScheduleOutput) -> Vec<SampledRow> {
+fn run(executor: &mut dyn Executor, step: &ScheduleOutput) -> Vec<RowAnswer> {
     executor.launch(step).unwrap();
     let rows = executor.collect().unwrap().rows;
     let asked = step.sequences.iter().filter(|it| it.logit_rows != LogitRows::None);
     assert!(asked.clone().count() == rows.len());
     assert!(asked.zip(&rows).all(|(scheduled, row)| scheduled.is_answered_by(row)));
-    rows
+    rows.into_iter().map(|row| row.answer).collect()
+}
+
+fn token(answer: &RowAnswer) -> TokenId {
+    let RowAnswer::Token(token) = answer else { panic!("no token but {answer:?}") };
+    *token
+}
+
+fn rows_of(answer: &RowAnswer) -> &[f32] {
+    let RowAnswer::Logits(logits) = answer else { panic!("no logits but {answer:?}") };
+    logits
 }
 
 /// The logits of all tokens, in chunks that end where `ends` says.
@@ -78,7 +88,7 @@ fn logits(executor: &mut dyn Executor, sequence: &Run, ends: &[u32]) -> Vec<f32>
         let mut step = ScheduleOutput::default();
         sequence.schedule(&mut step, computed, end, LogitRows::All);
         let rows = run(executor, &step);
-        logits.extend_from_slice(rows[0].logits.as_ref().unwrap());
+        logits.extend_from_slice(rows_of(&rows[0]));
         computed = end;
     }
     logits
@@ -120,7 +130,7 @@ fn neighbours_in_a_batch_change_nothing() {
     third.schedule(&mut step, 7, 18, LogitRows::All);
     let rows = run(&mut *executor, &step);
     for ((row, alone), skipped) in rows.iter().zip(&alone).zip([29, 0, 7]) {
-        assert_close(row.logits.as_ref().unwrap(), &alone[skipped * VOCAB_SIZE..], BOUND);
+        assert_close(rows_of(row), &alone[skipped * VOCAB_SIZE..], BOUND);
     }
 }
 
@@ -146,7 +156,7 @@ fn tokens_are_sampled_from_the_last_row_as_the_reference_does() {
     for temperature in [0.0, 0.7, 3.0] {
         sequence.params = SamplingParams { temperature, top_k: Some(9), ..sequence.params };
         let mut step = ScheduleOutput::default();
-        sequence.schedule(&mut step, 0, 21, LogitRows::Last(1));
+        sequence.schedule(&mut step, 0, 21, LogitRows::Last);
         let rows = run(&mut *executor, &step);
         let sampling = Sampling {
             temperature,
@@ -157,7 +167,7 @@ fn tokens_are_sampled_from_the_last_row_as_the_reference_does() {
             position: 21,
             index: 0,
         };
-        assert_eq!(rows[0].tokens[0].0, sample(last, &sampling).unwrap());
+        assert_eq!(token(&rows[0]).0, sample(last, &sampling).unwrap());
     }
 }
 
@@ -168,15 +178,15 @@ fn banned_tokens_are_never_sampled_and_others_are_not_banned() {
     let sequences = [3, 4].map(|number| Run { params: greedy.clone(), ..Run::new(number, 5) });
     let mut step = ScheduleOutput::default();
     for sequence in &sequences {
-        sequence.schedule(&mut step, 0, 5, LogitRows::Last(1));
+        sequence.schedule(&mut step, 0, 5, LogitRows::Last);
     }
     let free = run(&mut *executor, &step);
-    let best = free[1].tokens[0];
+    let best = token(&free[1]);
     // A token outside the vocabulary is nothing to ban.
     step.sequences[1].banned = Some(Arc::from([best, TokenId(9999)]));
     let masked = run(&mut *executor, &step);
-    assert_eq!(masked[0].tokens, free[0].tokens);
-    assert_ne!(masked[1].tokens[0], best);
+    assert_eq!(masked[0], free[0]);
+    assert_ne!(token(&masked[1]), best);
 }
 
 #[test]
@@ -186,20 +196,19 @@ fn a_token_may_come_from_the_step_before() {
     let mut sequence = Run { params, ..Run::new(1, 6) };
     let mut step = ScheduleOutput::default();
     Run::new(0, 3).schedule(&mut step, 0, 3, LogitRows::None);
-    sequence.schedule(&mut step, 0, 6, LogitRows::Last(1));
-    let token = run(&mut *executor, &step)[0].tokens[0];
-    sequence.tokens.push(token.0);
+    sequence.schedule(&mut step, 0, 6, LogitRows::Last);
+    sequence.tokens.push(token(&run(&mut *executor, &step)[0]).0);
     let mut step = ScheduleOutput::default();
     sequence.schedule(&mut step, 6, 7, LogitRows::All);
     let from_host = run(&mut *executor, &step);
     // The same again, with the token named by the row that sampled it.
     let mut before = ScheduleOutput::default();
     Run::new(0, 3).schedule(&mut before, 0, 3, LogitRows::None);
-    sequence.schedule(&mut before, 0, 6, LogitRows::Last(1));
+    sequence.schedule(&mut before, 0, 6, LogitRows::Last);
     run(&mut *executor, &before);
     step.sequences[0].tokens = TokenSource::PreviousStep { row: 1 };
     let from_step = run(&mut *executor, &step);
-    assert_eq!(from_step[0].logits, from_host[0].logits);
+    assert_eq!(rows_of(&from_step[0]), rows_of(&from_host[0]));
 }
 
 #[test]
@@ -213,9 +222,9 @@ fn logits_that_are_no_numbers_end_their_own_request() {
     std::fs::write(&path, file).unwrap();
     let (mut executor, _) = load(dir.path(), &options()).unwrap();
     let mut step = ScheduleOutput::default();
-    Run::new(0, 3).schedule(&mut step, 0, 3, LogitRows::Last(1));
+    Run::new(0, 3).schedule(&mut step, 0, 3, LogitRows::Last);
     let rows = run(&mut *executor, &step);
-    assert_eq!(rows[0].error, Some(Error::LogitsNotFinite { position: 3 }));
+    assert_eq!(rows, [RowAnswer::Error(Error::LogitsNotFinite { position: 3 })]);
 }
 
 #[test]
@@ -228,7 +237,7 @@ fn the_whole_agrees_with_libtorch() {
         sequence.schedule(&mut step, 0, sequence.tokens.len() as u32, LogitRows::All);
     }
     let rows = run(&mut *executor, &step);
-    let found: Vec<f32> = rows.into_iter().flat_map(|row| row.logits.unwrap()).collect();
+    let found: Vec<f32> = rows.iter().flat_map(rows_of).copied().collect();
 
     let make = |spec, dtype, num_blocks, block_size| {
         Ok(TchBackend::new(spec, dtype, num_blocks, block_size))

@@ -12,8 +12,8 @@ use crate::step::{ScheduleOutput, TokenEvent};
 
 /// Owns scheduler and executor outright, on one thread: no lock is needed on the hot path.
 #[derive(Debug)]
-pub struct EngineCore<E> {
-    executor: E,
+pub struct EngineCore {
+    executor: Box<dyn Executor>,
     scheduler: Scheduler,
     /// With the times of their launches.
     in_flight: VecDeque<(ScheduleOutput, Instant)>,
@@ -21,12 +21,12 @@ pub struct EngineCore<E> {
     max_steps_in_flight: usize,
 }
 
-impl<E: Executor> EngineCore<E> {
+impl EngineCore {
     /// An idle engine on `executor`.
     ///
     /// # Errors
     /// If a limit or `max_itl` in `config` is 0.
-    pub fn new(config: SchedulerConfig, executor: E) -> Result<Self> {
+    pub fn new(config: SchedulerConfig, executor: Box<dyn Executor>) -> Result<Self> {
         let capacity = executor.capacity();
         Ok(Self {
             scheduler: Scheduler::new(config, capacity)?,
@@ -125,9 +125,9 @@ mod tests {
         }
     }
 
-    fn engine(depth: u32) -> EngineCore<Silent> {
+    fn engine(depth: u32) -> EngineCore {
         let config = SchedulerConfig { max_num_seqs: 4, max_num_batched_tokens: 8, max_itl: None };
-        EngineCore::new(config, Silent(depth)).unwrap()
+        EngineCore::new(config, Box::new(Silent(depth))).unwrap()
     }
 
     #[test]

@@ -32,17 +32,3 @@ pub trait Executor: Debug {
     /// Waits for the oldest step in flight.
     fn collect(&mut self) -> Result<StepOutput>;
 }
-
-impl<E: Executor + ?Sized> Executor for Box<E> {
-    fn capacity(&self) -> Capacity {
-        (**self).capacity()
-    }
-
-    fn launch(&mut self, step: &ScheduleOutput) -> Result<()> {
-        (**self).launch(step)
-    }
-
-    fn collect(&mut self) -> Result<StepOutput> {
-        (**self).collect()
-    }
-}

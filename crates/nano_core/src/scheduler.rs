@@ -15,8 +15,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use smallvec::SmallVec;
-
 use crate::error::{Error, Result};
 use crate::executor::Capacity;
 use crate::ids::{RequestId, SequenceId};
@@ -27,8 +25,8 @@ use crate::sequence::{InFlightToken, Sequence};
 pub use pace::Pace;
 
 use crate::step::{
-    FinishReason, LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput, TokenEvent,
-    TokenSource,
+    FinishReason, LogitRows, RowAnswer, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput,
+    TokenEvent, TokenSource,
 };
 
 /// The limits of one step.
@@ -132,7 +130,9 @@ impl Scheduler {
             Some(index) => self.running.remove(index),
             None => self.waiting.remove(self.waiting.iter().position(is_it)?)?,
         };
-        Some(self.retire(sequence, FinishReason::Abort))
+        self.cache.free(sequence.block_table, sequence.last_step);
+        let finish = Some(FinishReason::Abort);
+        Some(TokenEvent { request, token: None, logits: None, finish })
     }
 
     /// Whether no request is left.
@@ -296,34 +296,26 @@ impl Scheduler {
             (_, Ok(index)) => &mut self.waiting[index],
             _ => return None,
         };
-        let (logits, mut finish) = match (row.logits, row.error) {
-            (_, Some(error)) => (None, Some(FinishReason::Error(error))),
-            (Some(rows), None) => deliver_logits(sequence, scheduled, rows),
-            (None, None) => (None, None),
-        };
-        let mut tokens = SmallVec::new();
-        for token in row.tokens {
-            tokens.push(token);
-            finish = sequence.append(token);
-            if finish.is_some() {
-                break;
+        let mut event =
+            TokenEvent { request: sequence.request, token: None, logits: None, finish: None };
+        match row.answer {
+            RowAnswer::Token(token) => {
+                event.token = Some(token);
+                event.finish = sequence.append(token);
             }
+            RowAnswer::Logits(rows) => {
+                (event.logits, event.finish) = deliver_logits(sequence, scheduled, rows);
+            }
+            RowAnswer::Error(error) => event.finish = Some(FinishReason::Error(error)),
         }
-        let Some(reason) = finish else {
-            return Some(TokenEvent { request: sequence.request, tokens, logits, finish: None });
-        };
-        let sequence = match running {
-            Ok(index) => self.running.remove(index),
-            Err(_) => self.waiting.remove(waiting.ok()?)?,
-        };
-        Some(TokenEvent { tokens, logits, ..self.retire(sequence, reason) })
-    }
-
-    /// Frees the blocks of a sequence that was taken out of its queue.
-    fn retire(&mut self, sequence: Sequence, reason: FinishReason) -> TokenEvent {
-        self.cache.free(sequence.block_table, sequence.last_step);
-        let (request, tokens) = (sequence.request, SmallVec::new());
-        TokenEvent { request, tokens, logits: None, finish: Some(reason) }
+        if event.finish.is_some() {
+            let sequence = match running {
+                Ok(index) => self.running.remove(index),
+                Err(_) => self.waiting.remove(waiting.ok()?)?,
+            };
+            self.cache.free(sequence.block_table, sequence.last_step);
+        }
+        Some(event)
     }
 
     /// Checks the books: blocks against tables, queues against their order and limits.
@@ -368,10 +360,10 @@ fn push_scheduled(step: &mut ScheduleOutput, sequence: &mut Sequence, num_tokens
     };
     let logit_rows = match (sequence.wants_logits, reaches_end) {
         (true, _) => LogitRows::All,
-        (false, true) => LogitRows::Last(1),
+        (false, true) => LogitRows::Last,
         (false, false) => LogitRows::None,
     };
-    let is_banned = logit_rows == LogitRows::Last(1) && sequence.is_before_min_tokens();
+    let is_banned = logit_rows == LogitRows::Last && sequence.is_before_min_tokens();
     step.sequences.push(ScheduledSequence {
         sequence: sequence.id,
         tokens,
@@ -389,7 +381,7 @@ fn push_scheduled(step: &mut ScheduleOutput, sequence: &mut Sequence, num_tokens
     }
     sequence.num_computed_tokens = end;
     sequence.last_step = step.step;
-    if logit_rows == LogitRows::Last(1) {
+    if logit_rows == LogitRows::Last {
         sequence.num_in_flight_tokens += 1;
         sequence.newest_in_flight = InFlightToken { step: step.step, row };
     }

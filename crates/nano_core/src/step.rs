@@ -3,8 +3,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use smallvec::SmallVec;
-
 use crate::error::Error;
 use crate::ids::{BlockId, RequestId, SequenceId, TokenId};
 use crate::sampling_params::SamplingParams;
@@ -27,8 +25,8 @@ pub enum TokenSource {
 pub enum LogitRows {
     /// None: a prefill chunk that is not the last.
     None,
-    /// The last `n` tokens, from which the next ones are sampled.
-    Last(u32),
+    /// The last token's, from which the next one is sampled.
+    Last,
     /// Every token; the logits themselves are returned and nothing is sampled.
     All,
 }
@@ -65,18 +63,14 @@ impl ScheduledSequence {
 
     /// Whether `row` holds what was asked for.
     pub fn is_answered_by(&self, row: &SampledRow) -> bool {
-        let is_complete = match self.logit_rows {
-            LogitRows::None => false,
-            _ if row.error.is_some() => row.tokens.is_empty() && row.logits.is_none(),
-            LogitRows::Last(n) => {
-                (1..=n as usize).contains(&row.tokens.len()) && row.logits.is_none()
-            }
-            LogitRows::All => {
+        let is_complete = match (self.logit_rows, &row.answer) {
+            (LogitRows::Last | LogitRows::All, RowAnswer::Error(_))
+            | (LogitRows::Last, RowAnswer::Token(_)) => true,
+            (LogitRows::All, RowAnswer::Logits(logits)) => {
                 let num_rows = self.num_scheduled_tokens as usize;
-                let is_whole =
-                    |logits: &[f32]| !logits.is_empty() && logits.len().is_multiple_of(num_rows);
-                row.tokens.is_empty() && row.logits.as_deref().is_some_and(is_whole)
+                !logits.is_empty() && logits.len().is_multiple_of(num_rows)
             }
+            _ => false,
         };
         row.sequence == self.sequence && is_complete
     }
@@ -107,12 +101,19 @@ pub struct ScheduleOutput {
 pub struct SampledRow {
     /// Whose row it is.
     pub sequence: SequenceId,
-    /// The sampled tokens: one for [`LogitRows::Last`], none for [`LogitRows::All`].
-    pub tokens: SmallVec<[TokenId; 1]>,
+    /// What it holds.
+    pub answer: RowAnswer,
+}
+
+/// What became of a row.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RowAnswer {
+    /// For [`LogitRows::Last`]: the sampled token.
+    Token(TokenId),
     /// For [`LogitRows::All`]: `[num_scheduled_tokens, vocab_size]`.
-    pub logits: Option<Vec<f32>>,
+    Logits(Vec<f32>),
     /// Why there is neither: the request ends with it, and no other does.
-    pub error: Option<Error>,
+    Error(Error),
 }
 
 /// The results of one step, one row for each sequence whose [`LogitRows`] is not `None`, in the
@@ -141,8 +142,8 @@ pub enum FinishReason {
 pub struct TokenEvent {
     /// Whose news it is.
     pub request: RequestId,
-    /// New tokens, in order; the token that stopped the sequence is the last of them.
-    pub tokens: SmallVec<[TokenId; 1]>,
+    /// The new token, also the one that stopped the sequence.
+    pub token: Option<TokenId>,
     /// New logits of a [`RequestKind::Logits`](crate::RequestKind::Logits) request, row by row.
     pub logits: Option<Vec<f32>>,
     /// Set on the last event of a request.
@@ -167,23 +168,16 @@ mod tests {
         }
     }
 
-    fn row(sequence: u64, num_tokens: usize, num_logits: Option<usize>) -> SampledRow {
-        let tokens = std::iter::repeat_n(TokenId(0), num_tokens).collect();
-        let logits = num_logits.map(|len| vec![0.0; len]);
-        SampledRow { sequence: SequenceId(sequence), tokens, logits, error: None }
+    fn row(sequence: u64, answer: RowAnswer) -> SampledRow {
+        SampledRow { sequence: SequenceId(sequence), answer }
     }
 
-    #[test]
-    fn a_row_that_failed_holds_nothing_else() {
-        let failed = |row| SampledRow { error: Some(Error::EmptyPrompt), ..row };
-        for logit_rows in [LogitRows::Last(1), LogitRows::All] {
-            let asked = scheduled(logit_rows);
-            assert!(asked.is_answered_by(&failed(row(1, 0, None))));
-            assert!(!asked.is_answered_by(&failed(row(1, 1, None))));
-            assert!(!asked.is_answered_by(&failed(row(1, 0, Some(3)))));
-        }
-        assert!(!scheduled(LogitRows::None).is_answered_by(&failed(row(1, 0, None))));
+    fn logits(len: usize) -> RowAnswer {
+        RowAnswer::Logits(vec![0.0; len])
     }
+
+    const TOKEN: RowAnswer = RowAnswer::Token(TokenId(0));
+    const FAILED: RowAnswer = RowAnswer::Error(Error::EmptyPrompt);
 
     #[test]
     fn the_context_ends_with_the_last_scheduled_token() {
@@ -191,21 +185,21 @@ mod tests {
     }
 
     #[test]
-    fn a_sampling_row_holds_at_least_one_token_and_no_more_than_asked_for() {
-        let two = scheduled(LogitRows::Last(2));
-        assert!(two.is_answered_by(&row(1, 1, None)));
-        assert!(two.is_answered_by(&row(1, 2, None)));
-        for wrong in [row(1, 0, None), row(1, 3, None), row(1, 1, Some(3)), row(2, 1, None)] {
-            assert!(!two.is_answered_by(&wrong), "{wrong:?}");
+    fn a_sampling_row_is_answered_by_a_token_or_an_error() {
+        let last = scheduled(LogitRows::Last);
+        assert!(last.is_answered_by(&row(1, TOKEN)));
+        assert!(last.is_answered_by(&row(1, FAILED)));
+        for wrong in [row(1, logits(3)), row(2, TOKEN), row(2, FAILED)] {
+            assert!(!last.is_answered_by(&wrong), "{wrong:?}");
         }
     }
 
     #[test]
-    fn a_row_of_logits_holds_whole_rows_and_no_token() {
+    fn rows_of_logits_are_answered_by_whole_rows_or_an_error() {
         let all = scheduled(LogitRows::All);
-        assert!(all.is_answered_by(&row(1, 0, Some(6))));
-        let wrong = [row(1, 0, None), row(1, 0, Some(0)), row(1, 0, Some(7)), row(1, 1, Some(6))];
-        for wrong in wrong.into_iter().chain([row(2, 0, Some(6))]) {
+        assert!(all.is_answered_by(&row(1, logits(6))));
+        assert!(all.is_answered_by(&row(1, FAILED)));
+        for wrong in [row(1, TOKEN), row(1, logits(0)), row(1, logits(7)), row(2, logits(6))] {
             assert!(!all.is_answered_by(&wrong), "{wrong:?}");
         }
     }
@@ -213,7 +207,8 @@ mod tests {
     #[test]
     fn a_chunk_without_logits_has_no_row() {
         let none = scheduled(LogitRows::None);
-        assert!(!none.is_answered_by(&row(1, 0, None)));
-        assert!(!none.is_answered_by(&row(1, 1, None)));
+        for wrong in [TOKEN, logits(3), FAILED] {
+            assert!(!none.is_answered_by(&row(1, wrong)));
+        }
     }
 }

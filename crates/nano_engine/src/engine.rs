@@ -81,11 +81,11 @@ impl Engine {
     ///
     /// # Errors
     /// That of `build`.
-    pub fn spawn<E: Executor + 'static>(
+    pub fn spawn(
         model_dir: PathBuf,
         tokenizer: Option<Tokenizer>,
         seed: u64,
-        build: impl FnOnce() -> Result<(E, ModelInfo)> + Send + 'static,
+        build: impl FnOnce() -> Result<(Box<dyn Executor>, ModelInfo)> + Send + 'static,
     ) -> Result<Self> {
         let (commands, command_receiver) = unbounded();
         let (outputs, output_receiver) = unbounded();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, Sender};
 use nano_core::error::panic_message;
 use nano_core::scheduler::SchedulerStats;
-use nano_core::{EngineCore, Executor, Request, RequestId, Result};
+use nano_core::{EngineCore, Request, RequestId, Result};
 use parking_lot::Mutex;
 
 use crate::output_thread::Output;
@@ -31,7 +31,7 @@ pub(crate) struct Channels {
 
 /// Runs `core` until it is closed or fails. A failure, also a panic, reaches every stream as a
 /// typed error: the executor's state is unknown after it, so the engine ends.
-pub(crate) fn run<E: Executor>(core: EngineCore<E>, channels: &Channels) {
+pub(crate) fn run(core: EngineCore, channels: &Channels) {
     let ended = catch_unwind(AssertUnwindSafe(|| serve(core, channels)));
     let message = match ended {
         Ok(Ok(())) => return,
@@ -41,7 +41,7 @@ pub(crate) fn run<E: Executor>(core: EngineCore<E>, channels: &Channels) {
     let _ = channels.outputs.send(Output::Failed { message });
 }
 
-fn serve<E: Executor>(mut core: EngineCore<E>, channels: &Channels) -> Result<()> {
+fn serve(mut core: EngineCore, channels: &Channels) -> Result<()> {
     loop {
         if core.is_idle() {
             *channels.stats.lock() = core.stats();
@@ -64,7 +64,7 @@ fn serve<E: Executor>(mut core: EngineCore<E>, channels: &Channels) -> Result<()
     }
 }
 
-fn obey<E: Executor>(core: &mut EngineCore<E>, command: Command, channels: &Channels) {
+fn obey(core: &mut EngineCore, command: Command, channels: &Channels) {
     match command {
         Command::Submit(request) => core.add(request),
         Command::Abort(request) => {

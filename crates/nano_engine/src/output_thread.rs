@@ -51,7 +51,7 @@ pub(crate) fn run(outputs: &Receiver<Output>, commands: &Sender<Command>) {
             // Its readers do not wait for the step that runs.
             Output::Abort(request) => {
                 let finish = Some(FinishReason::Abort);
-                let aborted = TokenEvent { request, tokens: vec![].into(), logits: None, finish };
+                let aborted = TokenEvent { request, token: None, logits: None, finish };
                 deliver(&mut requests, aborted);
                 let _ = commands.send(Command::Abort(request));
             }
@@ -99,7 +99,7 @@ fn deliver(requests: &mut HashMap<RequestId, Registered>, event: TokenEvent) -> 
     // A panic while one request's text is made ends that request, not the thread that serves all.
     let mut news = Delta { logits: event.logits.unwrap_or_default(), ..Delta::default() };
     let decoded =
-        catch_unwind(AssertUnwindSafe(|| decode(request, &event.tokens, event.finish, &mut news)));
+        catch_unwind(AssertUnwindSafe(|| decode(request, event.token, event.finish, &mut news)));
     let decoded = decoded.unwrap_or_else(|panic| {
         let message = format!("a panic: {}", panic_message(panic.as_ref()));
         Err(Error::TextFailed { id, message })
@@ -122,20 +122,16 @@ fn deliver(requests: &mut HashMap<RequestId, Registered>, event: TokenEvent) -> 
     is_over
 }
 
-/// Adds to `news` what has become of the tokens, also where an error ends them.
+/// Adds to `news` what has become of the token, also where an error ends it.
 fn decode(
     request: &mut Registered,
-    tokens: &[TokenId],
+    token: Option<TokenId>,
     finish: Option<FinishReason>,
     news: &mut Delta,
 ) -> Result<()> {
+    news.token_ids.extend(token);
     let stops_by_id = matches!(finish, Some(FinishReason::Stop(_)));
-    for (index, &token) in tokens.iter().enumerate() {
-        news.token_ids.push(token);
-        let is_stop_token = stops_by_id && index + 1 == tokens.len();
-        if is_stop_token && !request.include_stop_token {
-            break;
-        }
+    if let Some(token) = token.filter(|_| !stops_by_id || request.include_stop_token) {
         let step = request.decoder.push(token)?;
         news.text.push_str(&step.text);
         if let Some(stop) = step.stopped {

@@ -29,7 +29,7 @@ impl BatchSequence {
 pub fn num_logit_rows(scheduled: &ScheduledSequence) -> u32 {
     match scheduled.logit_rows {
         LogitRows::None => 0,
-        LogitRows::Last(last) => last.min(scheduled.num_scheduled_tokens),
+        LogitRows::Last => 1,
         LogitRows::All => scheduled.num_scheduled_tokens,
     }
 }

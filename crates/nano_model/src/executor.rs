@@ -5,7 +5,9 @@ pub mod cuda;
 use std::ops::Range;
 
 use nano_core::executor::{Capacity, Executor};
-use nano_core::step::{LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput};
+use nano_core::step::{
+    LogitRows, RowAnswer, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput,
+};
 use nano_core::{Error as CoreError, TokenId};
 use nano_kernels::cpu::Element;
 use nano_kernels::cpu::sampling::sample;
@@ -97,7 +99,7 @@ impl<E: Element> CpuExecutor<E> {
         let isa = pool.isa();
         pool.each(&mut draws[..sequences.len()], |row, draw| {
             let scheduled = &sequences[row];
-            if let LogitRows::Last(_) = scheduled.logit_rows {
+            if scheduled.logit_rows == LogitRows::Last {
                 let last = &logits[draw.logits.end - vocab_size..draw.logits.end];
                 draw.token = sample(isa, last, &sampling_of(scheduled), &mut draw.kept);
             }
@@ -112,19 +114,15 @@ impl<E: Element> CpuExecutor<E> {
         let asked = self.sequences.iter().zip(&self.draws);
         let asked = asked.filter(|(scheduled, _)| scheduled.logit_rows != LogitRows::None);
         asked.map(|(scheduled, draw)| {
-            let mut answer = SampledRow {
-                sequence: scheduled.sequence,
-                tokens: draw.token.into_iter().map(TokenId).collect(),
-                logits: None,
-                error: None,
+            let answer = match (scheduled.logit_rows, draw.token) {
+                (LogitRows::All, _) => RowAnswer::Logits(self.logits[draw.logits.clone()].to_vec()),
+                (_, Some(token)) => RowAnswer::Token(TokenId(token)),
+                (_, None) => {
+                    let position = scheduled.context_len();
+                    RowAnswer::Error(CoreError::LogitsNotFinite { position })
+                }
             };
-            if scheduled.logit_rows == LogitRows::All {
-                answer.logits = Some(self.logits[draw.logits.clone()].to_vec());
-            } else if draw.token.is_none() {
-                let position = scheduled.context_len();
-                answer.error = Some(CoreError::LogitsNotFinite { position });
-            }
-            answer
+            SampledRow { sequence: scheduled.sequence, answer }
         })
     }
 }

@@ -9,11 +9,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use nano_core::executor::{Capacity, Executor};
-use nano_core::step::{LogitRows, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput};
+use nano_core::step::{
+    LogitRows, RowAnswer, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput,
+};
 use nano_core::{Error as CoreError, SequenceId, TokenId};
 use nano_kernels::cuda::sampling::{NO_TOKEN, RowSampling};
 use nano_kernels::cuda::{Error as CudaError, Graph};
-use smallvec::smallvec;
 
 use super::{failed, sampling_of};
 use crate::backend::cuda::{Answer, CudaBackend, CudaStep, StepInput};
@@ -135,7 +136,7 @@ impl CudaExecutor {
         };
         let mut rows: Vec<Row> = scheduled.iter().map(row).collect();
         for (part, &index) in batch.sequences.iter().zip(&order) {
-            let wants_token = matches!(scheduled[index].logit_rows, LogitRows::Last(_));
+            let wants_token = scheduled[index].logit_rows == LogitRows::Last;
             if wants_token {
                 rows[index].wanted = Wanted::Token(sampling.len());
             }
@@ -171,19 +172,18 @@ impl CudaExecutor {
         let vocab_size = self.backend.spec().vocab_size;
         let mut output = StepOutput::default();
         for Row { sequence, position, wanted } in flight.rows {
-            let mut row = SampledRow { sequence, tokens: smallvec![], logits: None, error: None };
-            match wanted {
+            let answer = match wanted {
                 Wanted::Nothing => continue,
                 Wanted::Token(at) => match u32::from_ne_bytes(chosen[at]) {
-                    NO_TOKEN => row.error = Some(CoreError::LogitsNotFinite { position }),
-                    token => row.tokens.push(TokenId(token)),
+                    NO_TOKEN => RowAnswer::Error(CoreError::LogitsNotFinite { position }),
+                    token => RowAnswer::Token(TokenId(token)),
                 },
                 Wanted::Logits(rows) => {
                     let numbers = rows.start * vocab_size..rows.end * vocab_size;
-                    row.logits = Some(flight.logits[numbers].to_vec());
+                    RowAnswer::Logits(flight.logits[numbers].to_vec())
                 }
-            }
-            output.rows.push(row);
+            };
+            output.rows.push(SampledRow { sequence, answer });
         }
         self.idle.push(flight.answer);
         Ok(output)
