@@ -160,9 +160,4 @@ pub trait Backend: Debug {
 
     /// Waits for logits and puts them, `[num_logit_rows * vocab_size]`, over `host`.
     fn to_host(&mut self, logits: Self::Hidden, host: &mut Vec<f32>) -> Result<()>;
-
-    /// The sum over all ranks; the identity on one.
-    fn all_reduce(&mut self, hidden: Self::Hidden) -> Result<Self::Hidden> {
-        Ok(hidden)
-    }
 }

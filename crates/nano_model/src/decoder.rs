@@ -54,11 +54,9 @@ pub fn forward<B: Backend>(
             (context, hidden) = backend.logit_rows(context, hidden, step)?;
         }
         hidden = backend.product_add(&context, &layer.output, hidden)?;
-        hidden = backend.all_reduce(hidden)?;
 
         let gated = backend.norm_gated_product(&hidden, &layer.mlp_norm, &layer.gate_up)?;
         hidden = backend.product_add(&gated, &layer.down, hidden)?;
-        hidden = backend.all_reduce(hidden)?;
     }
     let lm_head = model.lm_head.as_ref().unwrap_or(&model.embedding);
     backend.logits(&hidden, &model.norm, lm_head, step)
