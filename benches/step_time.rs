@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use nano_core::step::{LogitRows, ScheduledSequence, TokenSource};
 use nano_core::{BlockId, Executor, SamplingParams, ScheduleOutput, SequenceId, TokenId};
-use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
+use nano_model::{DeviceChoice, ModelConfig, ModelOptions};
 
 const BLOCK_SIZE: u32 = 16;
 const NUM_BLOCKS: u32 = 1024;
@@ -92,8 +92,8 @@ fn run(dir: &Path) -> Result<(), Box<dyn Error>> {
         max_num_seqs: 64,
         max_num_batched_tokens: Some(512),
         max_itl: None,
-        dtype: DtypeChoice::Auto,
-        load_format: LoadFormat::Dummy,
+        dtype: None,
+        dummy_weights: true,
         block_size: BLOCK_SIZE,
         num_blocks: Some(NUM_BLOCKS),
         kv_cache_bytes: None,
@@ -102,8 +102,8 @@ fn run(dir: &Path) -> Result<(), Box<dyn Error>> {
         max_model_len: None,
     };
     let start = Instant::now();
-    let (mut executor, info) = nano_model::load(dir, &options)?;
-    let mib = info.packed_bytes >> 20;
+    let (mut executor, info) = nano_model::load(ModelConfig::from_dir(dir)?, &options)?;
+    let mib = info.weight_bytes >> 20;
     println!("{} of {mib} MiB, made in {:.2} s", info.dtype, start.elapsed().as_secs_f64());
     println!("{:40} {:>8} {:>8} {:>8}", "milliseconds", "launch", "step", "best");
     let cases = [

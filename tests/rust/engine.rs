@@ -34,8 +34,6 @@ fn spawn(executor: FakeExecutor) -> Engine {
         device: "fake".into(),
         dtype: "float32",
         weight_bytes: 0,
-        packed_bytes: 0,
-        num_blocks: executor.capacity().num_blocks,
         limits,
     };
     Engine::spawn("no tokenizer".into(), None, 0, || Ok((Box::new(executor), model))).unwrap()

@@ -56,8 +56,6 @@ fn closing_does_not_wait_for_a_handler_of_the_log() {
         device: "fake".into(),
         dtype: "float32",
         weight_bytes: 0,
-        packed_bytes: 0,
-        num_blocks: 8,
         limits,
     };
     let capacity = Capacity { num_blocks: 8, block_size: 4, max_steps_in_flight: 1 };

@@ -11,10 +11,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::{io, thread};
 
-use model_fixture::{BLOCK_SIZE, model, options};
+use model_fixture::{BLOCK_SIZE, load, model, options};
 use nano_core::step::{LogitRows, RowAnswer, ScheduledSequence, TokenSource};
 use nano_core::{BlockId, SamplingParams, ScheduleOutput, SequenceId, TokenId};
-use nano_model::{DtypeChoice, ModelOptions, load};
+use nano_model::{Dtype, ModelOptions};
 
 /// The system's allocator, and how often it was asked for memory by any thread but the harness's.
 struct Counting;
@@ -100,10 +100,10 @@ fn decode(num_sequences: u32, position: u32) -> ScheduleOutput {
 
 fn warm_decode_steps_take_no_memory_but_for_their_answer() {
     let dir = model();
-    for (dtype, num_sequences) in [(DtypeChoice::Float32, 3), (DtypeChoice::BFloat16, 14)] {
+    for (dtype, num_sequences) in [(Dtype::Float32, 3), (Dtype::BFloat16, 14)] {
         let num_blocks = Some(num_sequences * 12);
         let num_threads = Some(2);
-        let options = ModelOptions { dtype, num_blocks, num_threads, ..options() };
+        let options = ModelOptions { dtype: Some(dtype), num_blocks, num_threads, ..options() };
         let (mut executor, _) = load(dir.path(), &options).unwrap();
         wait_for_worker();
         // The first step's sequences name nothing before; the second is as long as any.

@@ -11,7 +11,7 @@ mod model_fixture;
 
 use std::collections::BTreeMap;
 
-use model_fixture::{options, write_json};
+use model_fixture::{load, options, write_json};
 use nano_core::step::StepOutput;
 use nano_core::{
     Capacity, EngineCore, Executor, Request, RequestId, RequestKind, RequestLimits, SamplingParams,
@@ -19,7 +19,7 @@ use nano_core::{
 };
 use nano_kernels::cuda::{Device, Error};
 use nano_kernels::reference::sampling::{Sampling, sample};
-use nano_model::{DeviceChoice, LoadFormat, ModelInfo, ModelOptions, load};
+use nano_model::{DeviceChoice, ModelInfo, ModelOptions};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -57,7 +57,7 @@ fn model(head_dim: u32) -> TempDir {
 fn gpu_options() -> ModelOptions {
     ModelOptions {
         device: DeviceChoice::Cuda(0),
-        load_format: LoadFormat::Dummy,
+        dummy_weights: true,
         block_size: 16,
         num_blocks: Some(200),
         ..options()
@@ -92,11 +92,11 @@ fn run(
     eos: &[u32],
     requests: &[(Vec<u32>, RequestKind)],
 ) -> Vec<Answer> {
-    let ModelInfo { vocab_size, max_model_len, num_blocks, .. } = *info;
+    let ModelInfo { vocab_size, max_model_len, .. } = *info;
     let limits = RequestLimits {
         vocab_size,
         max_model_len,
-        num_blocks,
+        num_blocks: executor.capacity().num_blocks,
         block_size: options.block_size,
         eos_token_ids: eos.iter().map(|&token| TokenId(token)).collect(),
         seed: 0,

@@ -7,15 +7,15 @@ mod tch_backend;
 
 use std::sync::Arc;
 
-use model_fixture::{BLOCK_SIZE, NUM_BLOCKS, model, options, write_json};
+use model_fixture::{BLOCK_SIZE, NUM_BLOCKS, load, model, options, write_json};
 use nano_core::step::{LogitRows, RowAnswer, ScheduledSequence, TokenSource};
 use nano_core::{BlockId, Error, Executor, SamplingParams, ScheduleOutput, SequenceId, TokenId};
 use nano_kernels::reference::sampling::{Sampling, sample};
 use nano_model::backend::Backend;
 use nano_model::batch::Batch;
 use nano_model::decoder::forward;
-use nano_model::load::cpu::load_on;
-use nano_model::{DtypeChoice, LoadFormat, ModelOptions, load};
+use nano_model::load::{Source, load_decoder};
+use nano_model::{Dtype, ModelConfig, ModelOptions};
 use tch_backend::TchBackend;
 
 const VOCAB_SIZE: usize = 31;
@@ -138,7 +138,7 @@ fn neighbours_in_a_batch_change_nothing() {
 fn bfloat16_is_near_float32() {
     let sequence = Run::new(0, 33);
     let exact = logits(&mut *executor(&options()), &sequence, &[33]);
-    let options = ModelOptions { dtype: DtypeChoice::BFloat16, ..options() };
+    let options = ModelOptions { dtype: Some(Dtype::BFloat16), ..options() };
     let mut executor = executor(&options);
     let largest = exact.iter().copied().fold(0.0, f32::max);
     for ends in [vec![33], (1..=33).collect()] {
@@ -239,10 +239,10 @@ fn the_whole_agrees_with_libtorch() {
     let rows = run(&mut *executor, &step);
     let found: Vec<f32> = rows.iter().flat_map(rows_of).copied().collect();
 
-    let make = |spec, dtype, num_blocks, block_size| {
-        Ok(TchBackend::new(spec, dtype, num_blocks, block_size))
-    };
-    let (mut oracle, decoder, _) = load_on(dir.path(), &options(), make).unwrap();
+    let config = ModelConfig::from_dir(dir.path()).unwrap();
+    let mut oracle = TchBackend::new(config.spec.clone(), Dtype::Float32, NUM_BLOCKS, BLOCK_SIZE);
+    let source = Source::open(&config, &options()).unwrap();
+    let decoder = load_decoder(&config.spec, &source, &mut oracle).unwrap();
     let prepared = oracle.prepare(&Batch::new(&step, BLOCK_SIZE, &[])).unwrap();
     let logits = forward(&mut oracle, &decoder, &prepared).unwrap();
     let mut expected = Vec::new();
@@ -255,9 +255,10 @@ fn dummy_weights_need_no_file_and_repeat_themselves() {
     let dir = tempfile::tempdir().unwrap();
     write_json(&dir.path().join("config.json"), &model_fixture::config());
     let run = |seed| {
-        let options = ModelOptions { load_format: LoadFormat::Dummy, seed, ..options() };
+        let options = ModelOptions { dummy_weights: true, seed, ..options() };
         let (mut executor, info) = load(dir.path(), &options).unwrap();
-        assert_eq!((info.vocab_size, info.num_blocks, info.dtype), (31, NUM_BLOCKS, "float32"));
+        assert_eq!(executor.capacity().num_blocks, NUM_BLOCKS);
+        assert_eq!((info.vocab_size, info.dtype), (31, "float32"));
         logits(&mut *executor, &Run::new(0, 5), &[5])
     };
     assert_eq!(run(1), run(1));

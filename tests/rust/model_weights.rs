@@ -6,9 +6,9 @@ mod model_fixture;
 
 use std::path::Path;
 
-use model_fixture::{config, model, options, shapes, tensor, write_json, write_safetensors};
+use model_fixture::{config, load, model, options, shapes, tensor, write_json, write_safetensors};
 use nano_model::weights::WeightMap;
-use nano_model::{LoadFormat, ModelOptions, load};
+use nano_model::{ModelConfig, ModelOptions};
 use serde_json::json;
 
 /// What loading says, which must hold each of `words`.
@@ -177,14 +177,15 @@ fn options_that_do_not_fit_are_refused_with_their_limits() {
 fn the_longest_sequence_is_what_the_cache_holds() {
     let dir = model();
     let options = |num_blocks| ModelOptions { num_blocks: Some(num_blocks), ..options() };
-    let info = |num_blocks| load(dir.path(), &options(num_blocks)).unwrap().1;
-    assert_eq!(info(10).max_model_len, 40);
-    assert_eq!(info(64).max_model_len, 128);
+    let loaded = |num_blocks| load(dir.path(), &options(num_blocks)).unwrap();
+    assert_eq!(loaded(10).1.max_model_len, 40);
+    assert_eq!(loaded(64).1.max_model_len, 128);
     // 2 layers of 2 heads of 6 elements, keys and values, 4 bytes each.
-    assert_eq!(info(10).num_blocks, 10);
+    assert_eq!(loaded(10).0.capacity().num_blocks, 10);
     let num_parameters: usize =
         shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
-    assert_eq!(info(10).weight_bytes, num_parameters as u64 * 4);
+    let config = ModelConfig::from_dir(dir.path()).unwrap();
+    assert_eq!(config.spec.num_parameters(), num_parameters as u128);
 }
 
 #[test]
@@ -192,5 +193,5 @@ fn a_directory_without_weights_says_that_dummy_needs_none() {
     let dir = tempfile::tempdir().unwrap();
     write_json(&dir.path().join("config.json"), &config());
     refused(dir.path(), "model_missing", &["model.safetensors", "dummy"]);
-    load(dir.path(), &ModelOptions { load_format: LoadFormat::Dummy, ..options() }).unwrap();
+    load(dir.path(), &ModelOptions { dummy_weights: true, ..options() }).unwrap();
 }

@@ -12,7 +12,7 @@ use nano_core::scheduler::SchedulerStats;
 use nano_core::{
     EngineCore, Executor, Request, RequestId, RequestKind, RequestLimits, SamplingParams, TokenId,
 };
-use nano_model::{ModelInfo, ModelOptions};
+use nano_model::{ModelConfig, ModelInfo, ModelOptions};
 use nano_text::{TextDecoder, TextOptions, Tokenizer};
 use parking_lot::Mutex;
 
@@ -69,10 +69,10 @@ impl Engine {
     pub fn load(model_dir: PathBuf, options: ModelOptions) -> Result<Self> {
         // Cheap mistakes show before the weights are read.
         options.limits(false).validate()?;
-        nano_model::ModelConfig::from_dir(&model_dir)?;
+        let config = ModelConfig::from_dir(&model_dir)?;
         let tokenizer = Tokenizer::from_dir(&model_dir)?;
-        let (dir, seed) = (model_dir.clone(), options.seed);
-        Self::spawn(model_dir, tokenizer, seed, move || Ok(nano_model::load(&dir, &options)?))
+        let seed = options.seed;
+        Self::spawn(model_dir, tokenizer, seed, move || Ok(nano_model::load(config, &options)?))
     }
 
     /// Starts an engine on the executor that `build` makes. It is made, used and dropped on the

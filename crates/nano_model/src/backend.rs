@@ -10,7 +10,6 @@ pub mod cuda;
 use std::fmt::Debug;
 
 use crate::batch::Batch;
-use crate::config::CheckpointDtype;
 use crate::dummy::DummyTensor;
 use crate::error::Result;
 use crate::weights::TensorBytes;
@@ -38,15 +37,6 @@ impl Dtype {
         match self {
             Self::Float32 => "float32",
             Self::BFloat16 => "bfloat16",
-        }
-    }
-}
-
-impl From<Dtype> for CheckpointDtype {
-    fn from(dtype: Dtype) -> Self {
-        match dtype {
-            Dtype::Float32 => Self::Float32,
-            Dtype::BFloat16 => Self::BFloat16,
         }
     }
 }
@@ -86,11 +76,6 @@ pub trait Backend: Debug {
     /// The weight of a norm, `[size]`; ones, if there is no tensor.
     fn norm_weight(&mut self, size: usize, values: Option<TensorBytes<'_>>)
     -> Result<Self::Weight>;
-
-    /// Bytes that the parameters made so far take, where they are not those of the data type.
-    fn packed_bytes(&self) -> Option<u64> {
-        None
-    }
 
     /// Uploads a step.
     fn prepare(&mut self, batch: &Batch) -> Result<Self::Step>;

@@ -1,19 +1,17 @@
 //! From a directory and options to an executor.
 
-pub mod cpu;
+mod cpu;
 mod cuda;
 mod memory;
 
-use std::path::Path;
 use std::time::Duration;
 
 use nano_core::executor::Executor;
 use nano_core::{SchedulerConfig, TokenId};
 use nano_kernels::cuda::{Device, Error as CudaError};
-use safetensors::Dtype as StoredDtype;
 
 use crate::backend::{Backend, Dtype, Values};
-use crate::config::{CheckpointDtype, DecoderSpec, GenerationDefaults, ModelConfig};
+use crate::config::{DecoderSpec, GenerationDefaults, ModelConfig};
 use crate::decoder::{Decoder, Layer};
 use crate::dummy::DummyWeights;
 use crate::error::{Error, Result};
@@ -21,26 +19,6 @@ use crate::weights::WeightMap;
 
 /// More threads than a machine has cores.
 const MAX_THREADS: usize = 1024;
-
-/// The data type of weights, activations and cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DtypeChoice {
-    /// The checkpoint's; bfloat16 for a half-precision one.
-    Auto,
-    /// IEEE single precision.
-    Float32,
-    /// Brain floating point.
-    BFloat16,
-}
-
-/// Where weights come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LoadFormat {
-    /// The directory's safetensors.
-    Auto,
-    /// Random numbers of the config's shapes, normal with standard deviation 0.02.
-    Dummy,
-}
 
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,10 +47,12 @@ pub struct ModelOptions {
     pub max_num_batched_tokens: Option<u32>,
     /// The time between a running stream's tokens that prompts shall leave.
     pub max_itl: Option<Duration>,
-    /// The data type.
-    pub dtype: DtypeChoice,
-    /// Where weights come from.
-    pub load_format: LoadFormat,
+    /// The data type of weights and cache; `None` is the checkpoint's, bfloat16 for a half-precision
+    /// one.
+    pub dtype: Option<Dtype>,
+    /// Whether weights are random numbers of the config's shapes, normal with standard deviation
+    /// 0.02, and not the directory's.
+    pub dummy_weights: bool,
     /// Token slots of a KV cache block.
     pub block_size: u32,
     /// Blocks of the KV cache; wins over `kv_cache_bytes`.
@@ -117,21 +97,18 @@ pub struct ModelInfo {
     pub device: String,
     /// "float32" or "bfloat16".
     pub dtype: &'static str,
-    /// Bytes of all parameters.
+    /// What the parameters take in memory: less than their data type's bytes, where they are stored
+    /// in fewer bits without loss.
     pub weight_bytes: u64,
-    /// What the parameters take in memory: less, where they are stored in fewer bits without loss.
-    pub packed_bytes: u64,
-    /// Blocks of the KV cache.
-    pub num_blocks: u32,
     /// The largest step.
     pub limits: SchedulerConfig,
 }
 
-/// Loads the model in `dir`.
+/// Loads the model of `config`, from whose directory the weights come.
 ///
 /// # Errors
 /// The first thing about the directory or the options that does not hold.
-pub fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Executor>, ModelInfo)> {
+pub fn load(config: ModelConfig, options: &ModelOptions) -> Result<(Box<dyn Executor>, ModelInfo)> {
     if let Some(num_threads) = options.num_threads.filter(|it| !(1..=MAX_THREADS).contains(it)) {
         let (range, value) = (format!("in [1, {MAX_THREADS}]"), num_threads.to_string());
         return Err(Error::BadOption { name: "num_threads", range, value });
@@ -139,12 +116,12 @@ pub fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Executor>, Mo
     let device = match options.device {
         DeviceChoice::Cpu => None,
         DeviceChoice::Cuda(ordinal) => Some(Device::new(ordinal)?),
-        DeviceChoice::Auto => cuda::find(dir, options)
+        DeviceChoice::Auto => cuda::find(&config.spec, options)
             .inspect_err(|reason| tracing::info!("the model runs on the CPU: {reason}"))
             .ok(),
     };
     if let Some(device) = device {
-        match cuda::load(dir, options, &device) {
+        match cuda::load(config.clone(), options, &device) {
             Ok((executor, info)) => return Ok((Box::new(executor), info)),
             // A driver without the libraries beside it.
             Err(Error::Cuda(reason @ (CudaError::NoCompiler(_) | CudaError::Library(_))))
@@ -155,28 +132,11 @@ pub fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Executor>, Mo
             Err(error) => return Err(error),
         }
     }
-    cpu::load(dir, options)
+    cpu::load(config, options)
 }
 
 fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
-}
-
-fn dtype(choice: DtypeChoice, checkpoint: Option<CheckpointDtype>) -> Dtype {
-    match (choice, checkpoint) {
-        (DtypeChoice::Float32, _) | (DtypeChoice::Auto, Some(CheckpointDtype::Float32)) => {
-            Dtype::Float32
-        }
-        (DtypeChoice::BFloat16 | DtypeChoice::Auto, _) => Dtype::BFloat16,
-    }
-}
-
-fn checkpoint_dtype(map: &WeightMap) -> Option<CheckpointDtype> {
-    match map.dtype()? {
-        StoredDtype::F32 => Some(CheckpointDtype::Float32),
-        StoredDtype::F16 => Some(CheckpointDtype::Float16),
-        _ => None,
-    }
 }
 
 /// The memory that a KV cache may have.
@@ -277,16 +237,14 @@ impl CacheRoom {
         dtype: Dtype,
         device: String,
         limits: SchedulerConfig,
-        packed_bytes: Option<u64>,
+        weight_bytes: u64,
     ) -> ModelInfo {
-        let weight_bytes = config.spec.num_parameters() as u64 * dtype.num_bytes() as u64;
-        let packed_bytes = packed_bytes.unwrap_or(weight_bytes);
         tracing::info!(
             "loaded {} on {device} in {}: weights {:.2} GiB, KV cache {:.2} GiB in {} blocks, \
              max_model_len {}",
             config.dir.display(),
             dtype.name(),
-            gib(packed_bytes),
+            gib(weight_bytes),
             gib(self.bytes),
             self.num_blocks,
             self.max_model_len,
@@ -307,23 +265,36 @@ impl CacheRoom {
             device,
             dtype: dtype.name(),
             weight_bytes,
-            packed_bytes,
-            num_blocks: self.num_blocks,
             limits,
         }
     }
 }
 
-#[derive(Clone, Copy)]
-enum Source<'a> {
-    Checkpoint(&'a WeightMap),
-    Dummy(&'a DummyWeights),
+/// Where parameters come from.
+#[derive(Debug)]
+pub enum Source {
+    /// The directory's safetensors.
+    Checkpoint(WeightMap),
+    /// Random numbers.
+    Dummy(DummyWeights),
 }
 
-impl Source<'_> {
+impl Source {
+    /// What the options ask for.
+    ///
+    /// # Errors
+    /// As [`WeightMap::open`].
+    pub fn open(config: &ModelConfig, options: &ModelOptions) -> Result<Self> {
+        if options.dummy_weights {
+            Ok(Self::Dummy(DummyWeights::new(options.seed)))
+        } else {
+            WeightMap::open(&config.dir).map(Self::Checkpoint)
+        }
+    }
+
     /// A matrix made of tensors one below the other.
     fn matrix<B: Backend>(
-        self,
+        &self,
         backend: &mut B,
         parts: &[(String, usize)],
         columns: usize,
@@ -333,14 +304,14 @@ impl Source<'_> {
 
     /// Gives `make` the number of rows and the values of tensors one below the other.
     fn merged<W>(
-        self,
+        &self,
         parts: &[(String, usize)],
         columns: usize,
         make: impl FnOnce(usize, Values<'_>) -> Result<W>,
     ) -> Result<W> {
         let rows = parts.iter().map(|(_, rows)| rows).sum();
         match self {
-            Source::Checkpoint(map) => {
+            Self::Checkpoint(map) => {
                 let found = parts.iter().map(|(name, rows)| map.tensor(name, &[*rows, columns]));
                 let found = found.collect::<Result<Vec<_>>>()?;
                 let weight = make(rows, Values::Tensors(&found))?;
@@ -349,7 +320,7 @@ impl Source<'_> {
                 }
                 Ok(weight)
             }
-            Source::Dummy(dummy) => {
+            Self::Dummy(dummy) => {
                 // Named after its first part: one draw serves the merged matrix.
                 let name = parts.first().map_or("", |(name, _)| name);
                 make(rows, Values::Dummy(dummy.tensor(name)))
@@ -357,18 +328,22 @@ impl Source<'_> {
         }
     }
 
-    fn norm<B: Backend>(self, backend: &mut B, name: &str, size: usize) -> Result<B::Weight> {
+    fn norm<B: Backend>(&self, backend: &mut B, name: &str, size: usize) -> Result<B::Weight> {
         let tensor = match self {
-            Source::Checkpoint(map) => Some(map.tensor(name, &[size])?),
-            Source::Dummy(_) => None,
+            Self::Checkpoint(map) => Some(map.tensor(name, &[size])?),
+            Self::Dummy(_) => None,
         };
         backend.norm_weight(size, tensor)
     }
 }
 
-fn load_decoder<B: Backend>(
+/// Loads every parameter onto a back end.
+///
+/// # Errors
+/// Names the first tensor that is missing or is not what `spec` says, or the memory that is.
+pub fn load_decoder<B: Backend>(
     spec: &DecoderSpec,
-    source: Source<'_>,
+    source: &Source,
     backend: &mut B,
 ) -> Result<Decoder<B>> {
     if let Source::Checkpoint(map) = source {

@@ -89,15 +89,10 @@ impl WeightMap {
             let (found, expected) = (entry.shape.clone(), shape.to_vec());
             return Err(Error::TensorShape { name: name.to_owned(), found, expected });
         }
-        let dtype = match entry.dtype {
-            Dtype::F32 => CheckpointDtype::Float32,
-            Dtype::F16 => CheckpointDtype::Float16,
-            Dtype::BF16 => CheckpointDtype::BFloat16,
-            other => {
-                let dtype = format!("{other:?}");
-                return Err(Error::TensorDtype { name: name.to_owned(), dtype });
-            }
-        };
+        let dtype = supported(entry.dtype).ok_or_else(|| {
+            let dtype = format!("{:?}", entry.dtype);
+            Error::TensorDtype { name: name.to_owned(), dtype }
+        })?;
         Ok(TensorBytes { dtype, bytes: &self.shards[entry.shard][entry.start..entry.end] })
     }
 
@@ -119,9 +114,9 @@ impl WeightMap {
     }
 
     /// The data type of the checkpoint's first tensor by name, for a config that names none.
-    pub fn dtype(&self) -> Option<Dtype> {
+    pub fn dtype(&self) -> Option<CheckpointDtype> {
         let first = self.entries.iter().min_by_key(|(name, _)| name.as_str());
-        first.map(|(_, entry)| entry.dtype)
+        first.and_then(|(_, entry)| supported(entry.dtype))
     }
 
     /// Tells the system that the pages of a tensor are not needed again.
@@ -140,6 +135,15 @@ impl WeightMap {
             // Advice that is not taken costs memory, nothing else.
             drop(dropped);
         }
+    }
+}
+
+fn supported(dtype: Dtype) -> Option<CheckpointDtype> {
+    match dtype {
+        Dtype::F32 => Some(CheckpointDtype::Float32),
+        Dtype::F16 => Some(CheckpointDtype::Float16),
+        Dtype::BF16 => Some(CheckpointDtype::BFloat16),
+        _ => None,
     }
 }
 

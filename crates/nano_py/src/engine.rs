@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nano_core::{RequestId, TokenId};
 use nano_engine::{Error, Prompt};
-use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
+use nano_model::{DeviceChoice, Dtype, ModelOptions};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
@@ -52,9 +52,9 @@ impl Engine {
         dummy_weights: bool,
     ) -> PyResult<Self> {
         let dtype = match dtype {
-            "float32" => DtypeChoice::Float32,
-            "bfloat16" => DtypeChoice::BFloat16,
-            _ => DtypeChoice::Auto,
+            "float32" => Some(Dtype::Float32),
+            "bfloat16" => Some(Dtype::BFloat16),
+            _ => None,
         };
         let name = device;
         let device = match name {
@@ -77,7 +77,7 @@ impl Engine {
             max_num_batched_tokens,
             max_itl: max_itl_ns.map(Duration::from_nanos),
             dtype,
-            load_format: if dummy_weights { LoadFormat::Dummy } else { LoadFormat::Auto },
+            dummy_weights,
             block_size,
             num_blocks,
             kv_cache_bytes,
@@ -198,8 +198,7 @@ impl Engine {
 
     #[getter]
     fn weight_bytes(&self) -> u64 {
-        let model = self.0.model();
-        model.packed_bytes
+        self.0.model().weight_bytes
     }
 
     /// Ends every stream, stops the threads and gives the memory back.

@@ -3,7 +3,8 @@
 
 use std::path::Path;
 
-use nano_model::{DeviceChoice, DtypeChoice, LoadFormat, ModelOptions};
+use nano_core::Executor;
+use nano_model::{DeviceChoice, ModelConfig, ModelInfo, ModelOptions, Result};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -98,6 +99,10 @@ pub(crate) fn model() -> TempDir {
     dir
 }
 
+pub(crate) fn load(dir: &Path, options: &ModelOptions) -> Result<(Box<dyn Executor>, ModelInfo)> {
+    nano_model::load(ModelConfig::from_dir(dir)?, options)
+}
+
 pub(crate) fn options() -> ModelOptions {
     ModelOptions {
         device: DeviceChoice::Cpu,
@@ -106,8 +111,8 @@ pub(crate) fn options() -> ModelOptions {
         max_num_seqs: 64,
         max_num_batched_tokens: Some(512),
         max_itl: None,
-        dtype: DtypeChoice::Auto,
-        load_format: LoadFormat::Auto,
+        dtype: None,
+        dummy_weights: false,
         block_size: BLOCK_SIZE,
         num_blocks: Some(NUM_BLOCKS),
         kv_cache_bytes: None,

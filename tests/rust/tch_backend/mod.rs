@@ -46,7 +46,10 @@ impl TchBackend {
     /// A back end with a zeroed cache: slots that were never written must stay finite, for a
     /// weight of 0 times infinity is no number.
     pub(crate) fn new(spec: DecoderSpec, dtype: Dtype, num_blocks: u32, block_size: u32) -> Self {
-        let kind = kind(dtype.into());
+        let kind = match dtype {
+            Dtype::Float32 => Kind::Float,
+            Dtype::BFloat16 => Kind::BFloat16,
+        };
         let num_slots = i64::from(num_blocks) * i64::from(block_size);
         let shape = [num_slots, spec.num_kv_heads as i64, spec.head_dim as i64];
         let zeros = || Tensor::zeros(shape, (kind, Device::Cpu));

@@ -40,7 +40,7 @@ pub struct CpuBackend<E: Element> {
     step: Rc<CpuStep>,
     spare: Rc<RefCell<Vec<Vec<f32>>>>,
     /// Of all parameters.
-    packed_bytes: usize,
+    weight_bytes: usize,
 }
 
 /// A parameter.
@@ -116,13 +116,18 @@ impl<E: Element> CpuBackend<E> {
             scratch: Scratch::default(),
             step: Rc::default(),
             spare: Rc::default(),
-            packed_bytes: 0,
+            weight_bytes: 0,
         })
     }
 
     /// The threads, for what is done with logits.
     pub fn pool(&mut self) -> &mut Pool {
         &mut self.pool
+    }
+
+    /// Bytes that the parameters made so far take.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes as u64
     }
 
     /// Rows of given values, as an operator would have made them.
@@ -191,7 +196,7 @@ impl<E: Element> CpuBackend<E> {
             Error::NoMemory { what: "a parameter", reason }
         };
         let matrix = matrix.map_err(no_memory)?;
-        self.packed_bytes += matrix.num_bytes();
+        self.weight_bytes += matrix.num_bytes();
         Ok(CpuWeight::Matrix(matrix))
     }
 }
@@ -220,17 +225,13 @@ impl<E: Element> Backend for CpuBackend<E> {
         values: Option<TensorBytes<'_>>,
     ) -> Result<CpuWeight<E>> {
         let mut norm = vec![1.0; size];
-        self.packed_bytes += size_of_val(&norm[..]);
+        self.weight_bytes += size_of_val(&norm[..]);
         if let Some(tensor) = values {
             let mut elements = vec![E::narrow(0.0); size];
             read_row(tensor, 0, &mut elements);
             norm.iter_mut().zip(elements).for_each(|(norm, element)| *norm = element.widen());
         }
         Ok(CpuWeight::Norm(norm))
-    }
-
-    fn packed_bytes(&self) -> Option<u64> {
-        Some(self.packed_bytes as u64)
     }
 
     fn prepare(&mut self, batch: &Batch) -> Result<Rc<CpuStep>> {

@@ -1,23 +1,16 @@
 //! Loading onto a GPU.
 
-use std::path::Path;
-
 use nano_core::executor::Capacity;
 use nano_kernels::cuda::compile::Compiler;
 use nano_kernels::cuda::spec::KERNELS;
 use nano_kernels::cuda::{Device, Error as CudaError, Gemm, Kernels};
 
-use super::{
-    CacheMemory, CacheRoom, DtypeChoice, LoadFormat, ModelInfo, ModelOptions, Source, gib,
-    load_decoder,
-};
+use super::{CacheMemory, CacheRoom, ModelInfo, ModelOptions, Source, gib, load_decoder};
 use crate::backend::Dtype;
 use crate::backend::cuda::{BLOCK_SIZE, CudaBackend, StepLimits, check_shapes};
-use crate::config::ModelConfig;
-use crate::dummy::DummyWeights;
+use crate::config::{DecoderSpec, ModelConfig};
 use crate::error::{Error, Result};
 use crate::executor::cuda::{CudaExecutor, MAX_STEPS_IN_FLIGHT};
-use crate::weights::WeightMap;
 
 /// Kept from the cache for what comes after it: a step's inputs, the graphs, the driver's own.
 const HEADROOM_BYTES: u64 = 512 << 20;
@@ -25,16 +18,16 @@ const HEADROOM_BYTES: u64 = 512 << 20;
 const MAX_ROWS: u32 = 65_535;
 
 /// The first GPU, if `device="auto"` shall take it for this model; else what is in the way.
-pub(super) fn find(dir: &Path, options: &ModelOptions) -> Result<Device> {
+pub(super) fn find(spec: &DecoderSpec, options: &ModelOptions) -> Result<Device> {
     check_options(options)?;
     let device = Device::new(0)?;
-    check_shapes(&ModelConfig::from_dir(dir)?.spec)?;
+    check_shapes(spec)?;
     Ok(device)
 }
 
 fn check_options(options: &ModelOptions) -> Result<()> {
     let bad = |name, range: String, value: String| Err(Error::BadOption { name, range, value });
-    if options.dtype == DtypeChoice::Float32 {
+    if options.dtype == Some(Dtype::Float32) {
         let range = "auto or bfloat16 on a CUDA device".to_owned();
         return bad("dtype", range, Dtype::Float32.name().to_owned());
     }
@@ -55,20 +48,16 @@ fn check_options(options: &ModelOptions) -> Result<()> {
     Ok(())
 }
 
-/// Loads the model in `dir` onto `device`.
+/// Loads the model of `config` onto `device`.
 pub(super) fn load(
-    dir: &Path,
+    config: ModelConfig,
     options: &ModelOptions,
     device: &Device,
 ) -> Result<(CudaExecutor, ModelInfo)> {
     check_options(options)?;
-    let config = ModelConfig::from_dir(dir)?;
     check_shapes(&config.spec)?;
     let spec = config.spec.clone();
-    let map = match options.load_format {
-        LoadFormat::Auto => Some(WeightMap::open(dir)?),
-        LoadFormat::Dummy => None,
-    };
+    let source = Source::open(&config, options)?;
     let element_bytes = Dtype::BFloat16.num_bytes() as u64;
     let weight_bytes = spec.num_parameters() as u64 * element_bytes;
     let free = device.memory()?.free_bytes as u64;
@@ -90,9 +79,7 @@ pub(super) fn load(
     let hint = "lower max_num_batched_tokens or max_num_seqs";
     let mut backend = CudaBackend::new(spec.clone(), kernels, gemm, limits, options.deterministic)
         .map_err(|error| explained(error, "the largest step", hint))?;
-    let dummy = DummyWeights::new(options.seed);
-    let source = map.as_ref().map_or(Source::Dummy(&dummy), Source::Checkpoint);
-    let model = load_decoder(&spec, source, &mut backend).map_err(|error| {
+    let model = load_decoder(&spec, &source, &mut backend).map_err(|error| {
         explained(error, "a weight", "free the memory of other programs, or take device=\"cpu\"")
     })?;
     backend.tune(&model, &product_sizes(limits.max_tokens))?;
@@ -122,7 +109,7 @@ pub(super) fn load(
     let executor = CudaExecutor::new(backend, model, capacity)
         .map_err(|error| explained(error, "a graph", "lower gpu_memory_utilization"))?;
     let dtype = Dtype::BFloat16;
-    let info = room.info(config, dtype, device.name()?, scheduler, None);
+    let info = room.info(config, dtype, device.name()?, scheduler, weight_bytes);
     Ok((executor, info))
 }
 
