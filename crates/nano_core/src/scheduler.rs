@@ -125,7 +125,7 @@ impl Scheduler {
 
     /// Drops a request and frees its blocks; `None` if it has ended already.
     pub fn abort(&mut self, request: RequestId) -> Option<TokenEvent> {
-        let is_it = |sequence: &Sequence| sequence.request == request;
+        let is_it = |sequence: &Sequence| sequence.request.id == request;
         let sequence = match self.running.iter().position(is_it) {
             Some(index) => self.running.remove(index),
             None => self.waiting.remove(self.waiting.iter().position(is_it)?)?,
@@ -297,7 +297,7 @@ impl Scheduler {
             _ => return None,
         };
         let mut event =
-            TokenEvent { request: sequence.request, token: None, logits: None, finish: None };
+            TokenEvent { request: sequence.request.id, token: None, logits: None, finish: None };
         match row.answer {
             RowAnswer::Token(token) => {
                 event.token = Some(token);
@@ -358,7 +358,7 @@ fn push_scheduled(step: &mut ScheduleOutput, sequence: &mut Sequence, num_tokens
             &sequence.tokens[first as usize..end as usize],
         ))
     };
-    let logit_rows = match (sequence.wants_logits, reaches_end) {
+    let logit_rows = match (sequence.request.wants_logits, reaches_end) {
         (true, _) => LogitRows::All,
         (false, true) => LogitRows::Last,
         (false, false) => LogitRows::None,
@@ -371,9 +371,9 @@ fn push_scheduled(step: &mut ScheduleOutput, sequence: &mut Sequence, num_tokens
         num_scheduled_tokens: num_tokens,
         block_table: extend_range(&mut step.block_ids, &sequence.block_table),
         logit_rows,
-        banned: is_banned.then(|| Arc::clone(&sequence.banned_before_min_tokens)),
-        params: Arc::clone(&sequence.params),
-        seed: sequence.seed,
+        banned: is_banned.then(|| Arc::clone(&sequence.request.banned_before_min_tokens)),
+        params: Arc::clone(&sequence.request.params),
+        seed: sequence.request.seed,
     });
     step.num_tokens += num_tokens;
     if !sequence.is_decoding() {

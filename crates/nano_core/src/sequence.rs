@@ -1,11 +1,8 @@
 //! The scheduler's state of a request.
 
-use std::sync::Arc;
-
-use crate::ids::{RequestId, SequenceId, TokenId};
+use crate::ids::{SequenceId, TokenId};
 use crate::kv_cache::BlockTable;
 use crate::request::Request;
-use crate::sampling_params::SamplingParams;
 use crate::step::FinishReason;
 
 /// A sampled token that the host has not seen yet, as the step after it names it.
@@ -25,7 +22,8 @@ pub struct InFlightToken {
 #[derive(Debug)]
 pub struct Sequence {
     pub(crate) id: SequenceId,
-    pub(crate) request: RequestId,
+    /// What is asked for, its prompt moved to `tokens`.
+    pub(crate) request: Request,
     /// Prompt and output, as far as the host has seen them.
     pub(crate) tokens: Vec<TokenId>,
     pub(crate) prompt_len: u32,
@@ -38,34 +36,23 @@ pub struct Sequence {
     pub(crate) block_table: BlockTable,
     /// For a request of logits: how many rows were delivered.
     pub(crate) num_logit_rows: u32,
-    pub(crate) wants_logits: bool,
-    pub(crate) params: Arc<SamplingParams>,
-    pub(crate) seed: u64,
-    max_tokens: u32,
-    eos_token_ids: Arc<[TokenId]>,
-    pub(crate) banned_before_min_tokens: Arc<[TokenId]>,
 }
 
 impl Sequence {
     /// The state of a request that has not run yet.
-    pub fn new(id: SequenceId, request: Request) -> Self {
+    pub fn new(id: SequenceId, mut request: Request) -> Self {
+        let tokens = std::mem::take(&mut request.prompt);
         Self {
             id,
-            request: request.id,
-            prompt_len: request.prompt.len() as u32,
-            tokens: request.prompt,
+            request,
+            prompt_len: tokens.len() as u32,
+            tokens,
             num_computed_tokens: 0,
             num_in_flight_tokens: 0,
             newest_in_flight: InFlightToken { step: 0, row: 0 },
             last_step: 0,
             block_table: BlockTable::new(),
             num_logit_rows: 0,
-            wants_logits: request.wants_logits,
-            params: request.params,
-            seed: request.seed,
-            max_tokens: request.max_tokens,
-            eos_token_ids: request.eos_token_ids,
-            banned_before_min_tokens: request.banned_before_min_tokens,
         }
     }
 
@@ -82,7 +69,7 @@ impl Sequence {
     /// Tokens that may run now: `[num_computed_tokens, num_tokens)`, unless the last of them is
     /// the last token of the sequence, which needs no keys and values.
     pub fn num_uncomputed_tokens(&self) -> u32 {
-        if !self.wants_logits && self.num_output_tokens() >= self.max_tokens {
+        if !self.request.wants_logits && self.num_output_tokens() >= self.request.max_tokens {
             return 0;
         }
         self.num_tokens() - self.num_computed_tokens
@@ -95,20 +82,20 @@ impl Sequence {
 
     /// Whether an end-of-sequence or stop token may not be chosen as the next token.
     pub fn is_before_min_tokens(&self) -> bool {
-        self.num_output_tokens() < self.params.min_tokens
+        self.num_output_tokens() < self.request.params.min_tokens
     }
 
     /// Appends a token that was in flight; returns the reason if it is the last one.
     pub fn append(&mut self, token: TokenId) -> Option<FinishReason> {
         self.num_in_flight_tokens -= 1;
         self.tokens.push(token);
-        if self.eos_token_ids.contains(&token) {
+        if self.request.eos_token_ids.contains(&token) {
             return Some(FinishReason::Stop(None));
         }
-        if self.params.stop_token_ids.contains(&token) {
+        if self.request.params.stop_token_ids.contains(&token) {
             return Some(FinishReason::Stop(Some(token)));
         }
-        (self.tokens.len() as u32 - self.prompt_len >= self.max_tokens)
+        (self.tokens.len() as u32 - self.prompt_len >= self.request.max_tokens)
             .then_some(FinishReason::Length)
     }
 
@@ -122,9 +109,12 @@ impl Sequence {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use crate::ids::BlockId;
+    use crate::ids::{BlockId, RequestId};
     use crate::request::{RequestKind, RequestLimits};
+    use crate::sampling_params::SamplingParams;
 
     /// A prompt of three tokens; token 9 is the model's end of sequence.
     fn sequence(kind: RequestKind) -> Sequence {
