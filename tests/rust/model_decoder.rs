@@ -243,7 +243,8 @@ fn the_whole_agrees_with_libtorch() {
     let mut oracle = TchBackend::new(config.spec.clone(), Dtype::Float32, NUM_BLOCKS, BLOCK_SIZE);
     let source = Source::open(&config, &options()).unwrap();
     let decoder = load_decoder(&config.spec, &source, &mut oracle).unwrap();
-    let prepared = oracle.prepare(&Batch::new(&step, BLOCK_SIZE, &[])).unwrap();
+    let batch = Batch::ordered(&step, 0..step.sequences.len(), BLOCK_SIZE, &[]);
+    let prepared = oracle.prepare(&batch).unwrap();
     let logits = forward(&mut oracle, &decoder, &prepared).unwrap();
     let mut expected = Vec::new();
     oracle.to_host(logits, &mut expected).unwrap();

@@ -118,13 +118,16 @@ pub trait Backend: Debug {
     ) -> Result<Self::Hidden>;
 
     /// RMSNorm, the merged product to gate and up, and `silu(gate) * up`:
-    /// `[num_tokens, intermediate_size]`.
+    /// `[num_tokens, intermediate_size]`. Where products know a
+    /// [`gate_up_weight`](Self::gate_up_weight), one more of them.
     fn norm_gated_product(
         &mut self,
         hidden: &Self::Hidden,
         norm: &Self::Weight,
         gate_up: &Self::Weight,
-    ) -> Result<Self::Hidden>;
+    ) -> Result<Self::Hidden> {
+        self.norm_product(hidden, norm, gate_up)
+    }
 
     /// The rows that need logits, of the last layer's attention and of the residual stream.
     fn logit_rows(
@@ -140,8 +143,10 @@ pub trait Backend: Debug {
         hidden: &Self::Hidden,
         norm: &Self::Weight,
         weight: &Self::Weight,
-        step: &Self::Step,
-    ) -> Result<Self::Hidden>;
+        _step: &Self::Step,
+    ) -> Result<Self::Hidden> {
+        self.norm_product(hidden, norm, weight)
+    }
 
     /// Waits for logits and puts them, `[num_logit_rows * vocab_size]`, over `host`.
     fn to_host(&mut self, logits: Self::Hidden, host: &mut Vec<f32>) -> Result<()>;

@@ -54,12 +54,8 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Flattens a step. `previous` holds the token that each sequence of the step before sampled.
-    pub fn new(step: &ScheduleOutput, block_size: u32, previous: &[TokenId]) -> Self {
-        Self::ordered(step, 0..step.sequences.len(), block_size, previous)
-    }
-
-    /// As [`new`](Self::new), with the step's sequences in the given order.
+    /// Flattens a step, its sequences in the given order. `previous` holds the token that each sequence
+    /// of the step before sampled.
     pub fn ordered(
         step: &ScheduleOutput,
         order: impl IntoIterator<Item = usize>,

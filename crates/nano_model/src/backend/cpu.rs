@@ -327,15 +327,6 @@ impl<E: Element> Backend for CpuBackend<E> {
         Ok(residual)
     }
 
-    fn norm_gated_product(
-        &mut self,
-        hidden: &Rows,
-        norm: &CpuWeight<E>,
-        gate_up: &CpuWeight<E>,
-    ) -> Result<Rows> {
-        self.norm_product(hidden, norm, gate_up)
-    }
-
     fn logit_rows(
         &mut self,
         context: Rows,
@@ -355,16 +346,6 @@ impl<E: Element> Backend for CpuBackend<E> {
             output
         };
         Ok((gather(&context), gather(&residual)))
-    }
-
-    fn logits(
-        &mut self,
-        hidden: &Rows,
-        norm: &CpuWeight<E>,
-        weight: &CpuWeight<E>,
-        _step: &Rc<CpuStep>,
-    ) -> Result<Rows> {
-        self.norm_product(hidden, norm, weight)
     }
 
     fn to_host(&mut self, mut logits: Rows, host: &mut Vec<f32>) -> Result<()> {
