@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use nano_core::{Capacity, Executor, SamplingParams, SchedulerConfig, TokenId};
+use nano_core::{Capacity, Executor, RequestLimits, SamplingParams, SchedulerConfig, TokenId};
 use nano_engine::{Delta, Engine, Error, Finish, Prompt, RequestStream};
 use nano_model::{GenerationDefaults, ModelInfo};
 
@@ -25,18 +25,22 @@ fn capacity(max_steps_in_flight: u32) -> Capacity {
 }
 
 fn spawn(executor: FakeExecutor) -> Engine {
-    let limits = SchedulerConfig { max_num_seqs: 8, max_num_batched_tokens: 32, max_itl: None };
     let model = ModelInfo {
-        vocab_size: VOCAB_SIZE,
-        max_model_len: 200,
-        eos_token_ids: vec![],
+        request_limits: RequestLimits {
+            vocab_size: VOCAB_SIZE,
+            max_model_len: 200,
+            num_blocks: executor.capacity().num_blocks,
+            block_size: executor.capacity().block_size,
+            eos_token_ids: [].into(),
+            seed: 0,
+        },
+        step_limits: SchedulerConfig { max_num_seqs: 8, max_num_batched_tokens: 32, max_itl: None },
         generation: GenerationDefaults::default(),
         device: "fake".into(),
         dtype: "float32",
         weight_bytes: 0,
-        limits,
     };
-    Engine::spawn("no tokenizer".into(), None, 0, || Ok((Box::new(executor), model))).unwrap()
+    Engine::spawn("no tokenizer".into(), None, || Ok((Box::new(executor), model))).unwrap()
 }
 
 fn submit(engine: &Engine, first: u32, max_tokens: u32) -> RequestStream {
@@ -264,7 +268,7 @@ fn a_bad_request_is_refused_and_harms_no_other() {
 fn an_executor_that_cannot_be_built_says_why_also_by_a_panic() {
     type Built = nano_engine::Result<(Box<dyn Executor>, ModelInfo)>;
     let spawn = |build: fn() -> Built| {
-        Engine::spawn("no tokenizer".into(), None, 0, build).unwrap_err().to_string()
+        Engine::spawn("no tokenizer".into(), None, build).unwrap_err().to_string()
     };
     let failing = || Err(nano_core::Error::ExecutorFailed { message: "no device".into() }.into());
     assert_eq!(spawn(failing), "executor failed: no device");

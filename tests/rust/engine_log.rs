@@ -7,7 +7,7 @@ use std::task::Poll;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nano_core::{Capacity, SamplingParams, SchedulerConfig, TokenId};
+use nano_core::{Capacity, RequestLimits, SamplingParams, SchedulerConfig, TokenId};
 use nano_engine::{Engine, Prompt};
 use nano_model::{GenerationDefaults, ModelInfo};
 use tracing::span::{Attributes, Id, Record};
@@ -47,21 +47,25 @@ impl Subscriber for Holding {
 #[test]
 fn closing_does_not_wait_for_a_handler_of_the_log() {
     tracing::subscriber::set_global_default(Holding).unwrap();
-    let limits = SchedulerConfig { max_num_seqs: 1, max_num_batched_tokens: 8, max_itl: None };
     let model = ModelInfo {
-        vocab_size: 10,
-        max_model_len: 20,
-        eos_token_ids: vec![],
+        request_limits: RequestLimits {
+            vocab_size: 10,
+            max_model_len: 20,
+            num_blocks: 8,
+            block_size: 4,
+            eos_token_ids: [].into(),
+            seed: 0,
+        },
+        step_limits: SchedulerConfig { max_num_seqs: 1, max_num_batched_tokens: 8, max_itl: None },
         generation: GenerationDefaults::default(),
         device: "fake".into(),
         dtype: "float32",
         weight_bytes: 0,
-        limits,
     };
     let capacity = Capacity { num_blocks: 8, block_size: 4, max_steps_in_flight: 1 };
     let executor = FakeExecutor::new(capacity, 10).with_fault(1, Fault::Error);
     let engine =
-        Engine::spawn("no tokenizer".into(), None, 0, || Ok((Box::new(executor), model))).unwrap();
+        Engine::spawn("no tokenizer".into(), None, || Ok((Box::new(executor), model))).unwrap();
     let prompt = Prompt::Tokens(vec![TokenId(1)]);
     let stream = engine.submit(prompt, SamplingParams::default(), None).unwrap();
     match stream.collect(Instant::now() + MINUTE) {

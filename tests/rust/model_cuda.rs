@@ -82,26 +82,18 @@ fn serve(
     requests: &[(Vec<u32>, RequestKind)],
 ) -> Vec<Answer> {
     let (executor, info) = load(dir.path(), options).unwrap();
-    run(executor, &info, options, eos, requests)
+    run(executor, &info, eos, requests)
 }
 
 fn run(
     executor: Box<dyn Executor>,
     info: &ModelInfo,
-    options: &ModelOptions,
     eos: &[u32],
     requests: &[(Vec<u32>, RequestKind)],
 ) -> Vec<Answer> {
-    let ModelInfo { vocab_size, max_model_len, .. } = *info;
-    let limits = RequestLimits {
-        vocab_size,
-        max_model_len,
-        num_blocks: executor.capacity().num_blocks,
-        block_size: options.block_size,
-        eos_token_ids: eos.iter().map(|&token| TokenId(token)).collect(),
-        seed: 0,
-    };
-    let mut core = EngineCore::new(info.limits, executor).unwrap();
+    let eos_token_ids = eos.iter().map(|&token| TokenId(token)).collect();
+    let limits = RequestLimits { eos_token_ids, ..info.request_limits.clone() };
+    let mut core = EngineCore::new(info.step_limits, executor).unwrap();
     for (id, (prompt, kind)) in requests.iter().enumerate() {
         let prompt = prompt.iter().map(|&token| TokenId(token)).collect();
         core.add(Request::new(RequestId(id as u64), prompt, kind.clone(), &limits).unwrap());
@@ -222,7 +214,7 @@ fn one_step_in_flight_says_what_two_do() {
     let options = ModelOptions { deterministic: true, ..gpu_options() };
     let (executor, info) = load(dir.path(), &options).unwrap();
     assert_eq!(executor.capacity().max_steps_in_flight, 2);
-    let one = run(Box::new(OneStep(executor)), &info, &options, &[], &mix());
+    let one = run(Box::new(OneStep(executor)), &info, &[], &mix());
     assert!(one == serve(&dir, &options, &[], &mix()));
 }
 

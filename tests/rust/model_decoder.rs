@@ -259,7 +259,7 @@ fn dummy_weights_need_no_file_and_repeat_themselves() {
         let options = ModelOptions { dummy_weights: true, seed, ..options() };
         let (mut executor, info) = load(dir.path(), &options).unwrap();
         assert_eq!(executor.capacity().num_blocks, NUM_BLOCKS);
-        assert_eq!((info.vocab_size, info.dtype), (31, "float32"));
+        assert_eq!((info.request_limits.vocab_size, info.dtype), (31, "float32"));
         logits(&mut *executor, &Run::new(0, 5), &[5])
     };
     assert_eq!(run(1), run(1));

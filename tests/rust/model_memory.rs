@@ -7,7 +7,7 @@ mod model_fixture;
 use model_fixture::{load, options, write_json};
 use nano_core::TokenId;
 use nano_core::{EngineCore, Request, RequestId, RequestKind, RequestLimits, SamplingParams};
-use nano_model::{ModelConfig, ModelInfo, ModelOptions};
+use nano_model::{ModelConfig, ModelOptions};
 use serde_json::json;
 
 const NUM_PROMPTS: u64 = 64;
@@ -44,18 +44,10 @@ fn the_peak_is_near_the_weights_and_the_part_of_the_cache_that_is_used() {
     };
     let before = resident_bytes("VmRSS");
     let (executor, info) = load(dir.path(), &options).unwrap();
-    let ModelInfo { vocab_size, max_model_len, limits: step_limits, .. } = info;
-    let num_blocks = executor.capacity().num_blocks;
-    assert_eq!(step_limits.max_num_batched_tokens, 2048);
-    let limits = RequestLimits {
-        vocab_size,
-        max_model_len,
-        num_blocks,
-        block_size: BLOCK_SIZE,
-        eos_token_ids: [].into(),
-        seed: 0,
-    };
-    let mut core = EngineCore::new(step_limits, executor).unwrap();
+    assert_eq!(info.step_limits.max_num_batched_tokens, 2048);
+    let limits = RequestLimits { eos_token_ids: [].into(), ..info.request_limits };
+    let num_blocks = limits.num_blocks;
+    let mut core = EngineCore::new(info.step_limits, executor).unwrap();
     for id in 0..NUM_PROMPTS {
         let prompt = (0..PROMPT_LEN).map(|at| TokenId(at * 7 + id as u32)).collect();
         let params = SamplingParams { max_tokens: MAX_TOKENS, ..SamplingParams::default() };

@@ -178,8 +178,8 @@ fn the_longest_sequence_is_what_the_cache_holds() {
     let dir = model();
     let options = |num_blocks| ModelOptions { num_blocks: Some(num_blocks), ..options() };
     let loaded = |num_blocks| load(dir.path(), &options(num_blocks)).unwrap();
-    assert_eq!(loaded(10).1.max_model_len, 40);
-    assert_eq!(loaded(64).1.max_model_len, 128);
+    assert_eq!(loaded(10).1.request_limits.max_model_len, 40);
+    assert_eq!(loaded(64).1.request_limits.max_model_len, 128);
     // 2 layers of 2 heads of 6 elements, keys and values, 4 bytes each.
     assert_eq!(loaded(10).0.capacity().num_blocks, 10);
     let num_parameters: usize =

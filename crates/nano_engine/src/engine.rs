@@ -9,9 +9,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use nano_core::error::panic_message;
 use nano_core::scheduler::SchedulerStats;
-use nano_core::{
-    EngineCore, Executor, Request, RequestId, RequestKind, RequestLimits, SamplingParams, TokenId,
-};
+use nano_core::{EngineCore, Executor, Request, RequestId, RequestKind, SamplingParams, TokenId};
 use nano_model::{ModelConfig, ModelInfo, ModelOptions};
 use nano_text::{TextDecoder, TextOptions, Tokenizer};
 use parking_lot::Mutex;
@@ -43,7 +41,6 @@ pub struct Engine {
     is_closed: AtomicBool,
     /// Taken by valid requests only: the seeds of unseeded ones derive from it.
     next_request: Mutex<u64>,
-    limits: RequestLimits,
     tokenizer: Option<Tokenizer>,
     /// Where a missing tokenizer is missing.
     model_dir: PathBuf,
@@ -71,20 +68,18 @@ impl Engine {
         options.limits(false).validate()?;
         let config = ModelConfig::from_dir(&model_dir)?;
         let tokenizer = Tokenizer::from_dir(&model_dir)?;
-        let seed = options.seed;
-        Self::spawn(model_dir, tokenizer, seed, move || Ok(nano_model::load(config, &options)?))
+        Self::spawn(model_dir, tokenizer, move || Ok(nano_model::load(config, &options)?))
     }
 
     /// Starts an engine on the executor that `build` makes. It is made, used and dropped on the
-    /// engine thread. The seeds of unseeded requests derive from `seed`; without a tokenizer,
-    /// which `model_dir` lacks then, requests are token ids and so are answers.
+    /// engine thread. Without a tokenizer, which `model_dir` lacks then, requests are token ids and so
+    /// are answers.
     ///
     /// # Errors
     /// That of `build`.
     pub fn spawn(
         model_dir: PathBuf,
         tokenizer: Option<Tokenizer>,
-        seed: u64,
         build: impl FnOnce() -> Result<(Box<dyn Executor>, ModelInfo)> + Send + 'static,
     ) -> Result<Self> {
         let (commands, command_receiver) = unbounded();
@@ -100,13 +95,12 @@ impl Engine {
         };
         let engine_main = move || {
             let result = build().and_then(|(executor, model)| {
-                let capacity = executor.capacity();
-                Ok((capacity, EngineCore::new(model.limits, executor)?, model))
+                Ok((EngineCore::new(model.step_limits, executor)?, model))
             });
             match result {
-                Ok((capacity, core, model)) => {
+                Ok((core, model)) => {
                     *channels.stats.lock() = core.stats();
-                    let _ = ready.send(Ok((capacity, model)));
+                    let _ = ready.send(Ok(model));
                     engine_thread::run(core, &channels);
                 }
                 Err(error) => drop(ready.send(Err(error))),
@@ -121,21 +115,13 @@ impl Engine {
             let message = format!("loading panicked: {message}");
             return Err(Error::EngineFailed { message });
         };
-        let (capacity, model) = loaded?;
+        let model = loaded?;
         let abort = commands.clone();
         let output_main = move || {
             output_thread::run(&output_receiver, &abort);
             drop(output_done);
         };
         let output = thread::Builder::new().name("nano-output".into()).spawn(output_main)?;
-        let limits = RequestLimits {
-            vocab_size: model.vocab_size,
-            max_model_len: model.max_model_len,
-            num_blocks: capacity.num_blocks,
-            block_size: capacity.block_size,
-            eos_token_ids: model.eos_token_ids.as_slice().into(),
-            seed,
-        };
         Ok(Self {
             commands,
             outputs,
@@ -143,7 +129,6 @@ impl Engine {
             threads: Mutex::new(Some(Threads { engine, output, done })),
             is_closed: AtomicBool::new(false),
             next_request: Mutex::new(0),
-            limits,
             tokenizer,
             model_dir,
             model,
@@ -197,7 +182,7 @@ impl Engine {
         // Held until both threads know the request: an id is one that can be aborted.
         let mut next_request = self.next_request.lock();
         let id = RequestId(*next_request);
-        let request = Request::new(id, prompt.clone(), kind, &self.limits)?;
+        let request = Request::new(id, prompt.clone(), kind, &self.model.request_limits)?;
         *next_request += 1;
         let mailbox = Arc::new(Mailbox::new());
         let registered = Registered {
@@ -217,7 +202,7 @@ impl Engine {
 
     /// Refuses what is too long however it is encoded, which would take seconds and gigabytes.
     fn check_length(&self, text: &str) -> Result<()> {
-        let (num_bytes, max_model_len) = (text.len(), self.limits.max_model_len);
+        let (num_bytes, max_model_len) = (text.len(), self.model.request_limits.max_model_len);
         let least = self.tokenizer.as_ref().map_or(0, |it| it.min_num_tokens(num_bytes));
         if least > max_model_len as usize {
             return Err(Error::TextTooLong { num_bytes, least, max_model_len });
@@ -269,11 +254,6 @@ impl Engine {
     /// The model's facts.
     pub fn model(&self) -> &ModelInfo {
         &self.model
-    }
-
-    /// What a request may ask for.
-    pub fn limits(&self) -> &RequestLimits {
-        &self.limits
     }
 
     /// The load after the step that ended last.

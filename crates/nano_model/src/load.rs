@@ -7,7 +7,7 @@ mod memory;
 use std::time::Duration;
 
 use nano_core::executor::Executor;
-use nano_core::{SchedulerConfig, TokenId};
+use nano_core::{RequestLimits, SchedulerConfig};
 use nano_kernels::cuda::{Device, Error as CudaError};
 
 use crate::backend::{Backend, Dtype, Values};
@@ -85,12 +85,10 @@ impl ModelOptions {
 /// Facts about a loaded model.
 #[derive(Clone, Debug)]
 pub struct ModelInfo {
-    /// Token ids are below this.
-    pub vocab_size: u32,
-    /// Tokens of prompt and output together.
-    pub max_model_len: u32,
-    /// The end-of-sequence tokens.
-    pub eos_token_ids: Vec<TokenId>,
+    /// What a request may ask for.
+    pub request_limits: RequestLimits,
+    /// The largest step.
+    pub step_limits: SchedulerConfig,
     /// The sampling defaults.
     pub generation: GenerationDefaults,
     /// "cpu", or the name of the GPU.
@@ -100,8 +98,6 @@ pub struct ModelInfo {
     /// What the parameters take in memory: less than their data type's bytes, where they are stored
     /// in fewer bits without loss.
     pub weight_bytes: u64,
-    /// The largest step.
-    pub limits: SchedulerConfig,
 }
 
 /// Loads the model of `config`, from whose directory the weights come.
@@ -234,9 +230,10 @@ impl CacheRoom {
     fn info(
         &self,
         config: ModelConfig,
+        options: &ModelOptions,
         dtype: Dtype,
         device: String,
-        limits: SchedulerConfig,
+        step_limits: SchedulerConfig,
         weight_bytes: u64,
     ) -> ModelInfo {
         tracing::info!(
@@ -258,14 +255,19 @@ impl CacheRoom {
             );
         }
         ModelInfo {
-            vocab_size: config.spec.vocab_size as u32,
-            max_model_len: self.max_model_len,
-            eos_token_ids: config.eos_token_ids,
+            request_limits: RequestLimits {
+                vocab_size: config.spec.vocab_size as u32,
+                max_model_len: self.max_model_len,
+                num_blocks: self.num_blocks,
+                block_size: options.block_size,
+                eos_token_ids: config.eos_token_ids.into(),
+                seed: options.seed,
+            },
+            step_limits,
             generation: config.generation,
             device,
             dtype: dtype.name(),
             weight_bytes,
-            limits,
         }
     }
 }

@@ -140,7 +140,8 @@ impl Engine {
         match self.0.tokenizer() {
             Some(tokenizer) => {
                 let inner = tokenizer.clone();
-                let num_tokens = self.0.limits().vocab_size.max(inner.vocab_size() as u32);
+                let num_tokens =
+                    self.0.model().request_limits.vocab_size.max(inner.vocab_size() as u32);
                 Ok(Tokenizer { inner, num_tokens })
             }
             // Encoding anything says what is missing and where.
@@ -168,22 +169,22 @@ impl Engine {
 
     #[getter]
     fn vocab_size(&self) -> u32 {
-        self.0.limits().vocab_size
+        self.0.model().request_limits.vocab_size
     }
 
     #[getter]
     fn max_model_len(&self) -> u32 {
-        self.0.limits().max_model_len
+        self.0.model().request_limits.max_model_len
     }
 
     #[getter]
     fn num_blocks(&self) -> u32 {
-        self.0.limits().num_blocks
+        self.0.model().request_limits.num_blocks
     }
 
     #[getter]
     fn block_size(&self) -> u32 {
-        self.0.limits().block_size
+        self.0.model().request_limits.block_size
     }
 
     #[getter]
@@ -209,7 +210,7 @@ impl Engine {
 
 impl Engine {
     fn token_ids(&self, py: Python<'_>, tokens: &[i64]) -> PyResult<Vec<TokenId>> {
-        checked(py, tokens, self.0.limits().vocab_size)
+        checked(py, tokens, self.0.model().request_limits.vocab_size)
     }
 }
 

@@ -69,9 +69,10 @@ fn load_as<E: Element>(
     let (num_blocks, block_size) = (room.num_blocks, options.block_size);
     let mut backend = CpuBackend::<E>::new(config.spec.clone(), num_blocks, block_size, pool)?;
     let model = load_decoder(&config.spec, source, &mut backend)?;
+    let vocab_size = config.spec.vocab_size;
     let (device, limits) = ("cpu".to_owned(), options.limits(false));
-    let info = room.info(config, dtype, device, limits, backend.weight_bytes());
+    let info = room.info(config, options, dtype, device, limits, backend.weight_bytes());
     let capacity = Capacity { num_blocks, block_size, max_steps_in_flight: 1 };
-    let executor = CpuExecutor::new(backend, model, capacity, info.vocab_size as usize);
+    let executor = CpuExecutor::new(backend, model, capacity, vocab_size);
     Ok((Box::new(executor), info))
 }

@@ -109,7 +109,7 @@ pub(super) fn load(
     let executor = CudaExecutor::new(backend, model, capacity)
         .map_err(|error| explained(error, "a graph", "lower gpu_memory_utilization"))?;
     let dtype = Dtype::BFloat16;
-    let info = room.info(config, dtype, device.name()?, scheduler, weight_bytes);
+    let info = room.info(config, options, dtype, device.name()?, scheduler, weight_bytes);
     Ok((executor, info))
 }
 
