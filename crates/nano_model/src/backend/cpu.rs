@@ -160,42 +160,31 @@ impl<E: Element> CpuBackend<E> {
         is_gated: bool,
         values: Values<'_>,
     ) -> Result<CpuWeight<E>> {
-        let size = (rows, columns);
-        let matrix = match values {
-            Values::Tensors(parts) => PackedMatrix::pack(
-                &mut self.pool,
-                &mut self.arena,
-                size,
-                is_gated,
-                |row, elements| {
-                    let mut row = row;
-                    for part in parts {
-                        let part_rows = part.bytes.len() / (columns * part.dtype.num_bytes());
-                        if row < part_rows {
-                            return read_row(*part, row, elements);
-                        }
-                        row -= part_rows;
+        let draws: Vec<E> = match values {
+            Values::Tensors(_) => Vec::new(),
+            Values::Dummy(dummy) => dummy.draws().iter().map(|&draw| E::narrow(draw)).collect(),
+        };
+        let read = |row: usize, elements: &mut [E]| match values {
+            Values::Dummy(dummy) => dummy.fill(row * columns, elements, &draws),
+            Values::Tensors(parts) => {
+                let mut row = row;
+                for part in parts {
+                    let part_rows = part.bytes.len() / (columns * part.dtype.num_bytes());
+                    if row < part_rows {
+                        return read_row(*part, row, elements);
                     }
-                },
-            ),
-            Values::Dummy(dummy) => {
-                let draws: Vec<E> = dummy.draws().iter().map(|&draw| E::narrow(draw)).collect();
-                PackedMatrix::pack(
-                    &mut self.pool,
-                    &mut self.arena,
-                    size,
-                    is_gated,
-                    |row, elements| dummy.fill(row * columns, elements, &draws),
-                )
+                    row -= part_rows;
+                }
             }
         };
-        let no_memory = |error: std::io::Error| {
+        let size = (rows, columns);
+        let matrix = PackedMatrix::pack(&mut self.pool, &mut self.arena, size, is_gated, read);
+        let matrix = matrix.map_err(|error| {
             let bytes = rows * columns * size_of::<E>();
             let reason =
                 format!("its {rows} x {columns} values take up to {bytes} bytes ({error})");
             Error::NoMemory { what: "a parameter", reason }
-        };
-        let matrix = matrix.map_err(no_memory)?;
+        })?;
         self.weight_bytes += matrix.num_bytes();
         Ok(CpuWeight::Matrix(matrix))
     }
