@@ -112,16 +112,6 @@ impl Request {
             params: Arc::new(params),
         })
     }
-
-    /// The id that its events carry.
-    pub fn id(&self) -> RequestId {
-        self.id
-    }
-
-    /// The prompt's tokens, at least one.
-    pub fn prompt(&self) -> &[TokenId] {
-        &self.prompt
-    }
 }
 
 /// The tokens that end a sequence, each once. A config may name an end-of-sequence token outside the
@@ -183,7 +173,7 @@ mod tests {
     #[test]
     fn a_valid_request_keeps_id_and_prompt() {
         let request = request(5, generate(4), &limits()).unwrap();
-        assert_eq!((request.id(), request.prompt()), (RequestId(3), &prompt(5)[..]));
+        assert_eq!((request.id, &request.prompt), (RequestId(3), &prompt(5)));
         assert!(!request.wants_logits);
         assert!(logits(5, &limits()).unwrap().wants_logits);
     }

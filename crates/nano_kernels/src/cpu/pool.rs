@@ -10,7 +10,7 @@ use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle, Thread};
+use std::thread::{self, JoinHandle};
 
 use super::isa::Isa;
 use super::shared::SharedMut;
@@ -49,7 +49,6 @@ pub struct Pool {
     isa: Isa,
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    threads: Vec<Thread>,
 }
 
 impl Pool {
@@ -69,9 +68,8 @@ impl Pool {
             let name = format!("nano-cpu-{index}");
             thread::Builder::new().name(name).spawn(move || shared.work()).ok()
         };
-        let workers: Vec<JoinHandle<()>> = (1..num_threads.get()).filter_map(spawn).collect();
-        let threads = workers.iter().map(|worker| worker.thread().clone()).collect();
-        Self { isa, shared, workers, threads }
+        let workers = (1..num_threads.get()).filter_map(spawn).collect();
+        Self { isa, shared, workers }
     }
 
     /// The instructions that operators on this pool use.
@@ -122,7 +120,7 @@ impl Pool {
         // One total order with the sleeper's count: either it sees this job or is seen asleep.
         shared.state.fetch_add(NEXT_JOB + OPEN, Ordering::SeqCst);
         if shared.num_sleepers.load(Ordering::SeqCst) > 0 {
-            self.threads.iter().for_each(Thread::unpark);
+            self.unpark();
         }
         // Nothing may leave this frame before the workers have: they hold a pointer into it.
         shared.claim_tasks();
@@ -137,12 +135,16 @@ impl Pool {
             resume_unwind(panic);
         }
     }
+
+    fn unpark(&self) {
+        self.workers.iter().for_each(|worker| worker.thread().unpark());
+    }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.is_closed.store(true, Ordering::SeqCst);
-        self.threads.iter().for_each(Thread::unpark);
+        self.unpark();
         for worker in self.workers.drain(..) {
             // A worker cannot panic: tasks are caught.
             let _ = worker.join();

@@ -42,14 +42,9 @@ pub(super) fn parse(fields: &Fields<'_>, layers: Layers) -> Result<DecoderSpec> 
     if !head_dim.is_multiple_of(2) {
         return Err(fields.bad("head_dim", format!("must be even, got {head_dim}")));
     }
-    match fields.get("hidden_act").map(|act| act.as_str().ok_or(act)) {
-        None | Some(Ok("silu" | "swish")) => {}
-        Some(Ok(other)) => {
-            return Err(fields.bad("hidden_act", format!("must be silu, got {other:?}")));
-        }
-        Some(Err(other)) => {
-            return Err(fields.bad("hidden_act", format!("must be silu, got {other}")));
-        }
+    let is_silu = |act: &&Value| matches!(act.as_str(), Some("silu" | "swish"));
+    if let Some(other) = fields.get("hidden_act").filter(|act| !is_silu(act)) {
+        return Err(fields.bad("hidden_act", format!("must be silu, got {other}")));
     }
     for name in ["attention_bias", "mlp_bias"] {
         if fields.optional_bool(name)? == Some(true) {
