@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use nano_core::step::{LogitRows, RowAnswer, SampledRow, StepOutput};
+use nano_core::step::{LogitRows, RowAnswer, SampledRow};
 use nano_core::{
     Capacity, Request, RequestId, RequestKind, RequestLimits, SamplingParams, ScheduleOutput,
     Scheduler, SchedulerConfig, TokenId,
@@ -75,13 +75,13 @@ fn request(id: u32, prompt_len: u32) -> Request {
 }
 
 /// What an executor would answer.
-fn answer(step: &ScheduleOutput) -> StepOutput {
+fn answer(step: &ScheduleOutput) -> Vec<SampledRow> {
     let sampled = step.sequences.iter().filter(|s| s.logit_rows != LogitRows::None);
     let row = sampled.map(|scheduled| SampledRow {
         sequence: scheduled.sequence,
         answer: RowAnswer::Token(TokenId(7)),
     });
-    StepOutput { rows: row.collect() }
+    row.collect()
 }
 
 /// All sequences have run their prompts; the next step is the one of the case.

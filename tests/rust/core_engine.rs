@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use nano_core::step::StepOutput;
+use nano_core::step::SampledRow;
 use nano_core::{
     Capacity, EngineCore, Error, Executor, FinishReason, Request, RequestId, RequestKind,
     RequestLimits, Result, SamplingParams, ScheduleOutput, SchedulerConfig, TokenId,
@@ -185,7 +185,7 @@ impl Executor for Noting {
         self.fake.launch(step)
     }
 
-    fn collect(&mut self) -> Result<StepOutput> {
+    fn collect(&mut self) -> Result<Vec<SampledRow>> {
         self.fake.collect()
     }
 }

@@ -39,7 +39,7 @@ fn step(number: u64, sequence: u64, first: u32, ids: &[u32], table: &[u32]) -> S
 
 fn sampled(executor: &mut FakeExecutor, step: &ScheduleOutput) -> RowAnswer {
     executor.launch(step).unwrap();
-    executor.collect().unwrap().rows.remove(0).answer
+    executor.collect().unwrap().remove(0).answer
 }
 
 #[test]

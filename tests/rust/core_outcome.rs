@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use nano_core::step::{LogitRows, RowAnswer, SampledRow, StepOutput};
+use nano_core::step::{LogitRows, RowAnswer, SampledRow};
 use nano_core::{
     Error, Executor, FinishReason, RequestId, RequestKind, SamplingParams, SchedulerConfig, TokenId,
 };
@@ -57,10 +57,10 @@ fn a_preempted_request_can_be_aborted() {
 fn a_row_that_failed_ends_its_own_request() {
     let mut run = Run::new(WIDE, 20, 1).with([generate(0, 1, 2), generate(1, 1, 2)]);
     let step = run.launch();
-    let mut rows = run.executor.collect().unwrap().rows;
+    let mut rows = run.executor.collect().unwrap();
     let error = Error::LogitsNotFinite { position: 1 };
     rows[0].answer = RowAnswer::Error(error.clone());
-    let events = run.scheduler.update(&step, StepOutput { rows }).unwrap();
+    let events = run.scheduler.update(&step, rows).unwrap();
     let ended: Vec<_> = events.into_iter().map(|event| (event.request.0, event.finish)).collect();
     assert_eq!(ended, [(0, Some(FinishReason::Error(error))), (1, None)]);
     assert_eq!((run.stats().num_running, run.stats().num_free_blocks), (1, 19));
@@ -195,10 +195,10 @@ fn an_update_with_wrong_rows_is_an_error_and_changes_no_request() {
         let mut run = Run::new(WIDE, 20, 1);
         run = run.with([generate(0, 1, 1), request(1, 2, RequestKind::Logits), generate(2, 1, 1)]);
         let step = run.launch();
-        (run.scheduler, step, run.executor.collect().unwrap().rows)
+        (run.scheduler, step, run.executor.collect().unwrap())
     };
     let (mut scheduler, step, rows) = run();
-    assert_eq!(scheduler.update(&step, StepOutput { rows }).unwrap().len(), 3);
+    assert_eq!(scheduler.update(&step, rows).unwrap().len(), 3);
 
     let break_rows: [fn(&mut Vec<SampledRow>); 5] = [
         |rows| rows.truncate(2),
@@ -211,7 +211,7 @@ fn an_update_with_wrong_rows_is_an_error_and_changes_no_request() {
         let (mut scheduler, step, mut rows) = run();
         break_rows(&mut rows);
         let num_rows = rows.len();
-        let error = scheduler.update(&step, StepOutput { rows }).unwrap_err();
+        let error = scheduler.update(&step, rows).unwrap_err();
         let expected =
             format!("executor failed: its {num_rows} rows are not those that the step asked for");
         assert_eq!(error.to_string(), expected, "case {index}");

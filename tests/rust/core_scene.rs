@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
-use nano_core::step::{LogitRows, ScheduledSequence, StepOutput, TokenSource};
+use nano_core::step::{LogitRows, SampledRow, ScheduledSequence, TokenSource};
 use nano_core::{
     Capacity, EngineCore, Error, Executor, FinishReason, Request, RequestId, RequestKind,
     RequestLimits, SamplingParams, ScheduleOutput, SchedulerConfig, TokenEvent, TokenId,
@@ -224,7 +224,7 @@ impl Executor for Watched {
         self.fake.launch(step)
     }
 
-    fn collect(&mut self) -> nano_core::Result<StepOutput> {
+    fn collect(&mut self) -> nano_core::Result<Vec<SampledRow>> {
         self.fake.collect()
     }
 }

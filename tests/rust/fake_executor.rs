@@ -10,9 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use nano_core::step::{
-    LogitRows, RowAnswer, SampledRow, ScheduledSequence, StepOutput, TokenSource,
-};
+use nano_core::step::{LogitRows, RowAnswer, SampledRow, ScheduledSequence, TokenSource};
 use nano_core::{BlockId, Capacity, Error, Executor, Result, ScheduleOutput, SequenceId, TokenId};
 
 /// What goes wrong, and at which step.
@@ -172,7 +170,7 @@ impl Executor for FakeExecutor {
         Ok(())
     }
 
-    fn collect(&mut self) -> Result<StepOutput> {
+    fn collect(&mut self) -> Result<Vec<SampledRow>> {
         let Some(InFlight { step, sampled, logits }) = self.in_flight.pop_front() else {
             return Err(Error::ExecutorFailed { message: "no step is in flight".to_owned() });
         };
@@ -198,7 +196,7 @@ impl Executor for FakeExecutor {
         if let (Some(Fault::Row), Some(row)) = (self.fault_at(step.step), rows.first_mut()) {
             row.answer = RowAnswer::Error(Error::LogitsNotFinite { position: 0 });
         }
-        Ok(StepOutput { rows })
+        Ok(rows)
     }
 }
 

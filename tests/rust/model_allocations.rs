@@ -121,7 +121,7 @@ fn warm_decode_steps_take_no_memory_but_for_their_answer() {
             let run = num_allocations(|| executor.launch(&step).unwrap());
             assert_eq!(run, 0, "{num_sequences} sequences at {position}");
             let mut rows = Vec::new();
-            let answer = num_allocations(|| rows = executor.collect().unwrap().rows);
+            let answer = num_allocations(|| rows = executor.collect().unwrap());
             // The rows, which the scheduler keeps.
             assert_eq!((answer, rows.len()), (1, num_sequences as usize));
             assert!(rows.iter().all(|row| matches!(row.answer, RowAnswer::Token(_))));

@@ -12,7 +12,7 @@ mod model_fixture;
 use std::collections::BTreeMap;
 
 use model_fixture::{load, options, write_json};
-use nano_core::step::StepOutput;
+use nano_core::step::SampledRow;
 use nano_core::{
     Capacity, EngineCore, Executor, Request, RequestId, RequestKind, RequestLimits, SamplingParams,
     ScheduleOutput, TokenId,
@@ -200,7 +200,7 @@ impl Executor for OneStep {
         self.0.launch(step)
     }
 
-    fn collect(&mut self) -> nano_core::Result<StepOutput> {
+    fn collect(&mut self) -> nano_core::Result<Vec<SampledRow>> {
         self.0.collect()
     }
 }

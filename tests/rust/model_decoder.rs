@@ -63,7 +63,7 @@ impl Run {
 
 fn run(executor: &mut dyn Executor, step: &ScheduleOutput) -> Vec<RowAnswer> {
     executor.launch(step).unwrap();
-    let rows = executor.collect().unwrap().rows;
+    let rows = executor.collect().unwrap();
     let asked = step.sequences.iter().filter(|it| it.logit_rows != LogitRows::None);
     assert!(asked.clone().count() == rows.len());
     assert!(asked.zip(&rows).all(|(scheduled, row)| scheduled.is_answered_by(row)));

@@ -76,11 +76,11 @@ impl EngineCore {
             return Ok(Vec::new());
         }
         let Some((oldest, start)) = self.in_flight.pop_front() else { return Ok(Vec::new()) };
-        let output = self.executor.collect()?;
+        let rows = self.executor.collect()?;
         let end = Instant::now();
         self.scheduler.observe(&oldest, step_time(start, self.last_collect, end));
         self.last_collect = end;
-        self.scheduler.update(&oldest, output)
+        self.scheduler.update(&oldest, rows)
     }
 
     /// Checks the scheduler's books.
@@ -105,7 +105,7 @@ mod tests {
     use crate::ids::TokenId;
     use crate::request::{RequestKind, RequestLimits};
     use crate::sampling_params::SamplingParams;
-    use crate::step::StepOutput;
+    use crate::step::SampledRow;
 
     /// Gives no answer.
     #[derive(Debug)]
@@ -120,8 +120,8 @@ mod tests {
             Ok(())
         }
 
-        fn collect(&mut self) -> Result<StepOutput> {
-            Ok(StepOutput::default())
+        fn collect(&mut self) -> Result<Vec<SampledRow>> {
+            Ok(Vec::new())
         }
     }
 

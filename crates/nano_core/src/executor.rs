@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use crate::error::Result;
-use crate::step::{ScheduleOutput, StepOutput};
+use crate::step::{SampledRow, ScheduleOutput};
 
 /// What an executor has room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +29,7 @@ pub trait Executor: Debug {
     /// Starts the forward pass and the sampling of `step`.
     fn launch(&mut self, step: &ScheduleOutput) -> Result<()>;
 
-    /// Waits for the oldest step in flight.
-    fn collect(&mut self) -> Result<StepOutput>;
+    /// Waits for the oldest step in flight: one row for each sequence whose
+    /// [`LogitRows`](crate::step::LogitRows) is not `None`, in the order of the step's sequences.
+    fn collect(&mut self) -> Result<Vec<SampledRow>>;
 }

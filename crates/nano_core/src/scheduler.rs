@@ -25,8 +25,8 @@ use crate::sequence::{InFlightToken, Sequence};
 pub use pace::Pace;
 
 use crate::step::{
-    FinishReason, LogitRows, RowAnswer, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput,
-    TokenEvent, TokenSource,
+    FinishReason, LogitRows, RowAnswer, SampledRow, ScheduleOutput, ScheduledSequence, TokenEvent,
+    TokenSource,
 };
 
 /// The limits of one step.
@@ -268,17 +268,21 @@ impl Scheduler {
     /// # Errors
     /// [`Error::ExecutorFailed`] if the rows are not those that the step asked for. No request has
     /// changed then: each one is still there to be told.
-    pub fn update(&mut self, step: &ScheduleOutput, output: StepOutput) -> Result<Vec<TokenEvent>> {
+    pub fn update(
+        &mut self,
+        step: &ScheduleOutput,
+        rows: Vec<SampledRow>,
+    ) -> Result<Vec<TokenEvent>> {
         self.cache.step_collected(step.step);
         let asked = step.sequences.iter().filter(|s| s.logit_rows != LogitRows::None);
-        let num_rows = output.rows.len();
+        let num_rows = rows.len();
         let is_complete = num_rows == asked.clone().count()
-            && asked.clone().zip(&output.rows).all(|(asked, row)| asked.is_answered_by(row));
+            && asked.clone().zip(&rows).all(|(asked, row)| asked.is_answered_by(row));
         if !is_complete {
             let message = format!("its {num_rows} rows are not those that the step asked for");
             return Err(Error::ExecutorFailed { message });
         }
-        let answers = asked.zip(output.rows);
+        let answers = asked.zip(rows);
         Ok(answers.filter_map(|(asked, row)| self.update_sequence(asked, row)).collect())
     }
 

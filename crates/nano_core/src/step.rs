@@ -116,14 +116,6 @@ pub enum RowAnswer {
     Error(Error),
 }
 
-/// The results of one step, one row for each sequence whose [`LogitRows`] is not `None`, in the
-/// order of the step's sequences.
-#[derive(Clone, Debug, Default)]
-pub struct StepOutput {
-    /// The rows.
-    pub rows: Vec<SampledRow>,
-}
-
 /// Why a request ended.
 #[derive(Clone, Debug, PartialEq)]
 pub enum FinishReason {

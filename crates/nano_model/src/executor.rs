@@ -5,9 +5,7 @@ pub mod cuda;
 use std::ops::Range;
 
 use nano_core::executor::{Capacity, Executor};
-use nano_core::step::{
-    LogitRows, RowAnswer, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput,
-};
+use nano_core::step::{LogitRows, RowAnswer, SampledRow, ScheduleOutput, ScheduledSequence};
 use nano_core::{Error as CoreError, TokenId};
 use nano_kernels::cpu::Element;
 use nano_kernels::cpu::sampling::sample;
@@ -150,10 +148,10 @@ impl<E: Element> Executor for CpuExecutor<E> {
         self.run(step).map_err(|error| failed(&error))
     }
 
-    fn collect(&mut self) -> nano_core::Result<StepOutput> {
+    fn collect(&mut self) -> nano_core::Result<Vec<SampledRow>> {
         let mut rows = Vec::with_capacity(self.sequences.len());
         rows.extend(self.answers());
-        Ok(StepOutput { rows })
+        Ok(rows)
     }
 }
 

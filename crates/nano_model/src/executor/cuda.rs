@@ -9,9 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use nano_core::executor::{Capacity, Executor};
-use nano_core::step::{
-    LogitRows, RowAnswer, SampledRow, ScheduleOutput, ScheduledSequence, StepOutput,
-};
+use nano_core::step::{LogitRows, RowAnswer, SampledRow, ScheduleOutput, ScheduledSequence};
 use nano_core::{Error as CoreError, SequenceId, TokenId};
 use nano_kernels::cuda::sampling::{NO_TOKEN, RowSampling};
 use nano_kernels::cuda::{Error as CudaError, Graph};
@@ -166,11 +164,11 @@ impl CudaExecutor {
         self.backend.sample(&flight.step, &banned, &mut flight.answer)
     }
 
-    fn collect_step(&mut self) -> Result<StepOutput> {
+    fn collect_step(&mut self) -> Result<Vec<SampledRow>> {
         let flight = self.in_flight.pop_front().ok_or_else(|| broken("no step is in flight"))?;
         let chosen = flight.answer.wait()?;
         let vocab_size = self.backend.spec().vocab_size;
-        let mut output = StepOutput::default();
+        let mut answers = Vec::new();
         for Row { sequence, position, wanted } in flight.rows {
             let answer = match wanted {
                 Wanted::Nothing => continue,
@@ -183,10 +181,10 @@ impl CudaExecutor {
                     RowAnswer::Logits(flight.logits[numbers].to_vec())
                 }
             };
-            output.rows.push(SampledRow { sequence, answer });
+            answers.push(SampledRow { sequence, answer });
         }
         self.idle.push(flight.answer);
-        Ok(output)
+        Ok(answers)
     }
 }
 
@@ -216,7 +214,7 @@ impl Executor for CudaExecutor {
         self.launch_step(step).map_err(|error| failed(&error))
     }
 
-    fn collect(&mut self) -> nano_core::Result<StepOutput> {
+    fn collect(&mut self) -> nano_core::Result<Vec<SampledRow>> {
         self.collect_step().map_err(|error| failed(&error))
     }
 }
