@@ -10,6 +10,7 @@
 
 mod cuda_case;
 mod cuda_fixture;
+mod oracle;
 
 use cuda_case::{BLOCK_SIZE, BOUND, Case, MANY_HEADS, Sequence, cache_rows, heads};
 use cuda_fixture::{Random, assert_close, download, kernels, poisoned};

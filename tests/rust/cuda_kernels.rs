@@ -9,6 +9,7 @@
 )]
 
 mod cuda_fixture;
+mod oracle;
 
 use cuda_fixture::{Random, assert_close, download, floats, kernels, poisoned};
 use half::bf16;
@@ -17,7 +18,7 @@ use nano_kernels::cuda::gather::{Gather, TokenIds};
 use nano_kernels::cuda::norm::RmsNorm;
 use nano_kernels::cuda::rope::RopeWriteKv;
 use nano_kernels::cuda::{Device, Error, Graph};
-use nano_kernels::reference::{activation, norm, rope};
+use nano_kernels::reference::rope;
 
 /// bf16 rounds by 2⁻⁸ of a value at worst.
 const ROUNDING: f64 = 4e-3;
@@ -47,7 +48,7 @@ fn a_row_is_normalised() {
         unsafe { kernels.rms_norm(&launch) }.unwrap();
         let expected: Vec<f32> = floats(&input)
             .chunks(hidden_size)
-            .flat_map(|row| norm::rms_norm(row, &floats(&weight), 1e-5))
+            .flat_map(|row| oracle::rms_norm(row, &floats(&weight), 1e-5))
             .collect();
         let what = format!("rms_norm {num_tokens} x {hidden_size}");
         assert_close(&what, &download(&out), &expected, ROUNDING);
@@ -145,7 +146,7 @@ fn the_gate_multiplies() {
         // SAFETY: both buffers were allocated above with the size of their shapes.
         unsafe { kernels.silu_mul(to, from, num_tokens, intermediate_size) }.unwrap();
         let expected: Vec<f32> =
-            floats(&gate_up).chunks(2 * intermediate_size).flat_map(activation::silu_mul).collect();
+            floats(&gate_up).chunks(2 * intermediate_size).flat_map(oracle::silu_mul).collect();
         let what = format!("silu_mul {num_tokens} x {intermediate_size}");
         assert_close(&what, &download(&out), &expected, ROUNDING);
     }
@@ -226,7 +227,7 @@ fn a_graph_replays_with_what_its_buffers_hold_then() {
         let mut seen = vec![bf16::ZERO; num_tokens * intermediate_size];
         out.download(0, &mut seen).unwrap();
         let expected: Vec<f32> =
-            floats(&gate_up).chunks(2 * intermediate_size).flat_map(activation::silu_mul).collect();
+            floats(&gate_up).chunks(2 * intermediate_size).flat_map(oracle::silu_mul).collect();
         assert_close("replayed silu_mul", &floats(&seen), &expected, ROUNDING);
     }
 }

@@ -10,6 +10,7 @@
 )]
 
 mod cuda_fixture;
+mod oracle;
 
 use cuda_fixture::{Random, assert_close, download, floats, hopper, poisoned};
 use half::bf16;
@@ -17,9 +18,7 @@ use nano_kernels::cuda::product::{
     Epilogue, FusedProduct, Norm, Product, ProductKernel, SQUARES_BYTES,
 };
 use nano_kernels::cuda::{DeviceBuffer, Kernels};
-use nano_kernels::reference::activation::silu_mul;
-use nano_kernels::reference::norm::rms_norm;
-use nano_kernels::reference::product::product;
+use oracle::{product, rms_norm, silu_mul};
 
 /// The residual, the rows times the norm's weight and the gate are rounded to bf16 on the way, each
 /// by 2⁻⁸ at worst.

@@ -10,6 +10,7 @@
 
 mod cuda_case;
 mod cuda_fixture;
+mod oracle;
 
 use cuda_case::{BOUND, Case, MANY_HEADS, Sequence, heads};
 use cuda_fixture::{Random, assert_close, download, hopper, kernels, poisoned};

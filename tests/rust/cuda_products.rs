@@ -9,6 +9,7 @@
 )]
 
 mod cuda_fixture;
+mod oracle;
 
 use cuda_fixture::{Random, assert_close, download, floats, hopper, kernels};
 use half::{bf16, f16};
@@ -16,9 +17,7 @@ use nano_kernels::cuda::gemm::{Trial, rows_of_memory};
 use nano_kernels::cuda::product::{Epilogue, FusedProduct, Norm, Product};
 use nano_kernels::cuda::weights::NUM_DRAWS;
 use nano_kernels::cuda::{Device, DeviceBuffer, Gemm};
-use nano_kernels::reference::activation::silu_mul;
-use nano_kernels::reference::norm::rms_norm;
-use nano_kernels::reference::product::product;
+use oracle::{product, rms_norm, silu_mul};
 
 /// bf16 rounds by 2⁻⁸ of a value at worst.
 const ROUNDING: f64 = 4e-3;

@@ -1,19 +1,19 @@
 //! The back ends, operator by operator, against the plain reference.
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
+mod oracle;
 mod tch_backend;
 
 use std::num::NonZero;
 
 use nano_kernels::cpu::{Isa, Pool};
-use nano_kernels::reference::attention::{PagedCache, paged_attention};
-use nano_kernels::reference::norm::rms_norm;
-use nano_kernels::reference::{activation, product, rope};
+use nano_kernels::reference::rope;
 use nano_model::backend::cpu::{CpuBackend, Rows};
 use nano_model::backend::{Backend, Dtype, Values};
 use nano_model::batch::{Batch, BatchSequence};
 use nano_model::config::{CheckpointDtype, DecoderSpec, LayerSpec, RopeSpec};
 use nano_model::weights::TensorBytes;
+use oracle::{PagedCache, paged_attention, product, rms_norm, silu_mul};
 use tch::Tensor;
 use tch_backend::TchBackend;
 
@@ -286,7 +286,7 @@ fn check_norms_products_gates_and_logits_agree<B: Probe>() {
         .map(|row| rms_norm(row, &norm_weight, spec.rms_norm_eps))
         .collect();
     let through = |weights: &[f32]| -> Vec<Vec<f32>> {
-        normed.iter().map(|row| product::product(row, weights)).collect()
+        normed.iter().map(|row| product(row, weights)).collect()
     };
 
     let qkv = noise(7 * hidden_size, 6);
@@ -301,8 +301,7 @@ fn check_norms_products_gates_and_logits_agree<B: Probe>() {
     let gate_up_weight =
         backend.gate_up_weight(rows_of_both, hidden_size, Values::Tensors(&[part])).unwrap();
     let found = backend.norm_gated_product(&hidden_rows, &norm, &gate_up_weight).unwrap();
-    let gated: Vec<Vec<f32>> =
-        through(&gate_up).iter().map(|row| activation::silu_mul(row)).collect();
+    let gated: Vec<Vec<f32>> = through(&gate_up).iter().map(|row| silu_mul(row)).collect();
     let gated_rows = backend.host(found);
     assert_close(&gated_rows, &gated.concat(), "norm_gated_product");
     let found = backend.hidden(&gated_rows, spec.intermediate_size);
@@ -313,7 +312,7 @@ fn check_norms_products_gates_and_logits_agree<B: Probe>() {
     let found = backend.product_add(&found, &down_weight, residual).unwrap();
     let mut expected = hidden.clone();
     for (row, gated) in expected.chunks_exact_mut(hidden_size).zip(&gated) {
-        for (value, added) in row.iter_mut().zip(product::product(gated, &down)) {
+        for (value, added) in row.iter_mut().zip(product(gated, &down)) {
             *value += added;
         }
     }

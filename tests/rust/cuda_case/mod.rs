@@ -7,9 +7,9 @@ use std::ops::Range;
 use half::bf16;
 use nano_kernels::cuda::attention::{AttentionInput, Heads};
 use nano_kernels::cuda::{DeviceBuffer, Kernels};
-use nano_kernels::reference::attention::{PagedCache, paged_attention};
 
 use crate::cuda_fixture::{Random, floats};
+use crate::oracle::{PagedCache, paged_attention};
 
 pub(crate) const BLOCK_SIZE: usize = 16;
 /// Operands and weights are bf16, sums f32.

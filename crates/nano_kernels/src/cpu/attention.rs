@@ -109,8 +109,8 @@ pub struct AttentionInput<'a, E: Element> {
 #[derive(Debug, Default)]
 pub struct Scratch<E: Element>(Vec<Head<E>>);
 
-/// [`paged_attention`](crate::reference::attention::paged_attention) of all rows, written into
-/// `output: [num_rows, num_heads, head_dim]`.
+/// The attention of each row to itself and everything before it, or to the last `window` of these
+/// positions, written into `output: [num_rows, num_heads, head_dim]`.
 ///
 /// # Panics
 /// If the tiles are not in the order of their rows, or name what is not there.
@@ -139,6 +139,3 @@ pub fn paged_attention<E: Element>(
         }
     });
 }
-
-#[cfg(test)]
-mod tests;

@@ -52,7 +52,7 @@ impl Isa {
     }
 
     /// Whether an instruction multiplies pairs of bfloat16.
-    pub(super) fn has_bf16_products(self) -> bool {
+    pub fn has_bf16_products(self) -> bool {
         self.0 == Set::Avx512
     }
 

@@ -3,7 +3,7 @@
 use super::LANES;
 use super::isa::mul_add;
 
-/// How rows are normed: [`rms_norm`](crate::reference::norm::rms_norm).
+/// How rows are normed: `row * weight / sqrt(mean(row²) + eps)`.
 #[derive(Clone, Copy, Debug)]
 pub struct Norm<'a> {
     /// `[hidden_size]`.

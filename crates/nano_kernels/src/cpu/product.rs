@@ -388,6 +388,3 @@ fn store_sums(store: Store, sums: &[f32; LANES], output: &mut [f32]) {
         Err(_) => each(output),
     }
 }
-
-#[cfg(test)]
-mod tests;

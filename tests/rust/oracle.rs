@@ -1,21 +1,65 @@
-//! Attention over the blocks of the KV cache.
+//! The one plain implementation of each operator, in float32, that those of every device are held to.
+//!
+//! Written to be read and believed. Matrices are row-major slices; shapes stand in the doc comments.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+/// `row * weight / sqrt(mean(row²) + eps)`.
+///
+/// # Shapes
+/// `row, weight: [hidden_size]`.
+///
+/// # Source
+/// Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
+pub(crate) fn rms_norm(row: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let mean_square = row.iter().map(|x| x * x).sum::<f32>() / row.len() as f32;
+    let scale = (mean_square + eps).sqrt().recip();
+    row.iter().zip(weight).map(|(x, weight)| x * scale * weight).collect()
+}
+
+/// `weight · row`.
+///
+/// # Shapes
+/// `row: [in_features]`, `weight: [out_features, in_features]`, as checkpoints store it; the result
+/// is `[out_features]`.
+pub(crate) fn product(row: &[f32], weight: &[f32]) -> Vec<f32> {
+    let dot = |weights: &[f32]| row.iter().zip(weights).map(|(x, weight)| x * weight).sum();
+    weight.chunks_exact(row.len()).map(dot).collect()
+}
+
+/// `silu(gate) * up`, element by element.
+///
+/// # Shapes
+/// `gate_up: [2 * intermediate_size]`, the gate first; the result is `[intermediate_size]`.
+///
+/// # Source
+/// Shazeer, GLU Variants Improve Transformer, 2020.
+pub(crate) fn silu_mul(gate_up: &[f32]) -> Vec<f32> {
+    let (gate, up) = gate_up.split_at(gate_up.len() / 2);
+    gate.iter().zip(up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect()
+}
 
 /// One layer's cache and how to read it.
 #[derive(Clone, Copy, Debug)]
-pub struct PagedCache<'a> {
+pub(crate) struct PagedCache<'a> {
     /// `[num_blocks, k | v, num_kv_heads, block_size, head_dim]`.
-    pub data: &'a [f32],
+    pub(crate) data: &'a [f32],
     /// Token slots of a block.
-    pub block_size: usize,
+    pub(crate) block_size: usize,
     /// Heads of keys and values.
-    pub num_kv_heads: usize,
+    pub(crate) num_kv_heads: usize,
     /// Elements of a head.
-    pub head_dim: usize,
+    pub(crate) head_dim: usize,
 }
 
 impl PagedCache<'_> {
     /// Where key (`part` 0) or value (`part` 1) of a position starts in [`data`](Self::data).
-    pub fn offset(&self, block_table: &[u32], part: usize, kv_head: usize, at: usize) -> usize {
+    pub(crate) fn offset(
+        &self,
+        block_table: &[u32],
+        part: usize,
+        kv_head: usize,
+        at: usize,
+    ) -> usize {
         let block = block_table[at / self.block_size] as usize;
         let row = (block * 2 + part) * self.num_kv_heads + kv_head;
         (row * self.block_size + at % self.block_size) * self.head_dim
@@ -36,7 +80,7 @@ impl PagedCache<'_> {
 /// # Source
 /// Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention,
 /// 2023; Ainslie et al., GQA, 2023; the window: Jiang et al., Mistral 7B, 2023.
-pub fn paged_attention(
+pub(crate) fn paged_attention(
     query: &[f32],
     cache: PagedCache<'_>,
     block_table: &[u32],
@@ -68,31 +112,4 @@ pub fn paged_attention(
         }
     }
     output
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Blocks of one token and one head of one element: values are 1, 2, 4 behind a table 2, 0, 1.
-    const DATA: [f32; 6] = [0.0, 2.0, 0.0, 4.0, 0.0, 1.0];
-
-    fn attend(position: usize, window: Option<usize>) -> f32 {
-        let cache = PagedCache { data: &DATA, block_size: 1, num_kv_heads: 1, head_dim: 1 };
-        paged_attention(&[1.0], cache, &[2, 0, 1], position, window)[0]
-    }
-
-    #[test]
-    fn equal_keys_give_the_mean_of_the_values_up_to_the_position() {
-        assert!((attend(0, None) - 1.0).abs() < 1e-6);
-        assert!((attend(1, None) - 1.5).abs() < 1e-6);
-        assert!((attend(2, None) - 7.0 / 3.0).abs() < 1e-6);
-    }
-
-    #[test]
-    fn a_window_counts_the_token_itself() {
-        assert!((attend(2, Some(1)) - 4.0).abs() < 1e-6);
-        assert!((attend(2, Some(2)) - 3.0).abs() < 1e-6);
-        assert!((attend(1, Some(5)) - 1.5).abs() < 1e-6);
-    }
 }

@@ -1,11 +1,19 @@
+//! The CPU's products, plain, coded and gated, and the norms before them.
+
 use std::num::NonZero;
 
 use half::bf16;
 
-use super::*;
-use crate::cpu::isa::Isa;
-use crate::cpu::memory::Arena;
-use crate::reference;
+use nano_kernels::cpu::matrix::PackedMatrix;
+use nano_kernels::cpu::memory::Arena;
+use nano_kernels::cpu::norm::Norm;
+use nano_kernels::cpu::product::{PackedRows, Store, product};
+use nano_kernels::cpu::{Element, Isa, Pool};
+
+use crate::oracle;
+
+/// Outputs of a panel.
+const LANES: usize = 16;
 
 fn value(index: usize) -> f32 {
     ((index * 7919 + 13) % 1009) as f32 / 300.0 - 1.7
@@ -54,7 +62,7 @@ impl<E: Element> Case<E> {
     }
 
     fn expected(&self, columns: usize) -> Vec<Vec<f32>> {
-        let row = |row| reference::product::product(row, &self.weights);
+        let row = |row| oracle::product(row, &self.weights);
         self.inputs.chunks_exact(columns).map(row).collect()
     }
 }
@@ -92,7 +100,7 @@ fn check<E: Element>(pool: &mut Pool) {
                 product(pool, &case.packed, &gated, Store::Write, &mut output);
                 let both = case.expected(columns);
                 let expected: Vec<f32> =
-                    both.iter().flat_map(|row| reference::activation::silu_mul(row)).collect();
+                    both.iter().flat_map(|row| oracle::silu_mul(row)).collect();
                 for (found, expected) in output.iter().zip(&expected) {
                     let bound = 2e-5 * columns as f32 + 1e-5 * expected.abs();
                     assert!((found - expected).abs() <= bound, "{found} {expected}");
@@ -182,7 +190,7 @@ fn coded_gates_are_those_of_the_reference() {
             let mut output = vec![f32::NAN; num_rows * rows / 2];
             product(pool, &case.packed, &matrix, Store::Write, &mut output);
             let rows = case.expected(columns);
-            let expected = rows.iter().flat_map(|row| reference::activation::silu_mul(row));
+            let expected = rows.iter().flat_map(|row| oracle::silu_mul(row));
             for (found, expected) in output.iter().zip(expected) {
                 assert!(
                     (found - expected).abs() <= 1e-3 + 1e-4 * expected.abs(),
@@ -255,13 +263,19 @@ fn rows_are_normed_as_the_reference_does() {
             let weight: Vec<f32> = (0..columns).map(|index| value(index + 5)).collect();
             let mut packed = PackedRows::<f32>::default();
             packed.pack(pool, &rows, columns, Some(Norm { weight: &weight, eps: 1e-5 }));
-            for (index, row) in rows.chunks_exact(columns).enumerate() {
-                let found = packed.words.iter().skip(index).step_by(3);
-                let expected = reference::norm::rms_norm(row, &weight, 1e-5);
-                assert_eq!(found.len(), columns);
-                for (ours, expected) in found.zip(&expected) {
-                    assert!((ours - expected).abs() <= 1e-5 * expected.abs().max(1.0));
-                }
+            // A product with the unit matrix is what was packed.
+            let arena = &mut Arena::default();
+            let size = (columns, columns);
+            let unit = PackedMatrix::pack(pool, arena, size, false, |row, elements| {
+                elements.fill(0.0);
+                elements[row] = 1.0;
+            });
+            let mut found = vec![f32::NAN; rows.len()];
+            product(pool, &packed, &unit.unwrap(), Store::Write, &mut found);
+            let expected =
+                rows.chunks_exact(columns).flat_map(|row| oracle::rms_norm(row, &weight, 1e-5));
+            for (found, expected) in found.iter().zip(expected) {
+                assert!((found - expected).abs() <= 1e-5 * expected.abs().max(1.0));
             }
         }
     }

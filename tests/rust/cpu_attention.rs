@@ -1,12 +1,16 @@
+//! The CPU's attention over a cache in scattered blocks.
+
 use std::num::NonZero;
+use std::ops::Range;
 
 use half::bf16;
+use nano_kernels::cpu::attention::{
+    AttentionInput, KvShape, Scratch, Tile, paged_attention, tiles,
+};
+use nano_kernels::cpu::rope::{RopeRows, rope_write_kv};
+use nano_kernels::cpu::{Element, Isa, Pool};
 
-use super::*;
-use crate::cpu::isa::Isa;
-use crate::cpu::rope::{RopeRows, rope_write_kv};
-use crate::reference;
-use crate::reference::attention::PagedCache;
+use crate::oracle::{self, PagedCache};
 
 fn value(index: usize) -> f32 {
     ((index * 7919 + 13) % 1009) as f32 / 300.0 - 1.7
@@ -64,7 +68,7 @@ impl Scene {
         let mut all = vec![0.0; slots.len() * num_heads * head_dim];
         rope_write_kv::<E>(pool, &rows, self.shape, &mut qkv.clone(), &mut cache, &mut all);
 
-        let (mut query, mut tiles, mut expected) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut query, mut all_tiles, mut expected) = (Vec::new(), Vec::new(), Vec::new());
         let plain = plain_cache(&qkv, &slots, self.shape, num_heads, num_blocks);
         let plain = PagedCache { data: &plain, block_size, num_kv_heads, head_dim };
         let (mut start, mut first_row) = (0, 0);
@@ -73,19 +77,17 @@ impl Scene {
                 let row = &all[(start + position) * num_heads * head_dim..][..num_heads * head_dim];
                 let table = &block_tables[table.clone()];
                 let window = self.window;
-                expected.extend(reference::attention::paged_attention(
-                    row, plain, table, position, window,
-                ));
+                expected.extend(oracle::paged_attention(row, plain, table, position, window));
                 query.extend_from_slice(row);
             }
             let rows =
                 Tile { first_row, num_rows, first_position: before, block_table: table.clone() };
-            tiles.extend(super::tiles(&rows, self.group));
+            all_tiles.extend(tiles(&rows, self.group));
             start += before + num_rows;
             first_row += num_rows;
         }
         let input = AttentionInput::<E> {
-            tiles: &tiles,
+            tiles: &all_tiles,
             block_tables: &block_tables,
             query: &query,
             num_heads,
