@@ -106,23 +106,6 @@ impl<E: Element> CpuExecutor<E> {
         let tokens = draws[..sequences.len()].iter().map(|draw| TokenId(draw.token.unwrap_or(0)));
         self.previous.extend(tokens);
     }
-
-    /// What came of each sequence that asked for logits.
-    fn answers(&self) -> impl Iterator<Item = SampledRow> {
-        let asked = self.sequences.iter().zip(&self.draws);
-        let asked = asked.filter(|(scheduled, _)| scheduled.logit_rows != LogitRows::None);
-        asked.map(|(scheduled, draw)| {
-            let answer = match (scheduled.logit_rows, draw.token) {
-                (LogitRows::All, _) => RowAnswer::Logits(self.logits[draw.logits.clone()].to_vec()),
-                (_, Some(token)) => RowAnswer::Token(TokenId(token)),
-                (_, None) => {
-                    let position = scheduled.context_len();
-                    RowAnswer::Error(CoreError::LogitsNotFinite { position })
-                }
-            };
-            SampledRow { sequence: scheduled.sequence, answer }
-        })
-    }
 }
 
 /// How a sequence's next token is chosen.
@@ -150,7 +133,18 @@ impl<E: Element> Executor for CpuExecutor<E> {
 
     fn collect(&mut self) -> nano_core::Result<Vec<SampledRow>> {
         let mut rows = Vec::with_capacity(self.sequences.len());
-        rows.extend(self.answers());
+        for (scheduled, draw) in self.sequences.iter().zip(&self.draws) {
+            let answer = match (scheduled.logit_rows, draw.token) {
+                (LogitRows::None, _) => continue,
+                (LogitRows::All, _) => RowAnswer::Logits(self.logits[draw.logits.clone()].to_vec()),
+                (LogitRows::Last, Some(token)) => RowAnswer::Token(TokenId(token)),
+                (LogitRows::Last, None) => {
+                    let position = scheduled.context_len();
+                    RowAnswer::Error(CoreError::LogitsNotFinite { position })
+                }
+            };
+            rows.push(SampledRow { sequence: scheduled.sequence, answer });
+        }
         Ok(rows)
     }
 }
