@@ -174,8 +174,9 @@ impl Engine {
         let prompt = match prompt {
             Prompt::Tokens(tokens) => tokens,
             Prompt::Text(text) => {
-                self.check_length(&text)?;
-                self.encode(&text)?
+                let tokenizer = self.tokenizer()?;
+                self.check_length(tokenizer, &text)?;
+                tokenizer.encode(&text, true)?
             }
         };
         let decoder = TextDecoder::new(tokenizer, &prompt, text)?;
@@ -201,24 +202,13 @@ impl Engine {
     }
 
     /// Refuses what is too long however it is encoded, which would take seconds and gigabytes.
-    fn check_length(&self, text: &str) -> Result<()> {
+    fn check_length(&self, tokenizer: &Tokenizer, text: &str) -> Result<()> {
         let (num_bytes, max_model_len) = (text.len(), self.model.request_limits.max_model_len);
-        let least = self.tokenizer.as_ref().map_or(0, |it| it.min_num_tokens(num_bytes));
+        let least = tokenizer.min_num_tokens(num_bytes);
         if least > max_model_len as usize {
             return Err(Error::TextTooLong { num_bytes, least, max_model_len });
         }
         Ok(())
-    }
-
-    /// Text to tokens, with the special tokens that the tokenizer says.
-    ///
-    /// # Errors
-    /// If the model has no tokenizer.
-    pub fn encode(&self, text: &str) -> Result<Vec<TokenId>> {
-        match &self.tokenizer {
-            Some(tokenizer) => Ok(tokenizer.encode(text, true)?),
-            None => Err(nano_text::Error::no_tokenizer(&self.model_dir).into()),
-        }
     }
 
     /// Aborts a request; its stream ends with [`Finish::Abort`](crate::Finish::Abort) at once,
@@ -246,9 +236,13 @@ impl Engine {
         Ok(())
     }
 
-    /// The tokenizer, if the model has one.
-    pub fn tokenizer(&self) -> Option<&Tokenizer> {
-        self.tokenizer.as_ref()
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// If the model has none: what is missing, and where.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        let missing = || nano_text::Error::no_tokenizer(&self.model_dir).into();
+        self.tokenizer.as_ref().ok_or_else(missing)
     }
 
     /// The model's facts.

@@ -137,19 +137,9 @@ impl Engine {
 
     /// The tokenizer; raises if the model has none.
     fn tokenizer(&self, py: Python<'_>) -> PyResult<Tokenizer> {
-        match self.0.tokenizer() {
-            Some(tokenizer) => {
-                let inner = tokenizer.clone();
-                let num_tokens =
-                    self.0.model().request_limits.vocab_size.max(inner.vocab_size() as u32);
-                Ok(Tokenizer { inner, num_tokens })
-            }
-            // Encoding anything says what is missing and where.
-            None => match self.0.encode("") {
-                Err(error) => Err(to_py(py, &error)),
-                Ok(_) => Err(invalid(py, "the model has no tokenizer", "tokenizer_missing")),
-            },
-        }
+        let inner = self.0.tokenizer().map_err(|error| to_py(py, &error))?.clone();
+        let num_tokens = self.0.model().request_limits.vocab_size.max(inner.vocab_size() as u32);
+        Ok(Tokenizer { inner, num_tokens })
     }
 
     /// What holds when no sampling parameters are given: those of `generation_config.json`.
