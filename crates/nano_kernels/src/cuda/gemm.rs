@@ -195,6 +195,9 @@ impl Gemm {
     /// Seconds of one product, the best of `care` replays of a graph of them.
     unsafe fn time(&self, trial: &Trial, algorithm: Algorithm, care: usize) -> Result<f64> {
         let plan = self.new_plan(&trial.product, Some(algorithm))?;
+        if plan.algorithm.data != algorithm.data {
+            return Err(Error::Library("the algorithm does not serve this shape".to_owned()));
+        }
         let launches = if trial.product.num_rows > FEW_ROWS { 3 } else { 4 + 2 * care };
         let graph = Graph::capture(&self.device, || {
             trial.weights.iter().cycle().take(launches).try_for_each(|&weight| {

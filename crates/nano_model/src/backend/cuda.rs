@@ -302,7 +302,7 @@ impl CudaBackend {
         // SAFETY: there are no more sampled rows than rows of logits, whose buffer lives as long as
         // this value, like that of the step and of the chosen tokens. The answer is long enough, as
         // checked, waits before it is read or banned tokens are written anew, and its drop waits for
-        // the device.
+        // the device. After an error there is no next step: the engine ends.
         unsafe {
             let banned_at = answer.banned.address();
             self.kernels.ban_tokens(logits, banned_at, banned.len() / 2, vocab_size)?;
