@@ -2,9 +2,9 @@
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -12,13 +12,14 @@ from tqdm import tqdm
 from nano_batch import _native
 from nano_batch.checks import check_choice, check_flag, check_integer, check_number
 from nano_batch.cuda_libraries import map_cuda_libraries
-from nano_batch.exceptions import InvalidRequestError, ModelLoadError
+from nano_batch.exceptions import InvalidRequestError, ModelLoadError, NanoBatchError
 from nano_batch.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
 from nano_batch.sampling_params import SamplingParams
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "austen"
 
 Prompt: TypeAlias = str | Sequence[int] | np.ndarray | Mapping[str, Any]
+_T = TypeVar("_T")
 
 
 class Engine:
@@ -300,9 +301,9 @@ class Engine:
     def close(self) -> None:
         """End every request at once, stop the threads and give the memory back.
 
-        It waits up to two seconds for the step that runs, and for handlers of the log. A step that
-        takes longer, as a long prompt's may on the CPU, is left to itself: its threads and memory
-        go when it ends.
+        It waits up to two seconds for the step that runs. One that takes longer, as a long prompt's
+        may on the CPU, is left to itself: its threads and memory go when it ends. Handlers of the log
+        get two seconds as well.
         """
         self._native.close()
         self._close.detach()
@@ -326,7 +327,11 @@ class Engine:
 
 
 class RequestStream(Iterator[RequestOutput]):
-    """The answer to one prompt: an iterator over what is new since the last item."""
+    """The answer to one prompt: an iterator over what is new since the last item.
+
+    It holds its engine, and lets go of it with the last item or an error: if nobody else holds it,
+    these come when the engine is closed.
+    """
 
     def __init__(self, engine: Engine, native: _native.RequestStream, prompt: str | None) -> None:
         """Wrap a submitted request."""
@@ -339,7 +344,7 @@ class RequestStream(Iterator[RequestOutput]):
 
     def __next__(self) -> RequestOutput:
         """Wait for news; the GIL is free meanwhile and Ctrl-C works."""
-        delta = self._native.next()
+        delta = self._read(self._native.next)
         if delta is None:
             raise StopIteration
         return self._output(delta)
@@ -349,7 +354,14 @@ class RequestStream(Iterator[RequestOutput]):
 
         An exception while it waits, as of Ctrl-C, takes nothing: the next call has it all.
         """
-        return self._output(self._native.collect())
+        return self._output(self._read(self._native.collect))
+
+    def _read(self, read: Callable[[], _T]) -> _T:
+        try:
+            return read()
+        except NanoBatchError:
+            self._engine = None
+            raise
 
     def _output(self, delta: "_native._Delta") -> RequestOutput:
         token_ids, text, finish_reason, stop_reason, first_token_s, last_token_s = delta

@@ -308,7 +308,7 @@ def test_ctrl_c_interrupts_loading_and_what_is_loaded_after_it_goes(tmp_path):
     assert "nano-load\\n" in names()
     pipe.write(content)
     pipe.close()
-    while any(name.startswith("nano-") for name in names()):
+    while any(name.startswith("nano-") and name != "nano-log\\n" for name in names()):
         time.sleep(0.01)
     print("gone", flush=True)
     """
@@ -331,6 +331,33 @@ def test_ctrl_c_ends_a_program_that_loads(tmp_path):
     assert "KeyboardInterrupt" in errors
 
 
+def test_ctrl_c_comes_through_where_another_thread_imported_threading(reciting_dir):
+    """That thread is what `threading` takes for the main one."""
+    script = f"""
+    import _thread, sys
+    assert "threading" not in sys.modules
+    imported = _thread.allocate_lock()
+    imported.acquire()
+    def load():
+        import threading, nano_batch
+        imported.release()
+    _thread.start_new_thread(load, ())
+    imported.acquire()
+    {OPEN.strip()}
+    def interrupt():
+        next(engine.stream("?", LONG))
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=interrupt).start()
+    try:
+        engine.generate("?", LONG, use_tqdm=False)
+    except KeyboardInterrupt:
+        print("interrupted", engine.stats().num_running > 0)
+    """
+    with run_script(script, reciting_dir) as process:
+        output, errors = end_of(process)
+    assert output == "interrupted True\n", errors
+
+
 def test_ctrl_c_ends_a_program_that_does_not_catch_it(reciting_dir):
     script = f"""{OPEN}{INTERRUPTED}
     engine.generate('?', LONG, use_tqdm=False)
@@ -341,6 +368,46 @@ def test_ctrl_c_ends_a_program_that_does_not_catch_it(reciting_dir):
         _, errors = end_of(process)
     assert process.returncode in (-signal.SIGINT, 130)
     assert "KeyboardInterrupt" in errors
+
+
+def test_a_handler_of_the_log_holds_neither_steps_nor_close(reciting_dir):
+    script = f"""
+    import logging, threading
+    held, released = threading.Event(), threading.Event()
+    class Holding(logging.Handler):
+        def emit(self, record):
+            held.set()
+            released.wait()
+    logger = logging.getLogger("nano_core")
+    logger.addHandler(Holding())
+    logger.setLevel(logging.DEBUG)
+    {OPEN.strip()}
+    stream = engine.stream("?", LONG)
+    next(stream)
+    assert held.wait(60)
+    next(stream)
+    engine.close()
+    try:
+        stream.collect()
+    except Exception as error:
+        print(error.code, released.is_set())
+    released.set()
+    """
+    with run_script(script, reciting_dir) as process:
+        output, errors = end_of(process)
+    assert (output, process.returncode) == ("engine_closed False\n", 0), errors
+
+
+def test_levels_that_are_set_between_two_engines_hold_for_the_second(reciting_dir):
+    script = f"""{OPEN}
+    import logging
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(name)s")
+    print("set")
+    Engine(sys.argv[1], device="cpu", num_threads=1, num_blocks=64)
+    """
+    with run_script(script, reciting_dir) as process:
+        output, errors = end_of(process)
+    assert output.startswith("set\nnano_model.load\n"), errors
 
 
 def test_a_program_may_end_with_an_engine_open_and_a_request_running(reciting_dir):

@@ -11,7 +11,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use nano_core::{Capacity, Executor, RequestLimits, SamplingParams, SchedulerConfig, TokenId};
-use nano_engine::{Delta, Engine, Error, Finish, Prompt, RequestStream};
+use nano_engine::{Delta, Engine, Error, Finish, RequestStream};
 use nano_model::{GenerationDefaults, ModelInfo};
 
 use fake_executor::{FakeExecutor, Fault};
@@ -45,7 +45,7 @@ fn spawn(executor: FakeExecutor) -> Engine {
 
 fn submit(engine: &Engine, first: u32, max_tokens: u32) -> RequestStream {
     let params = SamplingParams { max_tokens, ..SamplingParams::default() };
-    engine.submit(Prompt::Tokens(prompt(first)), params, None).unwrap()
+    engine.submit(prompt(first), params, None).unwrap()
 }
 
 fn prompt(first: u32) -> Vec<TokenId> {
@@ -136,7 +136,7 @@ fn closing_a_stalled_engine_ends_every_stream_and_returns() {
         }
     });
     let params = SamplingParams::default();
-    let refused = engine.submit(Prompt::Tokens(prompt(0)), params, None).unwrap_err();
+    let refused = engine.submit(prompt(0), params, None).unwrap_err();
     assert!(matches!(refused, Error::EngineClosed), "{refused}");
     released.store(true, Ordering::Relaxed);
 }
@@ -239,9 +239,8 @@ fn an_abort_does_not_wait_for_the_step_that_runs() {
 fn a_bad_request_is_refused_and_harms_no_other() {
     let engine = spawn(FakeExecutor::new(capacity(1), VOCAB_SIZE));
     let good = submit(&engine, 0, 100);
-    let refuse = |tokens: Vec<TokenId>, params| {
-        engine.submit(Prompt::Tokens(tokens), params, None).unwrap_err().to_string()
-    };
+    let refuse =
+        |tokens: Vec<TokenId>, params| engine.submit(tokens, params, None).unwrap_err().to_string();
     let default = SamplingParams::default;
     assert_eq!(refuse(vec![], default()), "prompt is empty: at least one token is needed");
     assert_eq!(
@@ -259,7 +258,7 @@ fn a_bad_request_is_refused_and_harms_no_other() {
     );
     let cold = SamplingParams { temperature: -1.0, ..default() };
     assert_eq!(refuse(prompt(0), cold), "temperature must be finite and at least 0, got -1");
-    let text = engine.submit(Prompt::Text("Emma".into()), default(), None).unwrap_err();
+    let text = engine.encode("Emma").unwrap_err();
     assert_eq!(text.code(), "tokenizer_missing");
     assert_eq!(end(good).unwrap(), Some(Finish::Length));
 }

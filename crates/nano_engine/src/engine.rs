@@ -19,17 +19,8 @@ use crate::error::{Error, Result};
 use crate::output_thread::{self, Output, Registered};
 use crate::stream::{Mailbox, RequestStream};
 
-/// How long [`Engine::close`] waits for a step, or a handler of the log, that does not end.
+/// How long [`Engine::close`] waits for a step that does not end.
 const CLOSE_GRACE: Duration = Duration::from_secs(2);
-
-/// A prompt.
-#[derive(Clone, Debug)]
-pub enum Prompt {
-    /// Text, which gets the special tokens that the tokenizer says.
-    Text(String),
-    /// Tokens, which are run as they are.
-    Tokens(Vec<TokenId>),
-}
 
 /// A running engine. Its methods may be called from any thread.
 #[derive(Debug)]
@@ -53,8 +44,8 @@ pub struct Engine {
 struct Threads {
     engine: JoinHandle<()>,
     output: JoinHandle<()>,
-    /// Disconnected when both are about to end.
-    done: Receiver<()>,
+    /// Disconnected when the engine thread is about to end.
+    engine_done: Receiver<()>,
 }
 
 impl Engine {
@@ -85,8 +76,7 @@ impl Engine {
         let (commands, command_receiver) = unbounded();
         let (outputs, output_receiver) = unbounded();
         let (ready, outcome) = unbounded();
-        let (engine_done, done) = unbounded::<()>();
-        let output_done = engine_done.clone();
+        let (done, engine_done) = unbounded();
         let stats = Arc::new(Mutex::new(SchedulerStats::default()));
         let channels = Channels {
             commands: command_receiver,
@@ -105,7 +95,7 @@ impl Engine {
                 }
                 Err(error) => drop(ready.send(Err(error))),
             }
-            drop(engine_done);
+            drop(done);
         };
         let engine = thread::Builder::new().name("nano-engine".into()).spawn(engine_main)?;
         let Ok(loaded) = outcome.recv() else {
@@ -117,16 +107,13 @@ impl Engine {
         };
         let model = loaded?;
         let abort = commands.clone();
-        let output_main = move || {
-            output_thread::run(&output_receiver, &abort);
-            drop(output_done);
-        };
+        let output_main = move || output_thread::run(&output_receiver, &abort);
         let output = thread::Builder::new().name("nano-output".into()).spawn(output_main)?;
         Ok(Self {
             commands,
             outputs,
             own_threads: [engine.thread().id(), output.thread().id()],
-            threads: Mutex::new(Some(Threads { engine, output, done })),
+            threads: Mutex::new(Some(Threads { engine, output, engine_done })),
             is_closed: AtomicBool::new(false),
             next_request: Mutex::new(0),
             tokenizer,
@@ -143,7 +130,7 @@ impl Engine {
     /// A prompt or parameter that does not hold, or an engine that has ended.
     pub fn submit(
         &self,
-        prompt: Prompt,
+        prompt: Vec<TokenId>,
         params: SamplingParams,
         text: Option<&TextOptions>,
     ) -> Result<RequestStream> {
@@ -160,25 +147,17 @@ impl Engine {
     /// As [`submit`](Self::submit).
     pub fn logits(&self, token_ids: Vec<TokenId>) -> Result<RequestStream> {
         let text = TextOptions::default();
-        self.submit_kind(Prompt::Tokens(token_ids), RequestKind::Logits, None, &text)
+        self.submit_kind(token_ids, RequestKind::Logits, None, &text)
     }
 
     fn submit_kind(
         &self,
-        prompt: Prompt,
+        prompt: Vec<TokenId>,
         kind: RequestKind,
         tokenizer: Option<Tokenizer>,
         text: &TextOptions,
     ) -> Result<RequestStream> {
         self.check_alive()?;
-        let prompt = match prompt {
-            Prompt::Tokens(tokens) => tokens,
-            Prompt::Text(text) => {
-                let tokenizer = self.tokenizer()?;
-                self.check_length(tokenizer, &text)?;
-                tokenizer.encode(&text, true)?
-            }
-        };
         let decoder = TextDecoder::new(tokenizer, &prompt, text)?;
         // Held until both threads know the request: an id is one that can be aborted.
         let mut next_request = self.next_request.lock();
@@ -201,14 +180,20 @@ impl Engine {
         Ok(RequestStream::new(id, prompt, mailbox, self.outputs.clone()))
     }
 
-    /// Refuses what is too long however it is encoded, which would take seconds and gigabytes.
-    fn check_length(&self, tokenizer: &Tokenizer, text: &str) -> Result<()> {
+    /// A prompt's tokens, with the special ones that the tokenizer says.
+    ///
+    /// # Errors
+    /// Without a tokenizer; and a text that is too long however it is encoded, which would take
+    /// seconds and gigabytes.
+    pub fn encode(&self, text: &str) -> Result<Vec<TokenId>> {
+        self.check_alive()?;
+        let tokenizer = self.tokenizer()?;
         let (num_bytes, max_model_len) = (text.len(), self.model.request_limits.max_model_len);
         let least = tokenizer.min_num_tokens(num_bytes);
         if least > max_model_len as usize {
             return Err(Error::TextTooLong { num_bytes, least, max_model_len });
         }
-        Ok(())
+        Ok(tokenizer.encode(text, true)?)
     }
 
     /// Aborts a request; its stream ends with [`Finish::Abort`](crate::Finish::Abort) at once,
@@ -260,9 +245,8 @@ impl Engine {
     }
 
     /// Ends every stream with [`Error::EngineClosed`] at once, then waits up to two seconds for the
-    /// step in flight and for the log's handlers, and gives all memory back. A step that takes longer
-    /// is left to itself, and its thread gives the memory back when it ends. Calling it again does
-    /// nothing.
+    /// step in flight and gives all memory back. A step that takes longer is left to itself, and its
+    /// thread gives the memory back when it ends. Calling it again does nothing.
     pub fn close(&self) {
         self.is_closed.store(true, Ordering::Release);
         if std::process::id() != self.owner {
@@ -279,19 +263,15 @@ impl Engine {
         // Held, so that whoever closes it too waits as well.
         let mut threads = self.threads.lock();
         let Some(threads) = threads.take() else { return };
-        match threads.done.recv_timeout(CLOSE_GRACE) {
-            Err(RecvTimeoutError::Timeout) if threads.output.is_finished() => {
+        let _ = threads.output.join();
+        match threads.engine_done.recv_timeout(CLOSE_GRACE) {
+            Err(RecvTimeoutError::Timeout) => {
                 tracing::warn!(
                     "a step runs {CLOSE_GRACE:?} after the engine was closed: memory comes back \
                      when it ends"
                 );
             }
-            // The handler that holds the output thread would hold this one, too.
-            Err(RecvTimeoutError::Timeout) => {}
-            Ok(()) | Err(RecvTimeoutError::Disconnected) => {
-                let _ = threads.engine.join();
-                let _ = threads.output.join();
-            }
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => drop(threads.engine.join()),
         }
     }
 }

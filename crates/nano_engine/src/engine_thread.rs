@@ -31,30 +31,32 @@ pub(crate) struct Channels {
 
 /// Runs `core` until it is closed or fails. A failure, also a panic, reaches every stream as a
 /// typed error: the executor's state is unknown after it, so the engine ends.
-pub(crate) fn run(core: EngineCore, channels: &Channels) {
-    let ended = catch_unwind(AssertUnwindSafe(|| serve(core, channels)));
+pub(crate) fn run(mut core: EngineCore, channels: &Channels) {
+    let ended = catch_unwind(AssertUnwindSafe(|| serve(&mut core, channels)));
     let message = match ended {
         Ok(Ok(())) => return,
         Ok(Err(error)) => error.to_string(),
         Err(panic) => format!("a step panicked: {}", panic_message(panic.as_ref())),
     };
-    let _ = channels.outputs.send(Output::Failed { message });
+    // Readers hear of it before the memory is given back.
+    let _ = channels.outputs.send(Output::Failed { message: message.clone() });
+    tracing::error!("the engine has failed: {message}");
 }
 
-fn serve(mut core: EngineCore, channels: &Channels) -> Result<()> {
+fn serve(core: &mut EngineCore, channels: &Channels) -> Result<()> {
     loop {
         if core.is_idle() {
             *channels.stats.lock() = core.stats();
             match channels.commands.recv() {
                 Ok(Command::Close) | Err(_) => return Ok(()),
-                Ok(command) => obey(&mut core, command, channels),
+                Ok(command) => obey(core, command, channels),
             }
         }
         for command in channels.commands.try_iter() {
             if matches!(command, Command::Close) {
                 return Ok(());
             }
-            obey(&mut core, command, channels);
+            obey(core, command, channels);
         }
         let events = core.step()?;
         *channels.stats.lock() = core.stats();

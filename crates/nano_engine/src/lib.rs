@@ -10,7 +10,7 @@ mod error;
 mod output_thread;
 mod stream;
 
-pub use engine::{Engine, Prompt};
+pub use engine::Engine;
 pub use error::{Error, Result};
 pub use nano_text::TextOptions;
 pub use stream::{Delta, Finish, RequestStream, StopReason, Timing};

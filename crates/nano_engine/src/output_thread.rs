@@ -67,8 +67,6 @@ pub(crate) fn run(outputs: &Receiver<Output>, commands: &Sender<Command>) {
             Output::Failed { message } => {
                 let error = failure.insert(Arc::new(Error::EngineFailed { message }));
                 fail_all(&mut requests, error);
-                // Readers first: a handler of the log may take its time, or close the engine.
-                tracing::error!("{error}");
             }
             Output::Close => break,
         }

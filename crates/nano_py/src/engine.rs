@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nano_core::{RequestId, TokenId};
-use nano_engine::{Error, Prompt};
+use nano_engine::Error;
 use nano_model::{DeviceChoice, Dtype, ModelOptions};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
 use crate::error::{invalid, plain_text, to_py};
+use crate::log_thread;
 use crate::sampling_params::SamplingParams;
 use crate::signals::{encoding, interruptible};
 use crate::stream::RequestStream;
@@ -86,8 +87,11 @@ impl Engine {
             max_model_len,
         };
         // An engine that is ready only after Ctrl-C is dropped by its loader.
+        log_thread::start()?;
         let load = move || nano_engine::Engine::load(model_dir, options);
-        let engine = interruptible(py, "nano-load", load)?.map_err(|error| to_py(py, &error))?;
+        let engine = interruptible(py, "nano-load", load)?;
+        log_thread::flush(py);
+        let engine = engine.map_err(|error| to_py(py, &error))?;
         Ok(Self(Arc::new(engine)))
     }
 
@@ -98,17 +102,17 @@ impl Engine {
         prompt: PyPrompt<'_>,
         params: SamplingParams<'_>,
     ) -> PyResult<RequestStream> {
-        let (prompt, num_bytes) = match prompt {
+        let (params, text_options) = params.checked(py)?;
+        let prompt = match prompt {
             PyPrompt::Text(text) => {
-                let text = plain_text(&text, "prompt", "invalid_prompt")?;
-                (Prompt::Text(text.to_owned()), text.len())
+                let text = plain_text(&text, "prompt", "invalid_prompt")?.to_owned();
+                let engine = Arc::clone(&self.0);
+                let tokens = encoding(py, text.len(), move || engine.encode(&text))?;
+                tokens.map_err(|error| to_py(py, &error))?
             }
-            PyPrompt::Tokens(tokens) => (Prompt::Tokens(self.token_ids(py, &tokens)?), 0),
+            PyPrompt::Tokens(tokens) => self.token_ids(py, &tokens)?,
         };
-        let (params, text) = params.checked(py)?;
-        let engine = Arc::clone(&self.0);
-        let submit = move || engine.submit(prompt, params, text.as_ref());
-        let stream = encoding(py, num_bytes, submit)?;
+        let stream = py.detach(|| self.0.submit(prompt, params, text_options.as_ref()));
         stream.map(RequestStream::new).map_err(|error| to_py(py, &error))
     }
 
@@ -195,6 +199,7 @@ impl Engine {
     /// Ends every stream, stops the threads and gives the memory back.
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.0.close());
+        log_thread::flush(py);
     }
 }
 

@@ -6,6 +6,7 @@
 mod block_allocator;
 mod engine;
 mod error;
+mod log_thread;
 mod sampling_params;
 mod signals;
 mod stream;
@@ -14,8 +15,9 @@ use pyo3::prelude::*;
 
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    // A second import in one process keeps the first logger.
-    let _ = pyo3_log::try_init();
+    log_thread::install(module.py())?;
+    let flush = wrap_pyfunction!(flush_log, module)?;
+    module.py().import("atexit")?.call_method1("register", (flush,))?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<block_allocator::BlockAllocator>()?;
     module.add_class::<engine::Engine>()?;
@@ -23,4 +25,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<stream::RequestStream>()?;
     module.add_function(wrap_pyfunction!(sampling_params::check_sampling_params, module)?)?;
     Ok(())
+}
+
+#[pyfunction]
+fn flush_log(py: Python<'_>) {
+    log_thread::flush(py);
 }
