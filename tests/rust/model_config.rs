@@ -259,16 +259,32 @@ fn what_a_generation_config_asks_for_in_vain_is_listed() {
     let neutral = json!({
         "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "typical_p": 1,
         "min_length": 0, "bad_words_ids": [], "suppress_tokens": null, "pad_token_id": 0,
-        "use_cache": true, "transformers_version": "5.0.0", "top_k": 50, "temperature": 0.5
+        "use_cache": true, "transformers_version": "5.0.0", "top_k": 50, "temperature": 0.5,
+        "_from_model_config": true, "do_sample": true, "max_length": 4096, "max_new_tokens": 9,
+        "num_assistant_tokens": 20, "cache_implementation": "hybrid", "length_penalty": 1, "early_stopping": false,
+        "stop_strings": [], "sequence_bias": {}, "output_attentions": false
     });
     assert!(unsupported(neutral).is_empty());
     let asked = json!({
         "repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "num_beams": 4,
-        "min_length": 200, "bad_words_ids": [[3, 4]]
+        "min_length": 200, "bad_words_ids": [[3, 4]], "max_time": 0, "top_h": 0.4,
+        "renormalize_logits": true, "forced_bos_token_id": 7, "a_key_of_tomorrow": "a"
     });
-    let listed = "min_length 200, num_beams 4, repetition_penalty 1.1, \
-                  no_repeat_ngram_size 3, bad_words_ids [[3,4]]";
-    assert_eq!(unsupported(asked).join(", "), listed);
+    let listed = [
+        "a_key_of_tomorrow \"a\"",
+        "bad_words_ids [[3,4]]",
+        "forced_bos_token_id 7",
+        "max_time 0",
+        "min_length 200",
+        "no_repeat_ngram_size 3",
+        "num_beams 4",
+        "renormalize_logits true",
+        "repetition_penalty 1.1",
+        "top_h 0.4",
+    ];
+    let mut found = unsupported(asked);
+    found.sort();
+    assert_eq!(found, listed);
 }
 
 #[test]

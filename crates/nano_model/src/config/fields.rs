@@ -26,6 +26,11 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// Every key and its value.
+    pub(super) fn all(&self) -> impl Iterator<Item = (&'a str, &'a Value)> {
+        self.object.iter().map(|(name, value)| (name.as_str(), value))
+    }
+
     /// The value, unless it is missing or null.
     pub(super) fn get(&self, name: &str) -> Option<&'a Value> {
         self.object.get(name).filter(|value| !value.is_null())

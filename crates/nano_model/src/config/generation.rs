@@ -76,36 +76,67 @@ fn max_tokens(fields: &Fields<'_>) -> Result<Option<u32>> {
     }
 }
 
-/// Keys that change the output in transformers and are not built, and the value that changes nothing
-/// where that is a number.
-const UNSUPPORTED: [(&str, Option<f64>); 18] = [
-    ("min_new_tokens", Some(0.0)),
-    ("min_length", Some(0.0)),
-    ("num_beams", Some(1.0)),
-    ("penalty_alpha", Some(0.0)),
-    ("guidance_scale", Some(1.0)),
-    ("repetition_penalty", Some(1.0)),
-    ("encoder_repetition_penalty", Some(1.0)),
-    ("no_repeat_ngram_size", Some(0.0)),
-    ("typical_p", Some(1.0)),
-    ("epsilon_cutoff", Some(0.0)),
-    ("eta_cutoff", Some(0.0)),
-    ("bad_words_ids", None),
-    ("sequence_bias", None),
-    ("suppress_tokens", None),
-    ("begin_suppress_tokens", None),
-    ("forced_eos_token_id", None),
-    ("stop_strings", None),
-    ("watermarking_config", None),
+/// Keys that are read above or with the config, and those that change nothing about the tokens.
+const KNOWN: [&str; 24] = [
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "max_new_tokens",
+    // The model's length, where transformers or a template wrote it: not a wish for shorter answers.
+    "max_length",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    // How transformers runs, not what comes out.
+    "use_cache",
+    "cache_implementation",
+    "cache_config",
+    "compile_config",
+    "disable_compile",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "assistant_lookbehind",
+    "target_lookbehind",
+    // Where the file comes from.
+    "transformers_version",
+    "_from_model_config",
+    "_commit_hash",
 ];
 
-/// What the file asks for in vain, as `name value`.
+/// Of keys that are numbers, the one that means off in transformers.
+const NEUTRAL: [(&str, f64); 17] = [
+    ("min_new_tokens", 0.0),
+    ("min_length", 0.0),
+    ("num_beams", 1.0),
+    ("num_beam_groups", 1.0),
+    ("num_return_sequences", 1.0),
+    ("diversity_penalty", 0.0),
+    ("length_penalty", 1.0),
+    ("penalty_alpha", 0.0),
+    ("guidance_scale", 1.0),
+    ("repetition_penalty", 1.0),
+    ("encoder_repetition_penalty", 1.0),
+    ("no_repeat_ngram_size", 0.0),
+    ("encoder_no_repeat_ngram_size", 0.0),
+    ("typical_p", 1.0),
+    ("top_h", 1.0),
+    ("epsilon_cutoff", 0.0),
+    ("eta_cutoff", 0.0),
+];
+
+/// What the file asks for in vain, as `name value`: every key that is not known and not off.
 pub(super) fn unsupported(fields: &Fields<'_>) -> Vec<String> {
-    let asked = |&(name, neutral): &(&str, Option<f64>)| {
-        let value = fields.get(name)?;
-        let is_neutral = neutral.is_some_and(|neutral| value.as_f64() == Some(neutral));
-        let is_empty = value.as_array().is_some_and(Vec::is_empty);
-        (!is_neutral && !is_empty).then(|| format!("{name} {value}"))
+    let is_off = |name: &str, value: &Value| match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Number(number) => NEUTRAL.contains(&(name, number.as_f64().unwrap_or(f64::NAN))),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(object) => object.is_empty(),
+        _ => false,
     };
-    UNSUPPORTED.iter().filter_map(asked).collect()
+    let asked = fields.all().filter(|(name, value)| !KNOWN.contains(name) && !is_off(name, value));
+    asked.map(|(name, value)| format!("{name} {value}")).collect()
 }
