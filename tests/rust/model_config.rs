@@ -152,6 +152,10 @@ fn scalings_that_cannot_be_run_are_refused_by_name() {
     let yarn = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": -1});
     refused(&rope(yarn), &["original_max_position_embeddings"]);
     refused(&rope(json!({"rope_theta": -1.0})), &["rope_theta"]);
+    let scaling = json!({"rope_parameters": "absent", "rope_scaling": [null]});
+    refused(&scaling, &["config.json: rope_scaling must be a JSON object, got [null]"]);
+    let parameters = json!({"rope_parameters": 5});
+    refused(&parameters, &["config.json: rope_parameters must be a JSON object, got 5"]);
 }
 
 #[test]

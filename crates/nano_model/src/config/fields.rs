@@ -17,13 +17,14 @@ pub(super) struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     pub(super) fn new(value: &'a Value, prefix: &'a str) -> Result<Self> {
-        match value {
-            Value::Object(object) => Ok(Self { object, prefix }),
-            _ => Err(Error::BadConfig {
-                field: format!("{prefix}the file"),
-                reason: "must be a JSON object".to_owned(),
-            }),
+        if let Value::Object(object) = value {
+            return Ok(Self { object, prefix });
         }
+        let (field, reason) = match prefix.trim_end_matches('.') {
+            "" => ("the file", "must be a JSON object".to_owned()),
+            part => (part, format!("must be a JSON object, got {value}")),
+        };
+        Err(Error::BadConfig { field: field.to_owned(), reason })
     }
 
     /// Every key and its value.
