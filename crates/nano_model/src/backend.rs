@@ -118,16 +118,13 @@ pub trait Backend: Debug {
     ) -> Result<Self::Hidden>;
 
     /// RMSNorm, the merged product to gate and up, and `silu(gate) * up`:
-    /// `[num_tokens, intermediate_size]`. Where products know a
-    /// [`gate_up_weight`](Self::gate_up_weight), one more of them.
+    /// `[num_tokens, intermediate_size]`.
     fn norm_gated_product(
         &mut self,
         hidden: &Self::Hidden,
         norm: &Self::Weight,
         gate_up: &Self::Weight,
-    ) -> Result<Self::Hidden> {
-        self.norm_product(hidden, norm, gate_up)
-    }
+    ) -> Result<Self::Hidden>;
 
     /// The rows that need logits, of the last layer's attention and of the residual stream.
     fn logit_rows(

@@ -316,6 +316,16 @@ impl<E: Element> Backend for CpuBackend<E> {
         Ok(residual)
     }
 
+    fn norm_gated_product(
+        &mut self,
+        hidden: &Rows,
+        norm: &CpuWeight<E>,
+        gate_up: &CpuWeight<E>,
+    ) -> Result<Rows> {
+        // A gated matrix says so itself.
+        self.norm_product(hidden, norm, gate_up)
+    }
+
     fn logit_rows(
         &mut self,
         context: Rows,
