@@ -14,6 +14,7 @@ const NUM_PROMPTS: u64 = 64;
 const PROMPT_LEN: u32 = 40;
 const MAX_TOKENS: u32 = 8;
 const BLOCK_SIZE: u32 = 16;
+const NUM_LOGIT_ROWS: u32 = 512;
 
 /// A line of the process's status: `VmRSS` is what is resident, `VmHWM` the most that ever was.
 fn resident_bytes(name: &str) -> u64 {
@@ -23,7 +24,7 @@ fn resident_bytes(name: &str) -> u64 {
 }
 
 /// More tokens than one step takes, in a cache far larger than they need: the peak stays within 1.2
-/// times the weights and the blocks that were written.
+/// times the weights and the blocks that were written. Then a request of logits, which leaves nothing.
 #[test]
 fn the_peak_is_near_the_weights_and_the_part_of_the_cache_that_is_used() {
     let dir = tempfile::tempdir().unwrap();
@@ -67,4 +68,19 @@ fn the_peak_is_near_the_weights_and_the_part_of_the_cache_that_is_used() {
     let beyond = peak.saturating_sub(info.weight_bytes + cache);
     let share = beyond as f64 / (checkpoint + cache) as f64;
     assert!(share <= 0.2, "{share}");
+
+    let kept = resident_bytes("VmRSS");
+    let prompt = (0..NUM_LOGIT_ROWS).map(TokenId).collect();
+    let request = Request::new(RequestId(NUM_PROMPTS), prompt, RequestKind::Logits, &limits);
+    core.add(request.unwrap());
+    let mut num_logits = 0;
+    while !core.is_idle() {
+        let events = core.step().unwrap();
+        num_logits +=
+            events.iter().filter_map(|it| it.logits.as_ref()).map(Vec::len).sum::<usize>();
+    }
+    assert_eq!(num_logits, NUM_LOGIT_ROWS as usize * 32000);
+    // Of four bytes each.
+    let grown = resident_bytes("VmRSS").saturating_sub(kept);
+    assert!(grown < num_logits as u64, "{} MiB stay of a request of logits", grown >> 20);
 }

@@ -27,7 +27,7 @@ pub struct CpuExecutor<E: Element> {
     batch: Batch,
     /// Those of the step launched last.
     sequences: Vec<ScheduledSequence>,
-    /// `[num_logit_rows, vocab_size]` of that step.
+    /// `[num_logit_rows, vocab_size]` of that step, until they are collected.
     logits: Vec<f32>,
     /// One for each of the sequences, and perhaps more.
     draws: Vec<Draw>,
@@ -144,6 +144,10 @@ impl<E: Element> Executor for CpuExecutor<E> {
                 }
             };
             rows.push(SampledRow { sequence: scheduled.sequence, answer });
+        }
+        if self.sequences.iter().any(|it| it.logit_rows == LogitRows::All) {
+            // They have a row for each token, other steps one for a sequence.
+            self.logits = Vec::new();
         }
         Ok(rows)
     }
