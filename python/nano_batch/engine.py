@@ -40,7 +40,7 @@ class Engine:
         max_num_seqs: Sequences that run at the same time.
         max_num_batched_tokens: Tokens of one step; a longer prompt runs in chunks. None is 8192 on
             a GPU and 2048 on the CPU, where a larger step is no faster and takes more memory.
-        block_size: Tokens of a KV cache block.
+        block_size: Tokens of a KV cache block; on a GPU 16 only.
         num_blocks: Blocks of the KV cache. None derives it from `kv_cache_gib` or free memory: on
             the CPU half of what the weights leave, also of a container's limit; nowhere more
             than `max_num_seqs` sequences of `max_model_len` can use. On the CPU a block takes

@@ -1,6 +1,7 @@
 """The engine on a GPU beside the CPU's and transformers' numbers, and when things go wrong."""
 
 import gc
+import logging
 import subprocess
 import sys
 
@@ -35,18 +36,25 @@ def free_mib():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu(embedded_model, open_engine):
+def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu(embedded_model, open_engine, caplog):
     with pytest.raises(ModelLoadError, match="no CUDA device") as error:
         Engine(embedded_model, device="cuda")
     assert error.value.code == "no_cuda_device"
+    caplog.set_level(logging.INFO)
     assert open_engine(device="auto").device == "cpu"
+    (told,) = [it for it in caplog.records if "runs on the CPU" in it.message]
+    assert told.levelname == "INFO"
 
 
 @needs_gpu
-def test_auto_is_the_gpu_unless_it_cannot_do_what_is_asked(open_engine):
+def test_auto_is_the_gpu_unless_it_cannot_do_what_is_asked(open_engine, caplog):
     assert open_engine(device="auto", dtype="auto").device == torch.cuda.get_device_name()
-    assert open_engine(device="auto", dtype="float32").device == "cpu"
-    assert open_engine(device="auto", dtype="auto", block_size=8).device == "cpu"
+    assert not any("runs on the CPU" in it.message for it in caplog.records)
+    for options, words in (({"dtype": "float32"}, "dtype"), ({"block_size": 8}, "block_size")):
+        caplog.clear()
+        assert open_engine(**{"device": "auto", "dtype": "auto", **options}).device == "cpu"
+        (told,) = [it for it in caplog.records if "runs on the CPU" in it.message]
+        assert (told.levelname, words in told.message) == ("WARNING", True)
 
 
 @needs_gpu

@@ -47,13 +47,13 @@ pub struct ModelOptions {
     pub max_num_batched_tokens: Option<u32>,
     /// The time between a running stream's tokens that prompts shall leave.
     pub max_itl: Option<Duration>,
-    /// The data type of weights and cache; `None` is the checkpoint's, bfloat16 for a half-precision
-    /// one.
+    /// The data type of weights and cache; `None` is bfloat16 on a GPU, and on the CPU the
+    /// checkpoint's, bfloat16 for a half-precision one.
     pub dtype: Option<Dtype>,
     /// Whether weights are random numbers of the config's shapes, normal with standard deviation
     /// 0.02, and not the directory's.
     pub dummy_weights: bool,
-    /// Token slots of a KV cache block.
+    /// Token slots of a KV cache block; on a GPU 16 only.
     pub block_size: u32,
     /// Blocks of the KV cache; wins over `kv_cache_bytes`.
     pub num_blocks: Option<u32>,
@@ -112,9 +112,7 @@ pub fn load(config: ModelConfig, options: &ModelOptions) -> Result<(Box<dyn Exec
     let device = match options.device {
         DeviceChoice::Cpu => None,
         DeviceChoice::Cuda(ordinal) => Some(Device::new(ordinal)?),
-        DeviceChoice::Auto => cuda::find(&config.spec, options)
-            .inspect_err(|reason| tracing::info!("the model runs on the CPU: {reason}"))
-            .ok(),
+        DeviceChoice::Auto => cuda::find(&config.spec, options),
     };
     if let Some(device) = device {
         match cuda::load(config.clone(), options, &device) {

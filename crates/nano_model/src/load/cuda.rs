@@ -17,12 +17,17 @@ const HEADROOM_BYTES: u64 = 512 << 20;
 /// What one side of a launch's grid can have.
 const MAX_ROWS: u32 = 65_535;
 
-/// The first GPU, if `device="auto"` shall take it for this model; else what is in the way.
-pub(super) fn find(spec: &DecoderSpec, options: &ModelOptions) -> Result<Device> {
-    check_options(options)?;
-    let device = Device::new(0)?;
-    check_shapes(spec)?;
-    Ok(device)
+/// The first GPU, if `device="auto"` shall take it for this model; else it is told what is in the way.
+pub(super) fn find(spec: &DecoderSpec, options: &ModelOptions) -> Option<Device> {
+    let device = Device::new(0)
+        .inspect_err(|reason| tracing::info!("the model runs on the CPU: {reason}"))
+        .ok()?;
+    // Who has a GPU expects it to be used.
+    check_options(options)
+        .and_then(|()| check_shapes(spec))
+        .inspect_err(|reason| tracing::warn!("the model runs on the CPU, not on the GPU: {reason}"))
+        .ok()?;
+    Some(device)
 }
 
 fn check_options(options: &ModelOptions) -> Result<()> {
