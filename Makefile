@@ -19,11 +19,14 @@ export PIP_QUIET ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 PROMPT ?= It is a truth universally acknowledged, that
+# A text as it is: neither make nor the shell shall see words of theirs in it.
+override PROMPT := $(value PROMPT)
+export PROMPT
 
 .PHONY: run test test-rust test-python lint format bench bench-kernels dist clean
 
 run: $(VENV)/.built
-	@$(BIN)/nano-batch generate --prompt "$(PROMPT)"
+	@$(BIN)/nano-batch generate --prompt="$$PROMPT"
 
 test: test-rust test-python
 

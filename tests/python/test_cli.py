@@ -57,6 +57,28 @@ def test_bytes_that_are_no_text_are_refused_by_position(command, reciting_dir):
         assert b"position 2" in done.stderr
 
 
+def test_make_run_hands_over_a_prompt_as_it_is(tmp_path):
+    prompt = """it's "a" `echo ran` $(echo ran) $HOME $$ # no comment"""
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "nano-batch"
+    command.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n', encoding="utf-8")
+    command.chmod(0o755)
+    for name in (".deps", ".built"):
+        (tmp_path / name).touch()
+    root = Path(__file__).resolve().parents[2]
+    environment = {name: it for name, it in os.environ.items() if not name.startswith("MAKE")}
+    for variables, settings in [([f"PROMPT={prompt}"], {}), ([], {"PROMPT": prompt})]:
+        done = subprocess.run(
+            ["make", "run", f"VENV={tmp_path}", *variables],
+            cwd=root,
+            env={**environment, **settings},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout == f"generate\n--prompt={prompt}\n", done.stderr
+
+
 def test_generate_without_a_model_runs_the_embedded_one():
     arguments = ["generate", "--prompt", "It is a truth", "--max-tokens", "12", "--seed", "1"]
     first, second = (run(COMMANDS["nano-batch"], *arguments) for _ in range(2))
