@@ -3,12 +3,13 @@
 import argparse
 import io
 import logging
+import re
 import secrets
 import sys
 import time
 from typing import Any, NoReturn
 
-from nano_batch import Engine, NanoBatchError, SamplingParams, __version__
+from nano_batch import Engine, InvalidRequestError, NanoBatchError, SamplingParams, __version__
 from nano_batch.bench import command as bench
 
 _EXIT_FAILURE, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
@@ -132,7 +133,13 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _read_stdin() -> str:
-    # Bytes that are no text become what they are in arguments, which the engine refuses.
-    with open(0, errors="surrogateescape", closefd=False) as stdin:
-        # The shell ends a line with it; it is no part of what was written.
-        return stdin.read().removesuffix("\n")
+    with open(0, "rb", closefd=False) as stdin:
+        content = stdin.read()
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        position = error.start
+        message = f"stdin is not UTF-8: byte 0x{content[position]:02x} at position {position}"
+        raise InvalidRequestError(message, "invalid_prompt") from None
+    # The shell ends a line with it; it is no part of what was written.
+    return re.sub(r"\r?\n\Z", "", text)

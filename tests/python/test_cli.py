@@ -55,6 +55,20 @@ def test_bytes_that_are_no_text_are_refused_by_position(command, reciting_dir):
         assert (done.returncode, done.stdout) == (1, b"")
         assert len(done.stderr.splitlines()) == 1
         assert b"position 2" in done.stderr
+        assert (b"stdin is not UTF-8: byte 0xff" in done.stderr) == bool(bytes_in)
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"), [(b"?\r\n?\r", b"?\r\n?\r"), (b"?\r\n?\r\n", b"?\r\n?")]
+)
+def test_newlines_within_stdin_stay_as_they_are(text, prompt, reciting_dir):
+    arguments = ["generate", str(reciting_dir), "--max-tokens", "1", *GREEDY]
+    done = subprocess.run(
+        [*COMMANDS["nano-batch"], *arguments], input=text, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(prompt)
+    assert done.stdout[len(prompt) :][:1] not in (b"\r", b"\n")
 
 
 def test_make_run_hands_over_a_prompt_as_it_is(tmp_path):
