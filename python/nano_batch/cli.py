@@ -16,8 +16,8 @@ _EXIT_FAILURE, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
 # The codes of errors that are about a flag's value, not about the prompt or the model.
 _WRONG_VALUES = ("invalid_config", "invalid_sampling_params", "unsupported_parameter")
 
-# The keywords of `Engine` and of `SamplingParams` that have an effect on one prompt are flags, and
-# this is how argparse reads them.
+# Keywords of `Engine` and of `SamplingParams` are flags where somebody at a terminal, with one
+# prompt, has a use for them, and this is how argparse reads them.
 _ENGINE: dict[str, dict[str, Any]] = {
     "device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},
     "dtype": {"default": "auto", "help": "auto, float32 or bfloat16"},
@@ -37,13 +37,18 @@ _ENGINE: dict[str, dict[str, Any]] = {
     "load_format": {"default": "auto", "help": "auto, or dummy for random weights"},
     "revision": {"help": "branch, tag or commit of a hub id"},
 }
+# Where neither a flag nor the model says something these hold, and else `SamplingParams`'s own.
+_UNASKED: dict[str, Any] = {"max_tokens": 128, "temperature": 0.8}
+_ORDER = (
+    "A flag wins over the model's generation_config.json, and that over the default in brackets."
+)
 _SAMPLING: dict[str, dict[str, Any]] = {
-    "max_tokens": {"type": int, "default": 128, "help": "tokens generated at most (%(default)s)"},
-    "min_tokens": {"type": int, "default": 0, "help": "tokens generated before a stop"},
-    "temperature": {"type": float, "default": 0.8, "help": "0 is greedy (%(default)s)"},
-    "top_p": {"type": float, "default": 1.0, "help": "nucleus sampling (%(default)s)"},
-    "top_k": {"type": int, "default": 0, "help": "most likely tokens kept; 0 is all"},
-    "min_p": {"type": float, "default": 0.0, "help": "least share of the best token's probability"},
+    "max_tokens": {"type": int, "help": "tokens generated at most (128)"},
+    "min_tokens": {"type": int, "help": "tokens generated before a stop (0)"},
+    "temperature": {"type": float, "help": "0 is greedy (0.8)"},
+    "top_p": {"type": float, "help": "nucleus sampling (1.0)"},
+    "top_k": {"type": int, "help": "most likely tokens kept; 0 is all (0)"},
+    "min_p": {"type": float, "help": "least share of the best token's probability (0.0)"},
     "seed": {
         "type": int,
         "help": "the same seed gives the same tokens (default: another each time)",
@@ -94,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     add("model", nargs="?", metavar="MODEL", help="a directory or hub id (default: embedded)")
     add("-p", "--prompt", help="the prompt (default: read from stdin)")
     add("-v", "--verbose", action="store_true", help="log what is loaded")
-    for title, flags in (("engine", _ENGINE), ("sampling", _SAMPLING)):
-        group = generate.add_argument_group(title)
+    for title, flags, about in (("engine", _ENGINE, None), ("sampling", _SAMPLING, _ORDER)):
+        group = generate.add_argument_group(title, about)
         for name, how in flags.items():
             group.add_argument("--" + name.replace("_", "-"), **how)
     bench.add(commands)
@@ -109,11 +114,15 @@ def _generate(args: argparse.Namespace) -> int:
         return _EXIT_USAGE
     if args.seed is None:
         args.seed = secrets.randbits(31)
-    params = SamplingParams(**{name: getattr(args, name) for name in _SAMPLING})
+    flags = {name: getattr(args, name) for name in _SAMPLING}
+    given = {name: value for name, value in flags.items() if value is not None}
+    # A wrong value is told before a model is loaded for it.
+    SamplingParams(**{"max_tokens": None, **given})
     prompt = _read_stdin() if args.prompt is None else args.prompt
     with Engine(args.model, **{name: getattr(args, name) for name in _ENGINE}) as engine:
         num_tokens, start, first_token_s, code = 0, time.perf_counter(), 0.0, 0
-        stream = engine.stream(prompt, params)
+        of_model = engine._native.default_sampling_params()
+        stream = engine.stream(prompt, SamplingParams(**{**_UNASKED, **of_model, **given}))
         try:
             print(prompt, end="", flush=True)
             for output in stream:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,23 @@ def test_newlines_within_stdin_stay_as_they_are(text, prompt, reciting_dir):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(prompt)
     assert done.stdout[len(prompt) :][:1] not in (b"\r", b"\n")
+
+
+def test_a_flag_wins_over_the_model_and_the_model_over_the_default(reciting_dir, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(reciting_dir, directory)
+    path = directory / "generation_config.json"
+    path.write_text('{"do_sample": false, "max_new_tokens": 5}', encoding="utf-8")
+    arguments = ["generate", directory, "--prompt", "?", "--device", "cpu", "--dtype", "float32"]
+    assert run(COMMANDS["nano-batch"], *arguments).stdout == "?wörl\n"
+    whole = run(COMMANDS["nano-batch"], *arguments, "--max-tokens", "100")
+    assert whole.stdout == f"?{TEXT}\n"
+    hot = [*arguments, "--temperature", "1e6", "--seed", "1"]
+    assert run(COMMANDS["nano-batch"], *hot).stdout != "?wörl\n"
+    # Five is the model's, which a flag alone may contradict.
+    refused = run(COMMANDS["nano-batch"], *arguments, "--min-tokens", "6")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "6 with max_tokens 5" in refused.stderr
 
 
 def test_make_run_hands_over_a_prompt_as_it_is(tmp_path):
