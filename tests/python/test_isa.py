@@ -1,8 +1,10 @@
 """A processor with fewer vector instructions gives the same logits but for rounding."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +21,16 @@ with Engine(device="cpu", dtype=sys.argv[1], num_blocks=16) as engine:
     np.save(sys.argv[3], engine.logits(ids))
 """
 
+CPU_INFO = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+FLAGS = {flag for line in re.findall(r"^flags\s*:(.*)$", CPU_INFO, re.M) for flag in line.split()}
+HAS_AVX2 = {"avx2", "fma"} <= FLAGS
+HAS_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"} <= FLAGS
+
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.06)])
-def test_fewer_instructions_change_only_the_rounding(isa, dtype, bound, tmp_path):
+def test_fewer_instructions_change_only_the_rounding(isa, dtype, bound, tmp_path, monkeypatch):
+    monkeypatch.delenv("NANO_BATCH_CPU_ISA", raising=False)
     with Engine(device="cpu", dtype=dtype, num_blocks=16) as engine:
         expected = engine.logits(engine.get_tokenizer().encode(TEXT))
     path = tmp_path / "logits.npy"
@@ -32,6 +40,10 @@ def test_fewer_instructions_change_only_the_rounding(isa, dtype, bound, tmp_path
     )
     difference = np.abs(np.load(path) - expected).max()
     assert difference < bound
+    # Without FMA a multiplication rounds apart from its addition, and pairs of bfloat16 are added
+    # in another way than by the instruction for them.
+    if HAS_AVX2 if isa == "portable" else HAS_AVX512 and dtype == "bfloat16":
+        assert difference > 0
     assert expected.std() > 1
 
 
