@@ -186,6 +186,10 @@ fn the_longest_sequence_is_what_the_cache_holds() {
         shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
     let config = ModelConfig::from_dir(dir.path()).unwrap();
     assert_eq!(config.spec.num_parameters(), num_parameters as u128);
+    // Of float32, which is never coded; the rows of each matrix are filled up to pairs of panels, to 32.
+    let (ends, merged) = (2 * 32 * 20, 64 * 20 + 64 * 20);
+    let layer = merged + 32 * 24 + 32 * 27 + 2 * 20;
+    assert_eq!(loaded(10).1.weight_bytes, 4 * (ends + 2 * layer + 20));
 }
 
 #[test]
