@@ -66,7 +66,10 @@ def _add_measure(
         help="requests that transformers serves one after the other in each run",
     )
     option(
-        "--threads", type=_positive, default=os.cpu_count(), help="of a CPU (default: all cores)"
+        "--threads",
+        type=_positive,
+        default=len(os.sched_getaffinity(0)),
+        help="of a CPU (default: every core that the process may use)",
     )
     option("--input-len", type=_positive, metavar="N", help="tokens of a prompt")
     option("--output-len", type=_at_least_2, metavar="N", help="tokens of an answer")

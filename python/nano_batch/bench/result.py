@@ -50,7 +50,7 @@ def header(
     """What every result begins with; `at_once` says with how many each side was warmed up."""
     machine = {
         "processor": _processor(),
-        "num_cores": os.cpu_count(),
+        "num_cores": len(os.sched_getaffinity(0)),
         "busy_cores_at_start": options["busy_cores_at_start"],
         **facts["limits"],
         # A limit is what was seen at best.
@@ -180,6 +180,7 @@ def busy_cores() -> float:
     total, idle = times()
     time.sleep(1)
     total_after, idle_after = times()
+    # Of the machine, as the file is: also of cores that this process may not use.
     share = 1 - (idle_after - idle) / max(total_after - total, 1)
     return max(0.0, share) * (os.cpu_count() or 1)
 
