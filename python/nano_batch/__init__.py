@@ -6,7 +6,7 @@
 """
 
 from nano_batch._native import BlockAllocator, __version__
-from nano_batch.engine import Engine
+from nano_batch.engine import Engine, RequestStream
 from nano_batch.exceptions import (
     EngineClosedError,
     EngineFailedError,
@@ -39,6 +39,7 @@ __all__ = [
     "RequestFailedError",
     "RequestMetrics",
     "RequestOutput",
+    "RequestStream",
     "SamplingParams",
     "__version__",
 ]

@@ -7,7 +7,7 @@ import pytest
 
 GOOD = """
 import numpy as np
-from nano_batch import BlockAllocator, Engine, RequestOutput, SamplingParams
+from nano_batch import BlockAllocator, Engine, RequestOutput, RequestStream, SamplingParams
 
 params = SamplingParams(temperature=0.5, top_k=3, stop=["a"], seed=1, max_tokens=4)
 with Engine("dir", dtype="float32", num_blocks=4) as engine:
@@ -16,7 +16,7 @@ with Engine("dir", dtype="float32", num_blocks=4) as engine:
     text: str = outputs[0].outputs[0].text
     tokens: list[int] = outputs[0].outputs[0].token_ids
     reason: str | None = outputs[0].outputs[0].finish_reason
-    stream = engine.stream("a")
+    stream: RequestStream = engine.stream("a")
     for output in stream:
         engine.abort(stream.request_id)
         finished: bool = output.finished
