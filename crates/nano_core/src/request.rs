@@ -116,7 +116,7 @@ impl Request {
 
 /// The tokens that end a sequence, each once. A config may name an end-of-sequence token outside the
 /// vocabulary: it can never be sampled, so there is nothing to ban, and no executor has to guard its
-/// masks against it.
+/// bans against it.
 fn banned_tokens(eos: &[TokenId], stop: &[TokenId], vocab_size: u32) -> Arc<[TokenId]> {
     let known = eos.iter().chain(stop).copied().filter(|token| token.0 < vocab_size);
     let mut banned: Vec<_> = known.collect();

@@ -200,7 +200,7 @@ fn graph_sizes(most: usize) -> Vec<usize> {
     sizes
 }
 
-/// A caller that does not keep to the order of launch, sample and collect.
+/// A caller that does not keep to the order of launch and collect.
 fn broken(message: &str) -> Error {
     CudaError::Driver(message.to_owned()).into()
 }
