@@ -302,8 +302,8 @@ class Engine:
         """End every request at once, stop the threads and give the memory back.
 
         It waits up to two seconds for the step that runs. One that takes longer, as a long prompt's
-        may on the CPU, is left to itself: its threads and memory go when it ends. Handlers of the log
-        get two seconds as well.
+        may on the CPU, is left to itself: its threads and memory go when it ends. Handlers of the
+        log get two seconds as well.
         """
         self._native.close()
         self._close.detach()
