@@ -116,7 +116,7 @@ def _generate(args: argparse.Namespace) -> int:
         args.seed = secrets.randbits(31)
     flags = {name: getattr(args, name) for name in _SAMPLING}
     given = {name: value for name, value in flags.items() if value is not None}
-    # A wrong value is told before a model is loaded for it.
+    # What is wrong whatever the model says is told before it is loaded.
     SamplingParams(**{"max_tokens": None, **given})
     prompt = _read_stdin() if args.prompt is None else args.prompt
     with Engine(args.model, **{name: getattr(args, name) for name in _ENGINE}) as engine:

@@ -303,7 +303,7 @@ class Engine:
 
         It waits up to two seconds for the step that runs. One that takes longer, as a long prompt's
         may on the CPU, is left to itself: its threads and memory go when it ends. Handlers of the
-        log get two seconds as well.
+        log get two seconds for each record as well.
         """
         self._native.close()
         self._close.detach()

@@ -344,18 +344,19 @@ def test_ctrl_c_comes_through_where_another_thread_imported_threading(reciting_d
     _thread.start_new_thread(load, ())
     imported.acquire()
     {OPEN.strip()}
+    stream = engine.stream("?", LONG)
     def interrupt():
-        next(engine.stream("?", LONG))
+        time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGINT)
-    threading.Thread(target=interrupt).start()
     try:
-        engine.generate("?", LONG, use_tqdm=False)
+        threading.Thread(target=interrupt).start()
+        stream.collect()
     except KeyboardInterrupt:
-        print("interrupted", engine.stats().num_running > 0)
+        print("interrupted", next(stream).finished)
     """
     with run_script(script, reciting_dir) as process:
         output, errors = end_of(process)
-    assert output == "interrupted True\n", errors
+    assert output == "interrupted False\n", errors
 
 
 def test_ctrl_c_ends_a_program_that_does_not_catch_it(reciting_dir):
@@ -396,6 +397,25 @@ def test_a_handler_of_the_log_holds_neither_steps_nor_close(reciting_dir):
     with run_script(script, reciting_dir) as process:
         output, errors = end_of(process)
     assert (output, process.returncode) == ("engine_closed False\n", 0), errors
+
+
+def test_a_slow_handler_of_the_log_gets_every_record(reciting_dir):
+    """More than it can be waited for at once, and the program ends as any other."""
+    script = f"""
+    import logging, sys, time
+    class Slow(logging.StreamHandler):
+        def emit(self, record):
+            time.sleep(0.005)
+            super().emit(record)
+    logger = logging.getLogger("nano_core")
+    logger.addHandler(Slow(sys.stdout))
+    logger.setLevel(logging.DEBUG)
+    {OPEN.strip()}
+    engine.generate("?", SamplingParams(max_tokens=600, ignore_eos=True), use_tqdm=False)
+    """
+    with run_script(script, reciting_dir) as process:
+        output, errors = end_of(process)
+    assert (output.count("step="), process.returncode) == (600, 0), errors
 
 
 def test_levels_that_are_set_between_two_engines_hold_for_the_second(reciting_dir):

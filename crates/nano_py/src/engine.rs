@@ -90,7 +90,7 @@ impl Engine {
         log_thread::start()?;
         let load = move || nano_engine::Engine::load(model_dir, options);
         let engine = interruptible(py, "nano-load", load)?;
-        log_thread::flush(py);
+        log_thread::flush(py)?;
         let engine = engine.map_err(|error| to_py(py, &error))?;
         Ok(Self(Arc::new(engine)))
     }
@@ -197,9 +197,9 @@ impl Engine {
     }
 
     /// Ends every stream, stops the threads and gives the memory back.
-    fn close(&self, py: Python<'_>) {
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.0.close());
-        log_thread::flush(py);
+        log_thread::flush(py)
     }
 }
 

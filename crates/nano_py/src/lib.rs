@@ -16,8 +16,8 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     log_thread::install(module.py())?;
-    let flush = wrap_pyfunction!(flush_log, module)?;
-    module.py().import("atexit")?.call_method1("register", (flush,))?;
+    let end = wrap_pyfunction!(end_log, module)?;
+    module.py().import("atexit")?.call_method1("register", (end,))?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<block_allocator::BlockAllocator>()?;
     module.add_class::<engine::Engine>()?;
@@ -28,6 +28,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 #[pyfunction]
-fn flush_log(py: Python<'_>) {
-    log_thread::flush(py);
+fn end_log(py: Python<'_>) -> PyResult<()> {
+    log_thread::end(py)
 }

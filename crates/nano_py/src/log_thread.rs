@@ -4,16 +4,18 @@
 use std::io;
 use std::process;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, ThreadId};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use pyo3::prelude::*;
 use pyo3_log::{Caching, Logger};
 
-/// How long a flush waits for a handler.
+/// How long a flush waits for a handler that is at one record.
 const GRACE: Duration = Duration::from_secs(2);
+const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// This crate's logger.
 static LOGGER: OnceLock<PythonLogger> = OnceLock::new();
@@ -22,6 +24,9 @@ struct PythonLogger {
     python: Logger,
     /// From the first engine on: a program that has none may fork without a thought of threads.
     thread: OnceLock<LogThread>,
+    num_handled: AtomicU64,
+    /// The interpreter ends: a thread that comes to it then would be killed in the middle.
+    is_over: AtomicBool,
 }
 
 struct LogThread {
@@ -32,14 +37,26 @@ struct LogThread {
 }
 
 enum Message {
-    Record { level: Level, target: String, text: String, file: Option<String>, line: Option<u32> },
-    Flush(Sender<()>),
+    Record {
+        level: Level,
+        target: String,
+        text: String,
+        file: Option<String>,
+        line: Option<u32>,
+    },
+    /// Dropped when it has been come to.
+    Flush(#[expect(dead_code, reason = "its drop tells")] Sender<()>),
 }
 
 /// Makes it the process's logger; a second import keeps the first.
 pub(crate) fn install(py: Python<'_>) -> PyResult<()> {
     let python = Logger::new(py, Caching::LoggersAndLevels)?;
-    let logger = LOGGER.get_or_init(|| PythonLogger { python, thread: OnceLock::new() });
+    let logger = LOGGER.get_or_init(|| PythonLogger {
+        python,
+        thread: OnceLock::new(),
+        num_handled: AtomicU64::new(0),
+        is_over: AtomicBool::new(false),
+    });
     if log::set_logger(logger).is_ok() {
         log::set_max_level(LevelFilter::Debug);
     }
@@ -52,7 +69,7 @@ pub(crate) fn start() -> io::Result<()> {
     logger.python.reset_handle().reset();
     if logger.thread.get().is_none() {
         let (messages, receiver) = unbounded();
-        let main = || hand_over(&logger.python, receiver);
+        let main = || logger.hand_over(receiver);
         let thread = thread::Builder::new().name("nano-log".into()).spawn(main)?;
         let id = thread.thread().id();
         let _ = logger.thread.set(LogThread { id, messages, owner: process::id() });
@@ -60,15 +77,45 @@ pub(crate) fn start() -> io::Result<()> {
     Ok(())
 }
 
-/// Waits until what was logged before has been handled, though not for long, and never for itself.
-pub(crate) fn flush(py: Python<'_>) {
-    py.detach(|| log::logger().flush());
+/// Waits until what was logged before has been handled, or a handler stays at one record for
+/// [`GRACE`]; never for itself. Ctrl-C ends the wait.
+pub(crate) fn flush(py: Python<'_>) -> PyResult<()> {
+    let Some(logger) = LOGGER.get() else { return Ok(()) };
+    let Some(thread) = logger.thread().filter(|it| it.id != thread::current().id()) else {
+        return Ok(());
+    };
+    let (done, is_done) = bounded::<()>(0);
+    let _ = thread.messages.send(Message::Flush(done));
+    let num_handled = || logger.num_handled.load(Ordering::Relaxed);
+    let (mut last, mut since) = (num_handled(), Instant::now());
+    while since.elapsed() < GRACE
+        && py.detach(|| is_done.recv_timeout(SIGNAL_INTERVAL)) == Err(RecvTimeoutError::Timeout)
+    {
+        py.check_signals()?;
+        if num_handled() != last {
+            (last, since) = (num_handled(), Instant::now());
+        }
+    }
+    Ok(())
 }
 
-fn hand_over(python: &Logger, messages: Receiver<Message>) {
-    for message in messages {
-        match message {
-            Message::Record { level, target, text, file, line } => python.log(
+/// At the end of the program: nothing is handed over after it.
+pub(crate) fn end(py: Python<'_>) -> PyResult<()> {
+    let flushed = flush(py);
+    if let Some(logger) = LOGGER.get() {
+        logger.is_over.store(true, Ordering::Release);
+    }
+    flushed
+}
+
+impl PythonLogger {
+    fn hand_over(&self, messages: Receiver<Message>) {
+        for message in messages {
+            if self.is_over.load(Ordering::Acquire) {
+                return;
+            }
+            let Message::Record { level, target, text, file, line } = message else { continue };
+            self.python.log(
                 &Record::builder()
                     .level(level)
                     .target(&target)
@@ -76,13 +123,11 @@ fn hand_over(python: &Logger, messages: Receiver<Message>) {
                     .file(file.as_deref())
                     .line(line)
                     .build(),
-            ),
-            Message::Flush(done) => drop(done),
+            );
+            self.num_handled.fetch_add(1, Ordering::Relaxed);
         }
     }
-}
 
-impl PythonLogger {
     fn thread(&self) -> Option<&LogThread> {
         self.thread.get().filter(|it| it.owner == process::id())
     }
@@ -106,11 +151,5 @@ impl Log for PythonLogger {
         }
     }
 
-    fn flush(&self) {
-        if let Some(thread) = self.thread().filter(|it| it.id != thread::current().id()) {
-            let (done, is_done) = bounded(0);
-            let _ = thread.messages.send(Message::Flush(done));
-            let _ = is_done.recv_timeout(GRACE);
-        }
-    }
+    fn flush(&self) {}
 }

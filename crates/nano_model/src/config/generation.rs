@@ -77,7 +77,7 @@ fn max_tokens(fields: &Fields<'_>) -> Result<Option<u32>> {
 }
 
 /// Keys that are read above or with the config, and those that change nothing about the tokens.
-const KNOWN: [&str; 24] = [
+const KNOWN: [&str; 32] = [
     "do_sample",
     "temperature",
     "top_p",
@@ -101,6 +101,14 @@ const KNOWN: [&str; 24] = [
     "assistant_confidence_threshold",
     "assistant_lookbehind",
     "target_lookbehind",
+    "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
+    "is_assistant",
+    "output_attentions",
+    "output_hidden_states",
+    "output_logits",
+    "output_scores",
+    "return_dict_in_generate",
     // Where the file comes from.
     "transformers_version",
     "_from_model_config",
