@@ -83,7 +83,7 @@ fn main() -> Result<()> {
         bench.fused_products(name, out_features, in_features, epilogue)?;
         // `gated_products` times those with a gate.
         if epilogue != Epilogue::Gated {
-            bench.library_products(name, out_features, in_features, epilogue)?;
+            bench.cublaslt_products(name, out_features, in_features, epilogue)?;
         }
     }
     if wants("gated") {

@@ -8,7 +8,7 @@ use super::{Bench, HIDDEN, INTERMEDIATE, num_sets};
 
 impl Bench {
     /// Of batches that decode.
-    pub(super) fn library_products(
+    pub(super) fn cublaslt_products(
         &self,
         name: &str,
         out_features: usize,

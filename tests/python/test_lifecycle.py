@@ -1,19 +1,15 @@
-"""Threads, signals, processes and the ends of things: nothing hangs, nothing leaks."""
+"""Threads, processes and the ends of things: nothing hangs, nothing leaks."""
 
 import gc
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
 from pathlib import Path
 
 import nano_batch
 import pytest
-import recital_model
 from nano_batch import Engine, SamplingParams
 from nano_batch.exceptions import EngineClosedError
+from programs import OPEN, end_of, run_script
 from recital_model import TEXT
 
 LONG = SamplingParams(temperature=0, max_tokens=60000, ignore_eos=True)
@@ -23,34 +19,6 @@ SHORT = SamplingParams(temperature=0, max_tokens=60)
 def is_idle(engine):
     stats = engine.stats()
     return stats.num_running == stats.num_waiting == 0 and stats.num_free_blocks == stats.num_blocks
-
-
-def run_script(script, *arguments, **options):
-    """Starts a Python program of its own; the engine's model is its first argument."""
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
-def end_of(process):
-    """Its output and errors; a program that hangs is killed and fails the test."""
-    try:
-        return process.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-
-
-OPEN = """
-    import os, signal, sys, threading, time
-    from nano_batch import Engine, SamplingParams
-    engine = Engine(sys.argv[1], device="cpu", num_threads=1, num_blocks=8192)
-    LONG = SamplingParams(temperature=0, max_tokens=60000, ignore_eos=True)
-"""
 
 
 def test_dropping_a_stream_aborts_its_request(reciting, wait_until):
@@ -240,194 +208,6 @@ def test_a_deleted_engine_gives_its_threads_back(reciting_dir, wait_until):
 
 def test_llm_is_another_name_of_engine():
     assert nano_batch.LLM is Engine
-
-
-INTERRUPTED = """
-    def tell():
-        while engine.stats().num_running == 0:
-            time.sleep(0.01)
-        print("running", flush=True)
-    threading.Thread(target=tell).start()
-"""
-
-
-@pytest.mark.parametrize(
-    "wait",
-    [
-        "engine.generate('?', LONG, use_tqdm=False)",
-        "engine.generate(['?'] * 3, LONG)",
-        "[None for _ in engine.stream('?', LONG)]",
-    ],
-)
-def test_ctrl_c_interrupts_what_waits(wait, reciting_dir):
-    script = f"""{OPEN}{INTERRUPTED}
-    try:
-        {wait}
-    except KeyboardInterrupt:
-        # Not after its end: the request still runs.
-        print("interrupted", engine.stats().num_running > 0, flush=True)
-    while engine.stats().num_running > 0:
-        time.sleep(0.01)
-    engine.close()
-    sys.exit(130)
-    """
-    with run_script(script, reciting_dir) as process:
-        assert process.stdout.readline().strip() == "running"
-        process.send_signal(signal.SIGINT)
-        output, errors = end_of(process)
-    assert (output.strip(), process.returncode) == ("interrupted True", 130), errors
-
-
-LOADING = """
-    import os, sys, threading, time
-    from pathlib import Path
-    from nano_batch import Engine
-    config = Path(sys.argv[1], "config.json")
-    content = config.read_text()
-    config.unlink()
-    # Whoever reads it waits until somebody writes.
-    os.mkfifo(config)
-    def tell():
-        global pipe
-        pipe = config.open("w")
-        print("loading", flush=True)
-    threading.Thread(target=tell).start()
-"""
-
-
-def test_ctrl_c_interrupts_loading_and_what_is_loaded_after_it_goes(tmp_path):
-    script = f"""{LOADING}
-    try:
-        Engine(sys.argv[1], device="cpu", num_threads=1, num_blocks=64)
-    except KeyboardInterrupt:
-        print("interrupted", flush=True)
-    config.unlink()
-    config.write_text(content)
-    def names():
-        return [comm.read_text() for comm in Path("/proc/self/task").glob("*/comm")]
-    assert "nano-load\\n" in names()
-    pipe.write(content)
-    pipe.close()
-    while any(name.startswith("nano-") and name != "nano-log\\n" for name in names()):
-        time.sleep(0.01)
-    print("gone", flush=True)
-    """
-    with run_script(script, recital_model.write(tmp_path)) as process:
-        assert process.stdout.readline().strip() == "loading"
-        process.send_signal(signal.SIGINT)
-        output, errors = end_of(process)
-    assert (output.split(), process.returncode) == (["interrupted", "gone"], 0), errors
-
-
-def test_ctrl_c_ends_a_program_that_loads(tmp_path):
-    script = f"""{LOADING}
-    Engine(sys.argv[1], device="cpu", num_threads=1, num_blocks=64)
-    """
-    with run_script(script, recital_model.write(tmp_path)) as process:
-        assert process.stdout.readline().strip() == "loading"
-        process.send_signal(signal.SIGINT)
-        _, errors = end_of(process)
-    assert process.returncode in (-signal.SIGINT, 130)
-    assert "KeyboardInterrupt" in errors
-
-
-def test_ctrl_c_comes_through_where_another_thread_imported_threading(reciting_dir):
-    """That thread is what `threading` takes for the main one."""
-    script = f"""
-    import _thread, sys
-    assert "threading" not in sys.modules
-    imported = _thread.allocate_lock()
-    imported.acquire()
-    def load():
-        import threading, nano_batch
-        imported.release()
-    _thread.start_new_thread(load, ())
-    imported.acquire()
-    {OPEN.strip()}
-    stream = engine.stream("?", LONG)
-    def interrupt():
-        time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGINT)
-    try:
-        threading.Thread(target=interrupt).start()
-        stream.collect()
-    except KeyboardInterrupt:
-        print("interrupted", next(stream).finished)
-    """
-    with run_script(script, reciting_dir) as process:
-        output, errors = end_of(process)
-    assert output == "interrupted False\n", errors
-
-
-def test_ctrl_c_ends_a_program_that_does_not_catch_it(reciting_dir):
-    script = f"""{OPEN}{INTERRUPTED}
-    engine.generate('?', LONG, use_tqdm=False)
-    """
-    with run_script(script, reciting_dir) as process:
-        assert process.stdout.readline().strip() == "running"
-        process.send_signal(signal.SIGINT)
-        _, errors = end_of(process)
-    assert process.returncode in (-signal.SIGINT, 130)
-    assert "KeyboardInterrupt" in errors
-
-
-def test_a_handler_of_the_log_holds_neither_steps_nor_close(reciting_dir):
-    script = f"""
-    import logging, threading
-    held, released = threading.Event(), threading.Event()
-    class Holding(logging.Handler):
-        def emit(self, record):
-            held.set()
-            released.wait()
-    logger = logging.getLogger("nano_core")
-    logger.addHandler(Holding())
-    logger.setLevel(logging.DEBUG)
-    {OPEN.strip()}
-    stream = engine.stream("?", LONG)
-    next(stream)
-    assert held.wait(60)
-    next(stream)
-    engine.close()
-    try:
-        stream.collect()
-    except Exception as error:
-        print(error.code, released.is_set())
-    released.set()
-    """
-    with run_script(script, reciting_dir) as process:
-        output, errors = end_of(process)
-    assert (output, process.returncode) == ("engine_closed False\n", 0), errors
-
-
-def test_a_slow_handler_of_the_log_gets_every_record(reciting_dir):
-    """More than it can be waited for at once, and the program ends as any other."""
-    script = f"""
-    import logging, sys, time
-    class Slow(logging.StreamHandler):
-        def emit(self, record):
-            time.sleep(0.005)
-            super().emit(record)
-    logger = logging.getLogger("nano_core")
-    logger.addHandler(Slow(sys.stdout))
-    logger.setLevel(logging.DEBUG)
-    {OPEN.strip()}
-    engine.generate("?", SamplingParams(max_tokens=600, ignore_eos=True), use_tqdm=False)
-    """
-    with run_script(script, reciting_dir) as process:
-        output, errors = end_of(process)
-    assert (output.count("step="), process.returncode) == (600, 0), errors
-
-
-def test_levels_that_are_set_between_two_engines_hold_for_the_second(reciting_dir):
-    script = f"""{OPEN}
-    import logging
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(name)s")
-    print("set")
-    Engine(sys.argv[1], device="cpu", num_threads=1, num_blocks=64)
-    """
-    with run_script(script, reciting_dir) as process:
-        output, errors = end_of(process)
-    assert output.startswith("set\nnano_model.load\n"), errors
 
 
 def test_a_program_may_end_with_an_engine_open_and_a_request_running(reciting_dir):
