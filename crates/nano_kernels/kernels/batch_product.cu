@@ -33,8 +33,8 @@
 //
 // Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions; NVIDIA, CUTLASS, its
 // persistent cooperative kernels.
-#include "hopper.cuh"
 #include "shared_norm.cuh"
+#include "wgmma.cuh"
 
 #ifndef NUM_TOKENS
 #error "NUM_TOKENS is 64 to 192, whole 32"
@@ -55,60 +55,6 @@ static_assert(NUM_TOKENS * STAGED * 4 <= STAGES * STAGE_BYTES, "the sums take th
 #define MULTIPLYING_REGISTERS "224"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define NAMES_64 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
-    "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES_96 \
-    NAMES_64 ", " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define NAMES_128 \
-    NAMES_96 ", " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NAMES_160 \
-    NAMES_128 ", " \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define NAMES_192 \
-    NAMES_160 ", " \
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#if NUM_TOKENS == 64
-#define SHAPE "m64n64k16"
-#define NAMES NAMES_64
-#define OPERANDS "%32, %33"
-#define ADDS "%34"
-#define SUMS SIXTEEN(0), SIXTEEN(16)
-#elif NUM_TOKENS == 96
-#define SHAPE "m64n96k16"
-#define NAMES NAMES_96
-#define OPERANDS "%48, %49"
-#define ADDS "%50"
-#define SUMS SIXTEEN(0), SIXTEEN(16), SIXTEEN(32)
-#elif NUM_TOKENS == 128
-#define SHAPE "m64n128k16"
-#define NAMES NAMES_128
-#define OPERANDS "%64, %65"
-#define ADDS "%66"
-#define SUMS SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
-#elif NUM_TOKENS == 160
-#define SHAPE "m64n160k16"
-#define NAMES NAMES_160
-#define OPERANDS "%80, %81"
-#define ADDS "%82"
-#define SUMS SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64)
-#else
-#define SHAPE "m64n192k16"
-#define NAMES NAMES_192
-#define OPERANDS "%96, %97"
-#define ADDS "%98"
-#define SUMS SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64), SIXTEEN(80)
-#endif
-// d = a b^T over 16 columns, or d += where `adds`.
-__device__ __forceinline__ void multiply_tile(float (&d)[NUM_TOKENS / 2], u64 a, u64 b, int adds) {
-    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " ADDS ", 0;\n"
-                 "wgmma.mma_async.sync.aligned." SHAPE ".f32.bf16.bf16 {" NAMES "}, " OPERANDS
-                 ", adds, 1, 1, 0, 0;\n}"
-                 : SUMS
-                 : "l"(a), "l"(b), "r"(adds));
-}
 __device__ __forceinline__ void sync_multiplying() {
     asm volatile("bar.sync 1, 256;" ::: "memory");
 }
@@ -310,7 +256,7 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                 begin_products();
 #pragma unroll
                 for (int k = 0; k < ROW_BYTES; k += 32) {
-                    multiply_tile(sums, a + (k >> 4), b + (k >> 4), step + k > 0);
+                    multiply(sums, a + (k >> 4), b + (k >> 4), step + k > 0);
                 }
                 commit_products();
                 wait_products<1>();

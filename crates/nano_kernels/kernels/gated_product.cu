@@ -30,8 +30,8 @@
 //
 // Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions; NVIDIA, CUTLASS, its
 // persistent cooperative kernels; Shazeer, GLU Variants Improve Transformer, 2020.
-#include "hopper.cuh"
 #include "shared_norm.cuh"
+#include "wgmma.cuh"
 
 #if !defined(CLUSTER) || !defined(TOKENS)
 #error "CLUSTER is 1 or 2, TOKENS 128 or 192"
@@ -56,44 +56,18 @@ constexpr int STAGE_BYTES = INPUT_BYTES + 2 * HALF_BYTES;
 #endif
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#if TOKENS == 128
 // d = a b^T over 16 columns, or d += where `adds`.
-__device__ __forceinline__ void multiply(float (&d)[FEATURES], u64 a, u64 b, int adds) {
-    asm volatile(
-        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %114, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n224k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
-        "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, "
-        "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, "
-        "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, "
-        "%103, %104, %105, %106, %107, %108, %109, %110, %111}, "
-        "%112, %113, adds, 1, 1, 0, 0;\n}"
-        : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64), SIXTEEN(80), SIXTEEN(96)
-        : "l"(a), "l"(b), "r"(adds));
-}
+__device__ __forceinline__ void multiply_both(float (&d)[FEATURES], u64 a, u64 b, int adds) {
+#if TOKENS == 128
+    multiply(d, a, b, adds);
 #else
-// The same in two halves: a launch has 128 registers a thread, too few for the whole.
-template <int FIRST>
-__device__ __forceinline__ void multiply_half(float (&d)[FEATURES], u64 a, u64 b, int adds) {
-    asm volatile(
-        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %58, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
-        "%53, %54, %55}, %56, %57, adds, 1, 1, 0, 0;\n}"
-        : SIXTEEN(FIRST), SIXTEEN(FIRST + 16), SIXTEEN(FIRST + 32), FOUR(FIRST + 48),
-          FOUR(FIRST + 52)
-        : "l"(a), "l"(b), "r"(adds));
-}
-__device__ __forceinline__ void multiply(float (&d)[FEATURES], u64 a, u64 b, int adds) {
-    multiply_half<0>(d, a, b, adds);
-    multiply_half<FEATURES / 2>(d, a, b + (HALF_BYTES >> 4), adds);
-}
+    // In two halves: a launch has 128 registers a thread, too few for the whole.
+    float(&gate)[FEATURES / 2] = (float(&)[FEATURES / 2])d;
+    float(&up)[FEATURES / 2] = (float(&)[FEATURES / 2])d[FEATURES / 2];
+    multiply(gate, a, b, adds);
+    multiply(up, a, b + (HALF_BYTES >> 4), adds);
 #endif
-
+}
 __device__ __forceinline__ void sync_blocks() {
 #if CLUSTER == 2
     sync_cluster();
@@ -237,7 +211,7 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                 begin_products();
 #pragma unroll
                 for (int k = 0; k < ROW_BYTES; k += 32) {
-                    multiply(sums, a + (k >> 4), b + (k >> 4), step + k > 0);
+                    multiply_both(sums, a + (k >> 4), b + (k >> 4), step + k > 0);
                 }
                 commit_products();
                 wait_products<1>();

@@ -1,7 +1,7 @@
-// What only Hopper has: barriers in shared memory that count bytes, copies of boxes of a tensor, and
-// products of a warpgroup. All of it is defined for sm_90a alone; TensorMap is for every target.
+// What only Hopper has: barriers in shared memory that count bytes, and copies of boxes of a tensor.
+// All of it is defined for sm_90a alone; TensorMap is for every target.
 //
-// Source: NVIDIA, PTX ISA: mbarrier, cp.async.bulk.tensor, wgmma.
+// Source: NVIDIA, PTX ISA: mbarrier, cp.async.bulk.tensor.
 #pragma once
 #include "common.cuh"
 
@@ -129,22 +129,6 @@ __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     publish_shared();
 }
-// What wgmma knows of a tile: rows of 128 bytes, swizzled, eight of them 1024 bytes.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-// Sums of a wgmma from d[i] on, as its assembly names them.
-#define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
-__device__ __forceinline__ void begin_products() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void commit_products() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int IN_FLIGHT> __device__ __forceinline__ void wait_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
-}
 // Writes zero to rows of 128 bytes, as `thread` of `num_threads`. Rows of a stage that no copy writes
 // are multiplied all the same, and a product with zero takes the least power.
 __device__ __forceinline__ void clear_rows(u32 rows, int num_rows, int thread, int num_threads) {
@@ -152,11 +136,6 @@ __device__ __forceinline__ void clear_rows(u32 rows, int num_rows, int thread, i
         asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(rows + i * 16), "r"(0)
                      : "memory");
     }
-}
-// Keeps the compiler from moving uses of what wgmma writes across its waits.
-template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 // A place in the ring and how often it has come round.
 struct Turn {

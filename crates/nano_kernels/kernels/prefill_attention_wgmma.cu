@@ -225,7 +225,7 @@ struct Attention {
 #pragma unroll
         for (int k = 0; k < HEAD_DIM / 16; k++) {
             const int at = k / 4 * EIGHT_BYTES + k % 4 * 32;
-            multiply_keys(scores, query[k], descriptor_at(low, at), k > 0);
+            multiply<0>(scores, query[k], descriptor_at(low, at), k > 0);
         }
         commit_products();
     }
@@ -233,7 +233,7 @@ struct Attention {
         const u32 low = low_half(keys + (STAGES + stage) * TILE_BYTES, EIGHT_BYTES);
 #pragma unroll
         for (int k = 0; k < NUM_KEYS / 16; k++) {
-            multiply_values(output, weights[k], descriptor_at(low, k * 2 * EIGHTS_BYTES));
+            multiply<1>(output, weights[k], descriptor_at(low, k * 2 * EIGHTS_BYTES), 1);
         }
         commit_products();
     }

@@ -1,7 +1,7 @@
 // What the warps of prefill_attention_wgmma.cu share: how its tiles lie in shared memory, their
 // products, barriers, and the running softmax.
 #pragma once
-#include "hopper.cuh"
+#include "wgmma.cuh"
 
 #if !defined(HEAD_DIM) || !defined(IN_PARTS)
 #error "HEAD_DIM is 64 or 128, IN_PARTS 0 or 1"
@@ -27,50 +27,24 @@ constexpr int OUT_ROW_BYTES = HEAD_DIM * 2 + 16;
 #define MULTIPLYING_REGISTERS "232"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// Sums of a wgmma, as its assembly names them.
-#define NAMES_32                                                                                  \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "  \
-    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES_64                                                                                  \
-    NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-             "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-// d = a b^T over 16 columns, or d += where `adds`: queries and a step's keys, or half of them. Each
-// has registers of its own: wgmmas of two widths with the same ones would wait for each other.
-__device__ __forceinline__ void multiply_keys(float (&d)[KEYS / 2], const u32 (&a)[4], u64 b,
-                                              int adds) {
-    asm volatile(
-        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{" NAMES_64 "}, {%64, %65, %66, %67}, %68, adds, 1, 1, 0;\n}"
-        : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
-}
-__device__ __forceinline__ void multiply_keys(float (&d)[KEYS / 4], const u32 (&a)[4], u64 b,
-                                              int adds) {
-    asm volatile(
-        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{" NAMES_32 "}, {%32, %33, %34, %35}, %36, adds, 1, 1, 0;\n}"
-        : SIXTEEN(0), SIXTEEN(16)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
-}
-// d += a b over 16 rows of values, whose columns are contiguous.
-__device__ __forceinline__ void multiply_values(float (&d)[HEAD_DIM / 2], const u32 (&a)[4],
-                                                u64 b) {
-#if HEAD_DIM == 128
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{" NAMES_64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-        : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#else
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{" NAMES_32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-        : SIXTEEN(0), SIXTEEN(16)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#endif
-}
+// d = a b^T over 16 columns, or d += where `adds`, with a in registers; TRANSPOSED, d = a b, b's columns
+// contiguous. A step's scores and half a step's are arrays of their own: wgmmas of two widths with
+// the same registers would wait for each other.
+#define PRODUCT(COLUMNS, NUM_SUMS, A, B, ADDS, IS_TRANSPOSED, ...)                               \
+    template <int TRANSPOSED>                                                                    \
+    __device__ __forceinline__ void multiply(float (&d)[NUM_SUMS], const u32 (&a)[4], u64 b,     \
+                                             int adds) {                                         \
+        asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " ADDS ", 0;\n"                     \
+                     "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {"          \
+                     NAMES_##NUM_SUMS "}, {" A "}, " B ", adds, 1, 1, " IS_TRANSPOSED ";\n}"     \
+                     : __VA_ARGS__                                                               \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds),            \
+                       "n"(TRANSPOSED));                                                         \
+    }
+PRODUCT(64, 32, "%32, %33, %34, %35", "%36", "%37", "%38", SIXTEEN(0), SIXTEEN(16))
+PRODUCT(128, 64, "%64, %65, %66, %67", "%68", "%69", "%70", SIXTEEN(0), SIXTEEN(16), SIXTEEN(32),
+        SIXTEEN(48))
+#undef PRODUCT
 // What wgmma knows of keys or values, see `descriptor`: the lower half for an address, and the whole
 // for so many bytes behind it. An addition a product is all that lies between them.
 __device__ __forceinline__ u32 low_half(u32 address, int leading_bytes) {

@@ -33,8 +33,8 @@
 //
 // Source: NVIDIA, PTX ISA, Asynchronous Warpgroup Level Matrix Instructions; Shazeer, GLU Variants
 // Improve Transformer, 2020 (the gate).
-#include "hopper.cuh"
 #include "shared_norm.cuh"
+#include "wgmma.cuh"
 
 #ifndef NUM_TOKENS
 #error "NUM_TOKENS is 8, 16 or 32"
@@ -51,27 +51,6 @@ constexpr int AT_ONCE = 4;  // tokens of a thread
 constexpr int STAGED = 68;  // floats of a token's row in the staging memory, without bank conflicts
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ void multiply(float (&d)[NUM_TOKENS / 2], u64 a, u64 b) {
-#if NUM_TOKENS == 8
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, "
-        "%4, %5, 1, 1, 1, 0, 0;"
-        : FOUR(0)
-        : "l"(a), "l"(b));
-#elif NUM_TOKENS == 16
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
-        "%8, %9, 1, 1, 1, 0, 0;"
-        : FOUR(0), FOUR(4)
-        : "l"(a), "l"(b));
-#else
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, "
-        "%8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, 0, 0;"
-        : FOUR(0), FOUR(4), FOUR(8), FOUR(12)
-        : "l"(a), "l"(b));
-#endif
-}
 __device__ __forceinline__ void sync_consumers() {
     asm volatile("bar.sync 1, %0;" ::"n"(NUM_CONSUMERS) : "memory");
 }
@@ -196,7 +175,7 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
 #pragma unroll
                 for (int k = 0; k < ROW_BYTES; k += 32) {
                     multiply(sums, a + ((c * tile_bytes + k) >> 4),
-                             b + ((c * TOKEN_BYTES + k) >> 4));
+                             b + ((c * TOKEN_BYTES + k) >> 4), 1);
                 }
             }
             commit_products();

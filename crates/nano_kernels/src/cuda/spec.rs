@@ -16,7 +16,7 @@ pub struct KernelSpec {
 }
 
 /// Headers that a source may include, by name.
-pub const HEADERS: [(&str, &str); 7] = [
+pub const HEADERS: [(&str, &str); 8] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("hopper.cuh", include_str!("../../kernels/hopper.cuh")),
     ("mma.cuh", include_str!("../../kernels/mma.cuh")),
@@ -24,6 +24,7 @@ pub const HEADERS: [(&str, &str); 7] = [
     ("prefill_wgmma.cuh", include_str!("../../kernels/prefill_wgmma.cuh")),
     ("rope.cuh", include_str!("../../kernels/rope.cuh")),
     ("shared_norm.cuh", include_str!("../../kernels/shared_norm.cuh")),
+    ("wgmma.cuh", include_str!("../../kernels/wgmma.cuh")),
 ];
 
 /// Declares [`Kernel`] and [`KERNELS`] in one order. A row is a kernel's name, its function and its
