@@ -40,9 +40,7 @@
 #error "NUM_TOKENS is 64 to 192, whole 32"
 #endif
 constexpr int TILE_ROWS = 128;
-constexpr int CHUNK = 64;  // columns: 128 bytes, the width of the swizzle
-constexpr int ROW_BYTES = CHUNK * sizeof(bf16);
-constexpr int GROUP_ROWS = 64, GROUP_THREADS = 128, NUM_THREADS = 3 * GROUP_THREADS;
+constexpr int NUM_THREADS = 3 * GROUP_THREADS;
 constexpr int COPYING_WARPS = GROUP_THREADS / WARP, MULTIPLYING_WARPS = 2 * COPYING_WARPS;
 constexpr int WEIGHT_BYTES = TILE_ROWS * ROW_BYTES, INPUT_BYTES = NUM_TOKENS * ROW_BYTES;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + INPUT_BYTES;

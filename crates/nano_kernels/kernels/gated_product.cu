@@ -39,9 +39,6 @@
 // 112 columns cut Mistral's 14336 into 128 tiles, which fill the 132 multiprocessors of an H100.
 constexpr int FEATURES = 112, STAGES = TOKENS == 128 ? 5 : 4;
 constexpr int GROUP = 16 / CLUSTER;  // row tiles: 2048 rows, 16 MB of input
-constexpr int CHUNK = 64;            // columns: 128 bytes, the width of the swizzle
-constexpr int ROW_BYTES = CHUNK * sizeof(bf16);
-constexpr int GROUP_ROWS = 64, GROUP_THREADS = 128;
 constexpr int MULTIPLYING_THREADS = TOKENS / GROUP_ROWS * GROUP_THREADS;
 constexpr int NUM_THREADS = MULTIPLYING_THREADS + GROUP_THREADS;
 constexpr int INPUT_BYTES = TOKENS * ROW_BYTES, HALF_BYTES = FEATURES * ROW_BYTES;

@@ -210,11 +210,7 @@ struct Attention {
 #pragma unroll
         for (int k = 0; k < HEAD_DIM / 16; k++) {
             const u32 at = queries + k / 4 * HALF_BYTES + row * ROW_BYTES;
-            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(query[k][0]), "=r"(query[k][1]), "=r"(query[k][2]),
-                           "=r"(query[k][3])
-                         : "r"(at + ((k % 4 * 2 + lane / 16) ^ row % 8) * 16)
-                         : "memory");
+            load_matrices(query[k], at + ((k % 4 * 2 + lane / 16) ^ row % 8) * 16);
         }
         running = {{NEGATIVE_INFINITY, NEGATIVE_INFINITY}, {}, {}, {}};
 #pragma unroll

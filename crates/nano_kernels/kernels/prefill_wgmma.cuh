@@ -1,6 +1,7 @@
 // What the warps of prefill_attention_wgmma.cu share: how its tiles lie in shared memory, their
 // products, barriers, and the running softmax.
 #pragma once
+#include "mma.cuh"
 #include "wgmma.cuh"
 
 #if !defined(HEAD_DIM) || !defined(IN_PARTS)
@@ -8,9 +9,8 @@
 #endif
 constexpr int KEYS = 128;
 constexpr int STAGES = HEAD_DIM == 64 ? 4 : 2;
-constexpr int GROUP_ROWS = 64, GROUP_THREADS = 128, NUM_THREADS = 3 * GROUP_THREADS;
-constexpr int HALVES = HEAD_DIM / 64;  // of a row: the swizzle is 64 columns wide
-constexpr int ROW_BYTES = 128;         // of a half
+constexpr int NUM_THREADS = 3 * GROUP_THREADS;
+constexpr int HALVES = HEAD_DIM / CHUNK;  // of a row, each a row in shared memory
 constexpr int HALF_BYTES = KEYS * ROW_BYTES;
 constexpr int TILE_BYTES = HALVES * HALF_BYTES;  // of a step's keys, of its values, of the queries
 constexpr int BLOCKS_PER_STEP = KEYS / BLOCK_SIZE;

@@ -9,7 +9,7 @@
 //
 // Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
 #pragma once
-#include "common.cuh"
+#include "hopper.cuh"
 
 #ifndef NORM_SQUARES
 #error "NORM_SQUARES is the number of sums of squares that a row has at most"

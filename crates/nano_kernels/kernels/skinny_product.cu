@@ -39,11 +39,9 @@
 #ifndef NUM_TOKENS
 #error "NUM_TOKENS is 8, 16 or 32"
 #endif
-constexpr int CHUNK = 64;  // columns: 128 bytes, the width of the swizzle
-constexpr int ROW_BYTES = CHUNK * sizeof(bf16);
 constexpr int TOKEN_BYTES = NUM_TOKENS * ROW_BYTES;  // of a chunk
-constexpr int GROUP_ROWS = 64, NUM_GROUPS = 2;
-constexpr int GROUP_WARPS = 4, NUM_CONSUMERS = NUM_GROUPS * GROUP_WARPS * WARP;
+constexpr int NUM_GROUPS = 2, GROUP_WARPS = GROUP_THREADS / WARP;
+constexpr int NUM_CONSUMERS = NUM_GROUPS * GROUP_THREADS;
 constexpr int WEIGHT_WARP = NUM_CONSUMERS / WARP, INPUT_WARP = WEIGHT_WARP + 1;
 constexpr int SCALE_WARP = INPUT_WARP + 1, SCALE_WARPS = 2;  // the first of them, and how many
 constexpr int NUM_THREADS = (SCALE_WARP + SCALE_WARPS) * WARP;

@@ -5,6 +5,10 @@
 #pragma once
 #include "hopper.cuh"
 
+constexpr int GROUP_ROWS = 64, GROUP_THREADS = 128;  // of a warpgroup
+constexpr int CHUNK = 64;  // columns of a row in shared memory: 128 bytes, the width of the swizzle
+constexpr int ROW_BYTES = CHUNK * sizeof(bf16);
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // What wgmma knows of a tile: rows of 128 bytes, swizzled, eight of them 1024 bytes.
 __device__ __forceinline__ u64 descriptor(u32 address) {
