@@ -224,10 +224,8 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                 }
             }
         } else if (threadIdx.x >= WARP && norm.num_squares > 0) {
-            wait_for_previous();
             load_scales<GROUP_THREADS - WARP>(scales, norm, num_tokens, in_features,
-                                              threadIdx.x - WARP);
-            arrive(has_scales);
+                                              threadIdx.x - WARP, has_scales);
         }
         __syncwarp();
         if (!is_whole) sync_cluster();

@@ -72,24 +72,6 @@ __device__ __forceinline__ void sync_blocks() {
     __syncthreads();
 #endif
 }
-
-// The tiles of a cluster, in the order in which all clusters take them.
-struct Tiles {
-    int height, row_tiles, column_tiles;
-    __device__ Tiles(int num_tokens, int tile_tokens, int intermediate_size) {
-        height = CLUSTER * tile_tokens;
-        row_tiles = (num_tokens + height - 1) / height;
-        column_tiles = (intermediate_size + FEATURES - 1) / FEATURES;
-    }
-    __device__ int count() const { return row_tiles * column_tiles; }
-    __device__ void find(int at, int& row, int& column) const {
-        const int first = at / (GROUP * column_tiles) * GROUP;
-        const int together = min(GROUP, row_tiles - first);
-        const int rest = at - first * column_tiles;
-        row = (first + rest % together) * height;
-        column = rest / together * FEATURES;
-    }
-};
 #endif
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
@@ -110,7 +92,16 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
     const int num_steps = (hidden_size + CHUNK - 1) / CHUNK;
     const int lane = threadIdx.x % WARP;
     const int rank = CLUSTER == 2 ? cluster_rank() : 0;
-    const Tiles tiles(num_tokens, tile_tokens, intermediate_size);
+    const int height = CLUSTER * tile_tokens, row_tiles = (num_tokens + height - 1) / height;
+    const int column_tiles = (intermediate_size + FEATURES - 1) / FEATURES;
+    // Where a cluster's tile lies, which all clusters take in this order.
+    const auto find = [&](int tile, int& row, int& column) {
+        const int first = tile / (GROUP * column_tiles) * GROUP;
+        const int together = min(GROUP, row_tiles - first);
+        const int rest = tile - first * column_tiles;
+        row = (first + rest % together) * height;
+        column = rest / together * FEATURES;
+    };
     const int first_tile = blockIdx.x / CLUSTER, num_clusters = gridDim.x / CLUSTER;
     const int warpgroup = threadIdx.x / GROUP_THREADS;
     const int num_groups = (tile_tokens + GROUP_ROWS - 1) / GROUP_ROWS;  // that multiply
@@ -149,10 +140,10 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             };
             Turn turn;
             int ahead = 0;
-            for (int at = first_tile; at < tiles.count(); at += num_clusters) {
+            for (int tile = first_tile; tile < row_tiles * column_tiles; tile += num_clusters) {
                 int row, column;
-                tiles.find(at, row, column);
-                if (at == first_tile) {
+                find(tile, row, column);
+                if (tile == first_tile) {
                     ahead = min(num_steps, STAGES);
                     for (int step = 0; step < ahead; step++) load_weight(step, step, column);
                     wait_for_previous();
@@ -170,10 +161,8 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                 }
             }
         } else if (threadIdx.x >= MULTIPLYING_THREADS + WARP && has_norm) {
-            wait_for_previous();
             load_scales<GROUP_THREADS - WARP>(scales, norm, num_tokens, hidden_size,
-                                              threadIdx.x - MULTIPLYING_THREADS - WARP);
-            arrive(has_scales);
+                                              threadIdx.x - MULTIPLYING_THREADS - WARP, has_scales);
         }
     } else if (warpgroup < num_groups) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 " MULTIPLYING_REGISTERS ";");
@@ -195,9 +184,9 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             }
         };
         Turn turn;
-        for (int at = first_tile; at < tiles.count(); at += num_clusters) {
+        for (int tile = first_tile; tile < row_tiles * column_tiles; tile += num_clusters) {
             int row, column;
-            tiles.find(at, row, column);
+            find(tile, row, column);
             float sums[FEATURES];
             int before = 0;
             for (int step = 0; step < num_steps; step++) {

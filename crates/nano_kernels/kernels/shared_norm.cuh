@@ -23,12 +23,15 @@ struct SharedNorm {
     float eps;
 };
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // What the sums of a product with a norm before it are scaled by, for each token, by THREADS threads
-// that do nothing else: the products need not wait for it before they end. A few lanes share a token, so
-// that many loads are on their way at once: their latency is what this takes.
+// that do nothing else: the products need not wait for it before they end. Each arrives at `has_scales`.
+// A few lanes share a token, so that many loads are on their way at once: their latency is what this
+// takes.
 template <int THREADS>
 __device__ __forceinline__ void load_scales(float* scales, const SharedNorm& norm, int num_tokens,
-                                            int in_features, int thread) {
+                                            int in_features, int thread, u32 has_scales) {
+    wait_for_previous();
     constexpr int LANES = 8, AT_ONCE = 4, TOKENS_APART = THREADS / LANES;
     for (int first = 0; first < num_tokens; first += AT_ONCE * TOKENS_APART) {
         const int mine = first + thread / LANES;
@@ -59,4 +62,6 @@ __device__ __forceinline__ void load_scales(float* scales, const SharedNorm& nor
             }
         }
     }
+    arrive(has_scales);
 }
+#endif

@@ -130,10 +130,8 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
 
     if (warp >= SCALE_WARP) {
         if (norm.num_squares == 0) return;
-        wait_for_previous();
         load_scales<SCALE_WARPS * WARP>(scales, norm, num_tokens, in_features,
-                                        threadIdx.x - SCALE_WARP * WARP);
-        arrive(has_scales);
+                                        threadIdx.x - SCALE_WARP * WARP, has_scales);
         return;
     }
 
