@@ -49,8 +49,7 @@ constexpr int STAGED = TILE_ROWS + 4;  // floats of a token's row of sums, witho
 constexpr int AT_ONCE = NUM_TOKENS > 96 ? 8 : 4;  // tokens that a warp adds up at once
 static_assert(NUM_TOKENS * STAGED * 4 <= STAGES * STAGE_BYTES, "the sums take the ring's place");
 // Of a thread, by setmaxnreg: 128 x 56 + 256 x 224 are what a launch of 384 x 168 holds.
-#define COPYING_REGISTERS "56"
-#define MULTIPLYING_REGISTERS "224"
+constexpr int COPYING_REGISTERS = 56, MULTIPLYING_REGISTERS = 224;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 __device__ __forceinline__ void sync_multiplying() {
@@ -193,7 +192,7 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
     __syncthreads();
 
     if (threadIdx.x < GROUP_THREADS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 " COPYING_REGISTERS ";");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPYING_REGISTERS));
         if (threadIdx.x == 0) {
             const u64 read_once = read_once_policy(), keep = keep_policy();
             const auto load_weight = [&](int stage, int step, int tile) {
@@ -230,7 +229,7 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
         __syncwarp();
         if (!is_whole) sync_cluster();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 " MULTIPLYING_REGISTERS ";");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLYING_REGISTERS));
         for (int s = 0; s < STAGES; s++) {
             clear_rows(ring + s * STAGE_BYTES + WEIGHT_BYTES + num_tokens * ROW_BYTES,
                        NUM_TOKENS - num_tokens, threadIdx.x - GROUP_THREADS,

@@ -45,12 +45,7 @@ constexpr int INPUT_BYTES = TOKENS * ROW_BYTES, HALF_BYTES = FEATURES * ROW_BYTE
 constexpr int STAGE_BYTES = INPUT_BYTES + 2 * HALF_BYTES;
 // Of a thread, by setmaxnreg: 128 x 56 + 256 x 224 are what a launch of 384 x 168 holds, and
 // 128 x 56 + 384 x 152 one of 512 x 128.
-#define COPYING_REGISTERS "56"
-#if TOKENS == 128
-#define MULTIPLYING_REGISTERS "224"
-#else
-#define MULTIPLYING_REGISTERS "152"
-#endif
+constexpr int COPYING_REGISTERS = 56, MULTIPLYING_REGISTERS = TOKENS == 128 ? 224 : 152;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // d = a b^T over 16 columns, or d += where `adds`.
@@ -65,13 +60,7 @@ __device__ __forceinline__ void multiply_both(float (&d)[FEATURES], u64 a, u64 b
     multiply(up, a, b + (HALF_BYTES >> 4), adds);
 #endif
 }
-__device__ __forceinline__ void sync_blocks() {
-#if CLUSTER == 2
-    sync_cluster();
-#else
-    __syncthreads();
-#endif
-}
+__device__ __forceinline__ void sync_blocks() { CLUSTER == 2 ? sync_cluster() : __syncthreads(); }
 #endif
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
@@ -118,7 +107,7 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
     sync_blocks();
 
     if (threadIdx.x >= MULTIPLYING_THREADS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 " COPYING_REGISTERS ";");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPYING_REGISTERS));
         if (threadIdx.x == MULTIPLYING_THREADS) {
             const u64 keep = keep_policy(), reads = CLUSTER == 2 ? keep : read_once_policy();
             const auto load_weight = [&](int stage, int step, int column) {
@@ -165,7 +154,7 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                                               threadIdx.x - MULTIPLYING_THREADS - WARP, has_scales);
         }
     } else if (warpgroup < num_groups) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 " MULTIPLYING_REGISTERS ";");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLYING_REGISTERS));
         for (int s = 0; s < STAGES; s++) {
             clear_rows(stages + s * STAGE_BYTES + tile_tokens * ROW_BYTES,
                        num_groups * GROUP_ROWS - tile_tokens, threadIdx.x,

@@ -417,12 +417,12 @@ prefill_attention_wgmma(const __grid_constant__ TensorMap query,
     __syncthreads();
     wait_for_previous();
     if (threadIdx.x < GROUP_THREADS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 " COPYING_REGISTERS ";");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPYING_REGISTERS));
         publish_stores();  // those of the kernel in front
         copy(query, cache, block_table, tiles, turns, num_tiles, num_splits, num_kv_heads, group,
              max_blocks, window, queries, work, next_piece, barriers);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 " MULTIPLYING_REGISTERS ";");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLYING_REGISTERS));
         const Scratch scratch = {(float4*)partial, (float4*)partial_ml, arrived};
         attend(out, scratch, num_splits, num_heads, group, window, scale, queries, work, barriers);
     }

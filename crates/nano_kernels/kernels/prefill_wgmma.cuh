@@ -23,8 +23,7 @@ constexpr int BOX_BYTES = BLOCK_SIZE / 8 * EIGHTS_BYTES;
 // A row of the output on its way: eight of them lie in different banks.
 constexpr int OUT_ROW_BYTES = HEAD_DIM * 2 + 16;
 // Of a thread, by setmaxnreg: 128 x 40 + 256 x 232 is what a launch of 384 x 168 holds.
-#define COPYING_REGISTERS "40"
-#define MULTIPLYING_REGISTERS "232"
+constexpr int COPYING_REGISTERS = 40, MULTIPLYING_REGISTERS = 232;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // d = a b^T over 16 columns, or d += where `adds`, with a in registers; TRANSPOSED, d = a b, b's columns
