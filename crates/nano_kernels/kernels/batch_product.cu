@@ -52,9 +52,6 @@ static_assert(NUM_TOKENS * STAGED * 4 <= STAGES * STAGE_BYTES, "the sums take th
 constexpr int COPYING_REGISTERS = 56, MULTIPLYING_REGISTERS = 224;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ void sync_multiplying() {
-    asm volatile("bar.sync 1, 256;" ::: "memory");
-}
 // Where another block of the cluster has what this one has at `address`, and four floats there, if
 // they are wanted.
 __device__ __forceinline__ u32 address_in(int rank, u32 address) {
@@ -171,7 +168,7 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
     const u32 full = shared_address(barriers), empty = full + STAGES * 8;
     const u32 has_scales = empty + STAGES * 8;
     const int lane = threadIdx.x % WARP;
-    const int rank = cluster_rank(), num_ranks = cluster_size();
+    const int rank = __clusterRelativeBlockRank(), num_ranks = __clusterSizeInBlocks();
     const bool is_whole = epilogue == STORE_F32;
     const int num_steps = (in_features + CHUNK - 1) / CHUNK;
     const int share = is_whole ? num_steps : (num_steps + num_ranks - 1) / num_ranks;
@@ -236,7 +233,7 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                        MULTIPLYING_WARPS * WARP);
         }
         publish_shared();
-        sync_multiplying();
+        sync_warps(1, MULTIPLYING_WARPS);
         wait_for_previous();
         const int warp = threadIdx.x / WARP - COPYING_WARPS, group = warp / 4;
         float sums[NUM_TOKENS / 2];
@@ -279,7 +276,7 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             }
         }
         if (!is_whole) {
-            sync_multiplying();  // both warpgroups have read the ring
+            sync_warps(1, MULTIPLYING_WARPS);  // both warpgroups have read the ring
             float* shares = (float*)(unaligned + ring_offset);
 #pragma unroll
             for (int i = 0; i < NUM_TOKENS / 2; i++) {

@@ -101,6 +101,11 @@ __device__ __forceinline__ T block_reduce(T value, T* scratch, Combine combine) 
     return value;
 }
 
+// __syncthreads of so many warps alone, those that name the same `barrier`, which is not 0.
+__device__ __forceinline__ void sync_warps(int barrier, int num_warps) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_warps * WARP) : "memory");
+}
+
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return (u32)__cvta_generic_to_shared(pointer);
 }

@@ -80,7 +80,7 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
     const bool has_norm = CLUSTER == 1 && norm.num_squares > 0;
     const int num_steps = (hidden_size + CHUNK - 1) / CHUNK;
     const int lane = threadIdx.x % WARP;
-    const int rank = CLUSTER == 2 ? cluster_rank() : 0;
+    const int rank = CLUSTER == 2 ? __clusterRelativeBlockRank() : 0;
     const int height = CLUSTER * tile_tokens, row_tiles = (num_tokens + height - 1) / height;
     const int column_tiles = (intermediate_size + FEATURES - 1) / FEATURES;
     // Where a cluster's tile lies, which all clusters take in this order.
@@ -161,7 +161,7 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                        num_groups * GROUP_THREADS);
         }
         publish_shared();
-        asm volatile("bar.sync 1, %0;" ::"r"(num_groups * GROUP_THREADS) : "memory");
+        sync_warps(1, num_groups * GROUP_THREADS / WARP);
         wait_for_previous();
         const int my_row = warpgroup * GROUP_ROWS + threadIdx.x / WARP % 4 * 16 + lane / 4;
         const bool is_odd = lane % 2 == 1;

@@ -78,19 +78,9 @@ __device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int c
         "r"(barrier), "l"(policy)
         : "memory");
 }
-// Of a cluster, whose blocks lay out their shared memory alike: this one's place, how many they are,
-// all in step with what each has in its shared memory, and what one of two does for both. The
-// barrier's own release is a fence of the whole GPU, which waits for stores to the device's memory.
-__device__ __forceinline__ int cluster_rank() {
-    int rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-__device__ __forceinline__ int cluster_size() {
-    int size;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    return size;
-}
+// Of a cluster, whose blocks lay out their shared memory alike: all in step with what each has in its
+// shared memory, and what one of two does for both. The barrier's own release is a fence of the whole
+// GPU, which waits for stores to the device's memory.
 __device__ __forceinline__ void sync_cluster() {
     asm volatile(
         "fence.release.sync_restrict::shared::cta.cluster;\n"

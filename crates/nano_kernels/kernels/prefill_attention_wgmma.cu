@@ -179,7 +179,7 @@ __device__ __forceinline__ void copy(const TensorMap& query, const TensorMap& ca
             query_phase ^= 1;
         }
         if (threadIdx.x == 0) next_piece[slot] = gridDim.x + atomicAdd(&turns[0], 1u);
-        sync_copying_warps();
+        sync_warps(4, COPYING_WARPS);
         piece = next_piece[slot];
         slot ^= 1;
     }
@@ -400,7 +400,6 @@ prefill_attention_wgmma(const __grid_constant__ TensorMap query,
     const int group = num_heads / num_kv_heads;
     let_next_begin();
     if (threadIdx.x == 0) {
-        constexpr int MULTIPLYING_WARPS = 2 * GROUP_THREADS / WARP;
         for (int w = 0; w < 2; w++) {
             init_barrier(barriers.query_full + w * 8, 1);
             init_barrier(barriers.query_free + w * 8, GROUP_THREADS);

@@ -43,7 +43,7 @@ __device__ __forceinline__ u32 leave_part(const Scratch& scratch, const Running&
         const float* x = &output[4 * j];
         __stcg(&scratch.partial[partial_at(blockIdx.x, j)], make_float4(x[0], x[1], x[2], x[3]));
     }
-    sync_warpgroups();
+    sync_warps(3, MULTIPLYING_WARPS);
     if (threadIdx.x == GROUP_THREADS) {
         u64* arrived = scratch.arrived + blockIdx.x / num_splits;
         const volatile u64* now = arrived;
@@ -62,7 +62,7 @@ __device__ __forceinline__ u32 leave_part(const Scratch& scratch, const Running&
         }
         __threadfence();
     }
-    sync_warpgroups();
+    sync_warps(3, MULTIPLYING_WARPS);
     return shares;
 }
 // The last part to call this, after all else, leaves zero to the next launch.

@@ -15,7 +15,7 @@ constexpr int HALF_BYTES = KEYS * ROW_BYTES;
 constexpr int TILE_BYTES = HALVES * HALF_BYTES;  // of a step's keys, of its values, of the queries
 constexpr int BLOCKS_PER_STEP = KEYS / BLOCK_SIZE;
 // A warp alone cannot ask for the boxes of a step's keys as fast as they are multiplied.
-constexpr int COPYING_WARPS = GROUP_THREADS / WARP;
+constexpr int COPYING_WARPS = GROUP_THREADS / WARP, MULTIPLYING_WARPS = 2 * COPYING_WARPS;
 constexpr int BOXES = BLOCKS_PER_STEP / COPYING_WARPS;  // of a warp: one a lane
 // A step's keys, or values: eight rows of one half, eight of the other, and so on.
 constexpr int EIGHT_BYTES = 8 * ROW_BYTES, EIGHTS_BYTES = HALVES * EIGHT_BYTES;
@@ -70,11 +70,6 @@ __device__ __forceinline__ uint4 load_eight(u32 address) {
                  : "memory");
     return x;
 }
-__device__ __forceinline__ void sync_copying_warps() {
-    asm volatile("bar.sync 4, 128;" ::: "memory");
-}
-// Both warpgroups are here.
-__device__ __forceinline__ void sync_warpgroups() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
 
 // Shared addresses of the barriers, 8 bytes each: two of the queries, STAGES of keys and values.
 struct Barriers {

@@ -49,9 +49,6 @@ constexpr int AT_ONCE = 4;  // tokens of a thread
 constexpr int STAGED = 68;  // floats of a token's row in the staging memory, without bank conflicts
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ void sync_consumers() {
-    asm volatile("bar.sync 1, %0;" ::"n"(NUM_CONSUMERS) : "memory");
-}
 #endif
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
@@ -182,7 +179,7 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
         }
 
         // From the layout of wgmma, features down and tokens across, to rows of the output.
-        sync_consumers();  // the last tile's has been read
+        sync_warps(1, NUM_CONSUMERS / WARP);  // the last tile's has been read
 #pragma unroll
         for (int i = 0; i < NUM_TOKENS / 2; i++) {
             const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
@@ -190,7 +187,7 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
             staging[(group * NUM_TOKENS + token) * STAGED + group_row] = sums[i];
         }
         if (norm.num_squares > 0) wait(has_scales, 0);
-        sync_consumers();
+        sync_warps(1, NUM_CONSUMERS / WARP);
         const auto sum = [&](int token, int row) {
             const float* lower = staging + token * STAGED + row % GROUP_ROWS;
             const float* upper = lower + NUM_TOKENS * STAGED;
