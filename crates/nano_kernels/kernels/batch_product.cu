@@ -239,26 +239,11 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
         float sums[NUM_TOKENS / 2];
         Turn turn;
         for (int tile = first_tile; tile < num_tiles; tile += stride) {
-            int before = 0;
-            for (int step = 0; step < my_steps; step++) {
-                wait(full + turn.stage * 8, turn.phase);
-                const u32 rows = ring + turn.stage * STAGE_BYTES;
-                const u64 a = descriptor(rows + group * GROUP_ROWS * ROW_BYTES);
-                const u64 b = descriptor(rows + WEIGHT_BYTES);
-                begin_products();
-#pragma unroll
-                for (int k = 0; k < ROW_BYTES; k += 32) {
-                    multiply(sums, a + (k >> 4), b + (k >> 4), step + k > 0);
-                }
-                commit_products();
-                wait_products<1>();
-                if (step > 0 && lane == 0) arrive(empty + before * 8);
-                before = turn.stage;
-                turn.next(STAGES);
-            }
-            wait_products<0>();
+            multiply_steps<STAGES, STAGE_BYTES>(
+                turn, my_steps, full, ring + group * GROUP_ROWS * ROW_BYTES, ring + WEIGHT_BYTES,
+                [&](u64 a, u64 b, int adds) { multiply(sums, a, b, adds); },
+                [&](int stage) { if (lane == 0) arrive(empty + stage * 8); });
             pin(sums);
-            if (lane == 0) arrive(empty + before * 8);
             if (norm.num_squares > 0) {
                 wait(has_scales, 0);
 #pragma unroll

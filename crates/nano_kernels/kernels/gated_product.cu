@@ -177,26 +177,11 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
             int row, column;
             find(tile, row, column);
             float sums[FEATURES];
-            int before = 0;
-            for (int step = 0; step < num_steps; step++) {
-                wait(full + turn.stage * 8, turn.phase);
-                const u32 rows = stages + turn.stage * STAGE_BYTES;
-                const u64 a = descriptor(rows + warpgroup * GROUP_ROWS * ROW_BYTES);
-                const u64 b = descriptor(rows + INPUT_BYTES);
-                begin_products();
-#pragma unroll
-                for (int k = 0; k < ROW_BYTES; k += 32) {
-                    multiply_both(sums, a + (k >> 4), b + (k >> 4), step + k > 0);
-                }
-                commit_products();
-                wait_products<1>();
-                if (step > 0) release(before);
-                before = turn.stage;
-                turn.next(STAGES);
-            }
-            wait_products<0>();
+            multiply_steps<STAGES, STAGE_BYTES>(
+                turn, num_steps, full, stages + warpgroup * GROUP_ROWS * ROW_BYTES,
+                stages + INPUT_BYTES,
+                [&](u64 a, u64 b, int adds) { multiply_both(sums, a, b, adds); }, release);
             pin(sums);
-            release(before);
 
             // Neighbours swap, so that a lane has four columns in a row and four lanes 32 bytes.
             const auto gated = [&](int i, float scale) {

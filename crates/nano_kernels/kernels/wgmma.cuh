@@ -69,4 +69,30 @@ PRODUCT(192, 96, 97, 98, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXT
 PRODUCT(224, 112, 113, 114, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64),
         SIXTEEN(80), SIXTEEN(96))
 #undef PRODUCT
+
+// A ring's stages, one after the other: `multiply` is given the descriptors of 16 columns of the rows at
+// `a` and `b` in the first stage's place, and whether it adds. A stage is released when the products of
+// the next are on their way.
+template <int NUM_STAGES, int STAGE_BYTES, typename Multiply, typename Release>
+__device__ __forceinline__ void multiply_steps(Turn& turn, int num_steps, u32 full, u32 a, u32 b,
+                                               Multiply multiply, Release release) {
+    int before = 0;
+    for (int step = 0; step < num_steps; step++) {
+        wait(full + turn.stage * 8, turn.phase);
+        const int stage = turn.stage * STAGE_BYTES;
+        const u64 a_rows = descriptor(a + stage), b_rows = descriptor(b + stage);
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < ROW_BYTES; k += 32) {
+            multiply(a_rows + (k >> 4), b_rows + (k >> 4), step + k > 0);
+        }
+        commit_products();
+        wait_products<1>();
+        if (step > 0) release(before);
+        before = turn.stage;
+        turn.next(NUM_STAGES);
+    }
+    wait_products<0>();
+    release(before);
+}
 #endif
