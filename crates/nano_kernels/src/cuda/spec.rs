@@ -27,11 +27,21 @@ pub const HEADERS: [(&str, &str); 8] = [
     ("wgmma.cuh", include_str!("../../kernels/wgmma.cuh")),
 ];
 
-/// Declares [`Kernel`] and [`KERNELS`] in one order. A row is a kernel's name, its function and its
-/// source, the macros of the variant and the dynamic shared memory.
+/// The text of a source, which is named like its function unless it has several.
+macro_rules! source {
+    ($function:ident) => {
+        include_str!(concat!("../../kernels/", stringify!($function), ".cu"))
+    };
+    ($function:ident, $source:literal) => {
+        include_str!(concat!("../../kernels/", $source))
+    };
+}
+
+/// Declares [`Kernel`] and [`KERNELS`] in one order. A row is a kernel's function and what its name
+/// adds to that, its source, the macros of the variant and the dynamic shared memory.
 macro_rules! kernels {
-    ($($(#[$doc:meta])* $kernel:ident = $name:literal: $function:ident
-        in $source:literal, $defines:expr, $dynamic_shared_bytes:expr;)*) => {
+    ($($(#[$doc:meta])* $kernel:ident = $function:ident $($variant:literal)? $(in $source:literal)?,
+        $defines:expr, $dynamic_shared_bytes:expr;)*) => {
         /// A kernel in one variant.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Kernel {
@@ -40,9 +50,9 @@ macro_rules! kernels {
 
         /// Every kernel, in the order of [`Kernel`].
         pub const KERNELS: [KernelSpec; [$(Kernel::$kernel),*].len()] = [$(KernelSpec {
-            name: $name,
+            name: concat!(stringify!($function) $(, $variant)?),
             function: stringify!($function),
-            source: include_str!(concat!("../../kernels/", $source)),
+            source: source!($function $(, $source)?),
             defines: &$defines,
             dynamic_shared_bytes: $dynamic_shared_bytes,
         }),*];
@@ -51,82 +61,67 @@ macro_rules! kernels {
 
 kernels! {
     /// RMSNorm.
-    RmsNorm = "rms_norm": rms_norm in "rms_norm.cu", [], 0;
+    RmsNorm = rms_norm, [], 0;
     /// RoPE and the K/V write.
-    RopeWriteKv = "rope_write_kv": rope_write_kv in "rope_write_kv.cu", [], 0;
+    RopeWriteKv = rope_write_kv, [], 0;
     /// `SwiGLU`'s gate.
-    SiluMul = "silu_mul": silu_mul in "silu_mul.cu", [], 0;
+    SiluMul = silu_mul, [], 0;
     /// Rows of a matrix by index.
-    GatherRows = "gather_rows": gather_rows in "gather.cu", [], 0;
+    GatherRows = gather_rows in "gather.cu", [], 0;
     /// Embeddings of token ids from the host or from the step before.
-    EmbedTokens = "embed_tokens": embed_tokens in "gather.cu", [], 0;
+    EmbedTokens = embed_tokens in "gather.cu", [], 0;
     /// The choice of the next token.
-    Sample = "sample": sample in "sample.cu", [], 0;
+    Sample = sample, [], 0;
     /// Tokens taken out of that choice.
-    BanTokens = "ban_tokens": ban_tokens in "sample.cu", [], 0;
+    BanTokens = ban_tokens in "sample.cu", [], 0;
     /// Random parameters.
-    FillRandom = "fill_random": fill_random in "weights.cu", [], 0;
+    FillRandom = fill_random in "weights.cu", [], 0;
     /// bf16 parameters from other types.
-    RoundToBf16 = "round_to_bf16": round_to_bf16 in "weights.cu", [], 0;
+    RoundToBf16 = round_to_bf16 in "weights.cu", [], 0;
     /// Products of one row.
-    RowProduct = "row_product": row_product in "row_product.cu", [], ALL;
+    RowProduct = row_product, [], ALL;
     /// Products of up to 8 rows, on Hopper.
-    SkinnyProduct8 = "skinny_product_8": skinny_product
-        in "skinny_product.cu", ["-DNUM_TOKENS=8"], ALL;
+    SkinnyProduct8 = skinny_product "_8", ["-DNUM_TOKENS=8"], ALL;
     /// Products of up to 16 rows, on Hopper.
-    SkinnyProduct16 = "skinny_product_16": skinny_product
-        in "skinny_product.cu", ["-DNUM_TOKENS=16"], ALL;
+    SkinnyProduct16 = skinny_product "_16", ["-DNUM_TOKENS=16"], ALL;
     /// Products of up to 32 rows, on Hopper.
-    SkinnyProduct32 = "skinny_product_32": skinny_product
-        in "skinny_product.cu", ["-DNUM_TOKENS=32"], ALL;
+    SkinnyProduct32 = skinny_product "_32", ["-DNUM_TOKENS=32"], ALL;
     /// Products of up to 64 rows, on Hopper.
-    BatchProduct64 = "batch_product_64": batch_product
-        in "batch_product.cu", ["-DNUM_TOKENS=64"], batch(64);
+    BatchProduct64 = batch_product "_64", ["-DNUM_TOKENS=64"], batch(64);
     /// Products of up to 96 rows, on Hopper.
-    BatchProduct96 = "batch_product_96": batch_product
-        in "batch_product.cu", ["-DNUM_TOKENS=96"], batch(96);
+    BatchProduct96 = batch_product "_96", ["-DNUM_TOKENS=96"], batch(96);
     /// Products of up to 128 rows, on Hopper.
-    BatchProduct128 = "batch_product_128": batch_product
-        in "batch_product.cu", ["-DNUM_TOKENS=128"], batch(128);
+    BatchProduct128 = batch_product "_128", ["-DNUM_TOKENS=128"], batch(128);
     /// Products of up to 160 rows, on Hopper.
-    BatchProduct160 = "batch_product_160": batch_product
-        in "batch_product.cu", ["-DNUM_TOKENS=160"], batch(160);
+    BatchProduct160 = batch_product "_160", ["-DNUM_TOKENS=160"], batch(160);
     /// Products of up to 192 rows, on Hopper.
-    BatchProduct192 = "batch_product_192": batch_product
-        in "batch_product.cu", ["-DNUM_TOKENS=192"], batch(192);
+    BatchProduct192 = batch_product "_192", ["-DNUM_TOKENS=192"], batch(192);
     /// Products with a gate, on Hopper.
-    GatedProduct = "gated_product": gated_product
-        in "gated_product.cu", ["-DCLUSTER=1", "-DTOKENS=128"], gated(128, 5);
+    GatedProduct = gated_product, ["-DCLUSTER=1", "-DTOKENS=128"], gated(128, 5);
     /// The same of up to 192 rows, all in one tile.
-    GatedProduct192 = "gated_product_192": gated_product
-        in "gated_product.cu", ["-DCLUSTER=1", "-DTOKENS=192"], gated(192, 4);
+    GatedProduct192 = gated_product "_192", ["-DCLUSTER=1", "-DTOKENS=192"], gated(192, 4);
     /// The same of any number of rows by pairs of thread blocks.
-    GatedProductPairs = "gated_product_pairs": gated_product
-        in "gated_product.cu", ["-DCLUSTER=2", "-DTOKENS=128"], gated(128, 5);
+    GatedProductPairs = gated_product "_pairs", ["-DCLUSTER=2", "-DTOKENS=128"], gated(128, 5);
     /// Attention of one token a sequence, `head_dim` 64.
-    DecodeAttention64 = "decode_attention_64": decode_attention
-        in "decode_attention.cu", ["-DHEAD_DIM=64"], decode(64);
+    DecodeAttention64 = decode_attention "_64", ["-DHEAD_DIM=64"], decode(64);
     /// Attention of one token a sequence, `head_dim` 128.
-    DecodeAttention128 = "decode_attention_128": decode_attention
-        in "decode_attention.cu", ["-DHEAD_DIM=128"], decode(128);
+    DecodeAttention128 = decode_attention "_128", ["-DHEAD_DIM=128"], decode(128);
     /// Attention of many tokens a sequence, `head_dim` 64.
-    PrefillAttention64 = "prefill_attention_64": prefill_attention
-        in "prefill_attention.cu", ["-DHEAD_DIM=64"], prefill(64, 64);
+    PrefillAttention64 = prefill_attention "_64", ["-DHEAD_DIM=64"], prefill(64, 64);
     /// Attention of many tokens a sequence, `head_dim` 128.
-    PrefillAttention128 = "prefill_attention_128": prefill_attention
-        in "prefill_attention.cu", ["-DHEAD_DIM=128"], prefill(128, 32);
+    PrefillAttention128 = prefill_attention "_128", ["-DHEAD_DIM=128"], prefill(128, 32);
     /// The same on Hopper, `head_dim` 64.
-    PrefillAttentionWgmma64 = "prefill_attention_wgmma_64": prefill_attention_wgmma
-        in "prefill_attention_wgmma.cu", ["-DHEAD_DIM=64", "-DIN_PARTS=0"], wgmma(64, 4);
+    PrefillAttentionWgmma64 = prefill_attention_wgmma "_64",
+        ["-DHEAD_DIM=64", "-DIN_PARTS=0"], wgmma(64, 4);
     /// The same on Hopper, `head_dim` 128.
-    PrefillAttentionWgmma128 = "prefill_attention_wgmma_128": prefill_attention_wgmma
-        in "prefill_attention_wgmma.cu", ["-DHEAD_DIM=128", "-DIN_PARTS=0"], wgmma(128, 2);
+    PrefillAttentionWgmma128 = prefill_attention_wgmma "_128",
+        ["-DHEAD_DIM=128", "-DIN_PARTS=0"], wgmma(128, 2);
     /// Of few tiles, whose keys are cut into parts, `head_dim` 64.
-    PrefillAttentionParts64 = "prefill_attention_parts_64": prefill_attention_wgmma
-        in "prefill_attention_wgmma.cu", ["-DHEAD_DIM=64", "-DIN_PARTS=1"], wgmma(64, 4);
+    PrefillAttentionParts64 = prefill_attention_wgmma "_parts_64",
+        ["-DHEAD_DIM=64", "-DIN_PARTS=1"], wgmma(64, 4);
     /// Of few tiles, whose keys are cut into parts, `head_dim` 128.
-    PrefillAttentionParts128 = "prefill_attention_parts_128": prefill_attention_wgmma
-        in "prefill_attention_wgmma.cu", ["-DHEAD_DIM=128", "-DIN_PARTS=1"], wgmma(128, 2);
+    PrefillAttentionParts128 = prefill_attention_wgmma "_parts_128",
+        ["-DHEAD_DIM=128", "-DIN_PARTS=1"], wgmma(128, 2);
 }
 
 /// As much as the device has.
