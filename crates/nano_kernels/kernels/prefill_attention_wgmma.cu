@@ -396,7 +396,7 @@ prefill_attention_wgmma(const __grid_constant__ TensorMap query,
     __shared__ Work work[2];
     __shared__ int next_piece[2];
     const u32 queries = (shared_address(unaligned) + 1023) & ~1023u;
-    const Barriers barriers(shared_address(barrier_memory));
+    const Barriers barriers = {shared_address(barrier_memory)};
     const int group = num_heads / num_kv_heads;
     let_next_begin();
     if (threadIdx.x == 0) {

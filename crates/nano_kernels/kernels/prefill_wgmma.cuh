@@ -73,16 +73,9 @@ __device__ __forceinline__ uint4 load_eight(u32 address) {
 
 // Shared addresses of the barriers, 8 bytes each: two of the queries, STAGES of keys and values.
 struct Barriers {
-    u32 query_full, query_free, tail, keys_full, keys_free, values_full, values_free;
-    __device__ explicit Barriers(u32 base) {
-        query_full = base;
-        query_free = base + 16;
-        tail = base + 32;
-        keys_full = base + 40;
-        keys_free = keys_full + STAGES * 8;
-        values_full = keys_free + STAGES * 8;
-        values_free = values_full + STAGES * 8;
-    }
+    u32 query_full, query_free = query_full + 2 * 8, tail = query_free + 2 * 8;
+    u32 keys_full = tail + 8, keys_free = keys_full + STAGES * 8;
+    u32 values_full = keys_free + STAGES * 8, values_free = values_full + STAGES * 8;
 };
 constexpr int NUM_BARRIERS = 5 + 4 * STAGES;
 
