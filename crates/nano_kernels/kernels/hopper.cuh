@@ -44,40 +44,29 @@ __device__ __forceinline__ u64 keep_policy() {
 __device__ __forceinline__ void prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
+// A copy of the box at `column`, `row` and so on of a tensor, which counts its bytes at a barrier.
+#define COPY_BOX(DIMENSIONS, PLACE, ...)                                                           \
+    asm volatile("cp.async.bulk.tensor." DIMENSIONS ".shared::cluster.global.tile"                 \
+                 ".mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {" PLACE "}], [%2], %3;" \
+                 ::"r"(target), "l"(&map), "r"(barrier), "l"(policy), __VA_ARGS__                  \
+                 : "memory")
 __device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int column, int row,
                                          u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
-        ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
-        : "memory");
+    COPY_BOX("2d", "%4, %5", "r"(column), "r"(row));
 }
 __device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int column, int row,
                                          int plane, u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;"
-        ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(plane), "r"(barrier), "l"(policy)
-        : "memory");
+    COPY_BOX("3d", "%4, %5, %6", "r"(column), "r"(row), "r"(plane));
 }
 __device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int column, int row,
                                          int plane, int volume, u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
-        ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(plane), "r"(volume), "r"(barrier),
-        "l"(policy)
-        : "memory");
+    COPY_BOX("4d", "%4, %5, %6, %7", "r"(column), "r"(row), "r"(plane), "r"(volume));
 }
 __device__ __forceinline__ void copy_box(u32 target, const TensorMap& map, int column, int row,
                                          int half, int group, int plane, u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;"
-        ::"r"(target), "l"(&map), "r"(column), "r"(row), "r"(half), "r"(group), "r"(plane),
-        "r"(barrier), "l"(policy)
-        : "memory");
+    COPY_BOX("5d", "%4, %5, %6, %7, %8", "r"(column), "r"(row), "r"(half), "r"(group), "r"(plane));
 }
+#undef COPY_BOX
 // Of a cluster, whose blocks lay out their shared memory alike: all in step with what each has in its
 // shared memory, and what one of two does for both. The barrier's own release is a fence of the whole
 // GPU, which waits for stores to the device's memory.
