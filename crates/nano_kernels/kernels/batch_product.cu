@@ -198,10 +198,6 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                 expect_bytes(barrier, WEIGHT_BYTES + num_tokens * ROW_BYTES);
                 copy_box(target, weight, column, tile * TILE_ROWS, barrier, read_once);
             };
-            const auto load_input = [&](int stage, int step) {
-                copy_box(ring + stage * STAGE_BYTES + WEIGHT_BYTES, input,
-                         (first_step + step) * CHUNK, 0, full + stage * 8, keep);
-            };
             Turn turn;
             int ahead = min(my_steps, STAGES);
             for (int step = 0; step < ahead; step++) load_weight(step, step, first_tile);
@@ -215,7 +211,8 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                         wait(empty + turn.stage * 8, turn.phase ^ 1);
                         load_weight(turn.stage, step, tile);
                     }
-                    load_input(turn.stage, step);
+                    copy_box(ring + turn.stage * STAGE_BYTES + WEIGHT_BYTES, input,
+                             (first_step + step) * CHUNK, 0, full + turn.stage * 8, keep);
                     turn.next(STAGES);
                 }
             }

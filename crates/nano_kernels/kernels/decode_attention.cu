@@ -185,10 +185,6 @@ __device__ __forceinline__ void attend(Running& running, const bf16* stage,
     }
 }
 
-__device__ __forceinline__ float shrink_of(float largest, float sum, float merged_largest) {
-    return sum > 0.0f ? exp2_fast(largest - merged_largest) : 0.0f;  // a part without keys: 0
-}
-
 // What the parts of one sequence and K/V head left behind, merged by a whole thread block. Each
 // thread weighs the parts for itself: all loads of MERGED parts are on their way at once.
 __device__ void merge_parts(bf16* out, const float* partial, const float* partial_ml, int group,
@@ -360,8 +356,10 @@ decode_attention(bf16* out, float* partial, float* partial_ml, u32* arrived, con
         for (int w = 0; w < NUM_WARPS; w++) largest = fmaxf(largest, warp_largest[w][h]);
 #pragma unroll
         for (int w = 0; w < NUM_WARPS; w++) {
-            const float shrink = shrink_of(warp_largest[w][h], warp_sum[w][h], largest);
-            sum += shrink * warp_sum[w][h];
+            // A warp without keys has no largest score.
+            const float its_sum = warp_sum[w][h];
+            const float shrink = its_sum > 0.0f ? exp2_fast(warp_largest[w][h] - largest) : 0.0f;
+            sum += shrink * its_sum;
             value += shrink * ((const float*)(shared + w * STAGES * 2 * TILE))[e];
         }
         if (share.num_parts == 1) {

@@ -123,10 +123,6 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                     }
                 }
             };
-            const auto load_input = [&](int stage, int step, int row) {
-                copy_box(stages + stage * STAGE_BYTES, input, step * CHUNK,
-                         row + rank * tile_tokens, full + stage * 8, keep);
-            };
             Turn turn;
             int ahead = 0;
             for (int tile = first_tile; tile < row_tiles * column_tiles; tile += num_clusters) {
@@ -145,7 +141,8 @@ gated_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
                         wait(empty + turn.stage * 8, turn.phase ^ 1);
                         load_weight(turn.stage, step, column);
                     }
-                    load_input(turn.stage, step, row);
+                    copy_box(stages + turn.stage * STAGE_BYTES, input, step * CHUNK,
+                             row + rank * tile_tokens, full + turn.stage * 8, keep);
                     turn.next(STAGES);
                 }
             }
