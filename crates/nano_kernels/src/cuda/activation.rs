@@ -19,12 +19,8 @@ impl Kernels {
         num_tokens: usize,
         intermediate_size: usize,
     ) -> Result<()> {
-        check(
-            intermediate_size > 0 && intermediate_size.is_multiple_of(8),
-            "intermediate_size",
-            "a positive multiple of 8",
-            intermediate_size,
-        )?;
+        let is_whole = intermediate_size > 0 && intermediate_size.is_multiple_of(8);
+        check(is_whole, "intermediate_size", "a positive multiple of 8", intermediate_size)?;
         check(num_tokens <= 65_535, "num_tokens", "at most 65535", num_tokens)?;
         let grid = [(intermediate_size / 8).div_ceil(256), num_tokens];
         let launch = Launch::new(Kernel::SiluMul, grid, 256);
