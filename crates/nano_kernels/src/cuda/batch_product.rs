@@ -8,17 +8,13 @@ use super::{Kernels, Result, check};
 
 /// Rows that a launch takes at most.
 pub(super) const MAX_ROWS: usize = 192;
-/// Weight rows of a tile, and columns of a copy.
-const TILE_ROWS: usize = 128;
+/// Weight rows of a tile, whose squares are one sum for a norm behind.
+pub(super) const TILE_ROWS: usize = 128;
+/// Columns of a copy.
 const CHUNK: usize = 64;
 const NUM_THREADS: u32 = 384;
 /// Fewer steps of a copy are not cut: some thread block might have none.
 const MIN_STEPS: usize = 16;
-
-/// Sums of squares that a product with a norm behind it leaves of a row.
-pub(super) fn num_squares(out_features: usize) -> usize {
-    out_features.div_ceil(TILE_ROWS)
-}
 
 impl Kernels {
     /// Enqueues a product of up to 192 rows; its features are multiples of 8.

@@ -136,8 +136,10 @@ impl Kernels {
         let Product { num_rows, out_features, epilogue, .. } = *product;
         match self.product_kernel(product)? {
             _ if epilogue != Epilogue::AddBf16 => None,
-            ProductKernel::Skinny => Some(self.skinny_squares(num_rows, out_features)),
-            ProductKernel::Batch => Some(batch_product::num_squares(out_features)),
+            ProductKernel::Skinny => {
+                Some(self.skinny_tiling(num_rows, out_features).num_squares(out_features))
+            }
+            ProductKernel::Batch => Some(out_features.div_ceil(batch_product::TILE_ROWS)),
             ProductKernel::Row | ProductKernel::Gated => None,
         }
     }
@@ -150,8 +152,7 @@ impl Kernels {
         match launch.norm {
             Norm::None => Ok(none),
             Norm::Whole { .. } => {
-                check(false, "num_rows", "1 with a whole norm before", num_rows)?;
-                Ok(none)
+                check(false, "num_rows", "1 with a whole norm before", num_rows).map(|()| none)
             }
             Norm::Behind { weight, scaled, squares } => {
                 let num_squares = self.num_squares(&launch.product).unwrap_or(0);

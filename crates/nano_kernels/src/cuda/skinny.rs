@@ -26,7 +26,7 @@ const MIN_STAGES: usize = 4;
 
 /// How a product is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Tiling {
+pub(super) struct Tiling {
     tile_rows: usize,
     num_blocks: usize,
     chunks_per_step: usize,
@@ -68,22 +68,17 @@ impl Tiling {
     }
 
     /// Sums of squares that a product with a norm behind it leaves of a row.
-    fn num_squares(&self, out_features: usize) -> usize {
+    pub(super) fn num_squares(&self, out_features: usize) -> usize {
         out_features.div_ceil(self.tile_rows) * self.tile_rows.div_ceil(SQUARES_ROWS)
     }
 }
 
 impl Kernels {
-    fn skinny_tiling(&self, num_rows: usize, out_features: usize) -> Tiling {
+    pub(super) fn skinny_tiling(&self, num_rows: usize, out_features: usize) -> Tiling {
         let device = self.device();
         let num_multiprocessors = device.num_multiprocessors();
         let max_shared_bytes = device.max_shared_bytes();
         Tiling::new(out_features, variant(num_rows).1, num_multiprocessors, max_shared_bytes)
-    }
-
-    /// Sums of squares that a product with a norm behind it leaves of a row.
-    pub(super) fn skinny_squares(&self, num_rows: usize, out_features: usize) -> usize {
-        self.skinny_tiling(num_rows, out_features).num_squares(out_features)
     }
 
     /// Enqueues a product of up to 32 rows; `in_features` is a multiple of 64, `out_features` with a
