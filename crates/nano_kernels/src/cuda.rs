@@ -31,6 +31,10 @@ pub use kernels::Kernels;
 
 use cudarc::cublaslt::result::CublasError;
 use cudarc::driver::DriverError;
+// What the launchers name.
+use kernels::{Arguments, Launch};
+use spec::Kernel;
+use tensor_map::TensorMap;
 
 /// The result of `nano_kernels::cuda`.
 pub type Result<T> = std::result::Result<T, Error>;

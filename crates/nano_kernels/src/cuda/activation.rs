@@ -1,8 +1,6 @@
 //! `SwiGLU`'s gate: `kernels/silu_mul.cu`.
 
-use super::kernels::Launch;
-use super::spec::Kernel;
-use super::{Kernels, Result, check};
+use super::{Kernel, Kernels, Launch, Result, check};
 
 impl Kernels {
     /// Enqueues `out = silu(gate) * up`: `out: [num_tokens, intermediate_size]` bf16 from

@@ -10,8 +10,7 @@ pub use decode::{DecodePart, DecodePlan, DecodeRows};
 pub(super) use prefill::PrefillScratch;
 pub use prefill::{PrefillRows, PrefillTile, prefill_tiles};
 
-use super::spec::Kernel;
-use super::{Result, check};
+use super::{Kernel, Result, check};
 
 /// Threads of a block, but for the kernel for Hopper.
 const NUM_THREADS: u32 = 128;

@@ -1,11 +1,8 @@
 //! `SwiGLU`'s gate within the product in front of it, on Hopper, for many rows:
 //! `kernels/gated_product.cu`.
 
-use super::kernels::{Arguments, Launch};
 use super::product::{Epilogue, FusedProduct, Product};
-use super::spec::Kernel;
-use super::tensor_map::TensorMap;
-use super::{Kernels, Result, check};
+use super::{Arguments, Kernel, Kernels, Launch, Result, TensorMap, check};
 
 /// Rows and output columns of a tile, and columns of a copy.
 const TOKENS: usize = 128;

@@ -1,8 +1,6 @@
 //! Rows by index and embeddings: `kernels/gather.cu`.
 
-use super::kernels::{Arguments, Launch};
-use super::spec::Kernel;
-use super::{Kernels, Result, check};
+use super::{Arguments, Kernel, Kernels, Launch, Result, check};
 
 /// Rows of a bf16 matrix; addresses on the device.
 #[derive(Clone, Copy, Debug)]

@@ -1,8 +1,6 @@
 //! RMSNorm: `kernels/rms_norm.cu`.
 
-use super::kernels::Launch;
-use super::spec::Kernel;
-use super::{Kernels, Result, check};
+use super::{Kernel, Kernels, Launch, Result, check};
 
 /// 1024 threads with two vectors of 8, or 512 with four.
 const MAX_HIDDEN_SIZE: usize = 16_384;

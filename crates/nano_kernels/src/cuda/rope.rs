@@ -1,9 +1,7 @@
 //! RoPE and the K/V write: `kernels/rope_write_kv.cu`.
 
 use super::attention::Heads;
-use super::kernels::{Arguments, Launch};
-use super::spec::Kernel;
-use super::{Kernels, Result, check};
+use super::{Arguments, Kernel, Kernels, Launch, Result, check};
 
 const MAX_THREADS: usize = 512;
 

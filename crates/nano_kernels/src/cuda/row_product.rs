@@ -1,9 +1,7 @@
 //! The product of one row, with norm, residual and gate: `kernels/row_product.cu`.
 
-use super::kernels::{Arguments, Launch};
 use super::product::{Epilogue, FusedProduct, Norm, Product};
-use super::spec::Kernel;
-use super::{Kernels, Result, check};
+use super::{Arguments, Kernel, Kernels, Launch, Result, check};
 
 const NUM_THREADS: u32 = 512;
 /// Weight rows of a warp, and bytes that a lane copies of each at a time.

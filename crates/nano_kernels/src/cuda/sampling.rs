@@ -2,9 +2,7 @@
 
 use cudarc::driver::DeviceRepr;
 
-use super::kernels::{Arguments, Launch};
-use super::spec::Kernel;
-use super::{Kernels, Result, check};
+use super::{Arguments, Kernel, Kernels, Launch, Result, check};
 use crate::reference::sampling::Sampling;
 
 /// What the kernel writes where no token can be chosen.

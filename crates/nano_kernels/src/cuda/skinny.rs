@@ -1,10 +1,7 @@
 //! Products of up to 32 rows on Hopper's tensor cores: `kernels/skinny_product.cu`.
 
-use super::kernels::{Arguments, Launch};
 use super::product::{Epilogue, FusedProduct, Product};
-use super::spec::Kernel;
-use super::tensor_map::TensorMap;
-use super::{Kernels, Result, check};
+use super::{Arguments, Kernel, Kernels, Launch, Result, TensorMap, check};
 
 /// Rows that a launch takes at most.
 pub(super) const MAX_ROWS: usize = 32;

@@ -1,8 +1,6 @@
 //! Parameters made on the device: `kernels/weights.cu`.
 
-use super::kernels::{Arguments, Launch};
-use super::spec::Kernel;
-use super::{Kernels, Result};
+use super::{Arguments, Kernel, Kernels, Launch, Result};
 
 /// Draws that random parameters are drawn from, one for each value of 16 bits.
 pub const NUM_DRAWS: usize = 1 << 16;

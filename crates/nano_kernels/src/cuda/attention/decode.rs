@@ -5,9 +5,7 @@ use std::cmp::Reverse;
 use cudarc::driver::DeviceRepr;
 
 use super::{AttentionInput, Heads, NUM_THREADS, window_or_all};
-use crate::cuda::kernels::{Arguments, Launch};
-use crate::cuda::spec::Kernel;
-use crate::cuda::{Device, DeviceBuffer, Kernels, Result, check};
+use crate::cuda::{Arguments, Device, DeviceBuffer, Kernel, Kernels, Launch, Result, check};
 
 /// Token slots of a cache block.
 const BLOCK_SIZE: u32 = 16;

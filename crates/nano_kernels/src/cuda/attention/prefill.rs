@@ -6,10 +6,9 @@ use std::cmp::Reverse;
 use cudarc::driver::DeviceRepr;
 
 use super::{AttentionInput, Heads, MAX_GROUP, NUM_THREADS, window_or_all};
-use crate::cuda::kernels::{Arguments, Launch};
-use crate::cuda::spec::Kernel;
-use crate::cuda::tensor_map::TensorMap;
-use crate::cuda::{Device, DeviceBuffer, Kernels, Result, check};
+use crate::cuda::{
+    Arguments, Device, DeviceBuffer, Kernel, Kernels, Launch, Result, TensorMap, check,
+};
 
 /// Query rows of half a thread block: tokens times heads of a group.
 const HALF_ROWS: usize = 64;
