@@ -85,25 +85,29 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
     __syncthreads();
 
     Turn turn;
-    if (warp == WEIGHT_WARP) {
-        if (lane != 0) return;
-        const u64 read_once = read_once_policy();
+    // Copies all weights, or as often the inputs, through the ring.
+    const auto fill = [&](bool is_input, u64 policy) {
         for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
             for (int step = 0; step < num_steps; step++) {
-                const u32 barrier = full + turn.stage * 8;
-                const u32 target = ring + turn.stage * stage_bytes;
+                const u32 barrier = full + turn.stage * 8, stage = ring + turn.stage * stage_bytes;
                 const int chunk = step * chunks_per_step;
                 wait(empty + turn.stage * 8, turn.phase ^ 1);
-                expect_bytes(barrier, chunks_per_step * tile_bytes);
-                if (is_gated) {
-                    copy_box(target, weight, 0, 0, 0, tile * (tile_rows / 16), chunk, barrier,
-                             read_once);
+                expect_bytes(barrier, chunks_per_step * (is_input ? TOKEN_BYTES : tile_bytes));
+                if (is_input) {
+                    copy_box(stage + chunks_per_step * tile_bytes, input, 0, 0, chunk, barrier,
+                             policy);
+                } else if (is_gated) {
+                    copy_box(stage, weight, 0, 0, 0, tile * (tile_rows / 16), chunk, barrier,
+                             policy);
                 } else {
-                    copy_box(target, weight, 0, tile * tile_rows, chunk, barrier, read_once);
+                    copy_box(stage, weight, 0, tile * tile_rows, chunk, barrier, policy);
                 }
                 turn.next(num_stages);
             }
         }
+    };
+    if (warp == WEIGHT_WARP) {
+        if (lane == 0) fill(false, read_once_policy());
         return;
     }
     if (warp == INPUT_WARP) {
@@ -112,16 +116,7 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
         prefetch(input);
         wait_for_previous();
         publish_stores();  // those of the kernel in front
-        for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-            for (int step = 0; step < num_steps; step++) {
-                const u32 barrier = full + turn.stage * 8;
-                wait(empty + turn.stage * 8, turn.phase ^ 1);
-                expect_bytes(barrier, chunks_per_step * TOKEN_BYTES);
-                copy_box(ring + turn.stage * stage_bytes + chunks_per_step * tile_bytes, input, 0,
-                         0, step * chunks_per_step, barrier, keep);
-                turn.next(num_stages);
-            }
-        }
+        fill(true, keep);
         return;
     }
 
