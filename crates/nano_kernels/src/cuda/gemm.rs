@@ -98,7 +98,7 @@ impl Gemm {
             plans: HashMap::new(),
             algorithms: BTreeMap::new(),
             descriptor: Descriptor::new()?,
-            handle: Handle::new()?,
+            handle: Handle(result::create_handle()?),
             workspace: device.allocate(WORKSPACE_BYTES)?,
             cache: cache.filter(|_| !is_deterministic),
             is_deterministic,

@@ -27,12 +27,6 @@ owner!(Descriptor, sys::cublasLtMatmulDesc_t, result::destroy_matmul_desc);
 owner!(Layout, sys::cublasLtMatrixLayout_t, result::destroy_matrix_layout);
 owner!(Preference, sys::cublasLtMatmulPreference_t, result::destroy_matmul_pref);
 
-impl Handle {
-    pub(super) fn new() -> Result<Self> {
-        Ok(Self(result::create_handle()?))
-    }
-}
-
 impl Descriptor {
     /// Sums in f32, the first operand transposed.
     pub(super) fn new() -> Result<Self> {
