@@ -179,10 +179,7 @@ batch_product(const __grid_constant__ TensorMap weight, const __grid_constant__ 
 
     let_next_begin();
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) {
-            init_barrier(full + s * 8, 1);
-            init_barrier(empty + s * 8, MULTIPLYING_WARPS);
-        }
+        init_ring(full, empty, STAGES, 1, MULTIPLYING_WARPS);
         init_barrier(has_scales, GROUP_THREADS - WARP);
         publish_barriers();
     }

@@ -12,6 +12,14 @@ struct alignas(64) TensorMap {
 __device__ __forceinline__ void init_barrier(u32 barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
+// Of a ring's stages, full and empty again after so many arrivals.
+__device__ __forceinline__ void init_ring(u32 full, u32 empty, int num_stages, int num_fill,
+                                          int num_empty) {
+    for (int s = 0; s < num_stages; s++) {
+        init_barrier(full + s * 8, num_fill);
+        init_barrier(empty + s * 8, num_empty);
+    }
+}
 __device__ __forceinline__ void expect_bytes(u32 barrier, u32 num_bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
                  "r"(num_bytes)

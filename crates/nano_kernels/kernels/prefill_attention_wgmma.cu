@@ -400,10 +400,7 @@ prefill_attention_wgmma(const __grid_constant__ TensorMap query,
     const int group = num_heads / num_kv_heads;
     let_next_begin();
     if (threadIdx.x == 0) {
-        for (int w = 0; w < 2; w++) {
-            init_barrier(barriers.query_full + w * 8, 1);
-            init_barrier(barriers.query_free + w * 8, GROUP_THREADS);
-        }
+        init_ring(barriers.query_full, barriers.query_free, 2, 1, GROUP_THREADS);
         init_barrier(barriers.tail, COPYING_WARPS);
         for (int s = 0; s < STAGES; s++) {
             init_barrier(barriers.keys_full + s * 8, COPYING_WARPS);

@@ -75,10 +75,7 @@ skinny_product(const __grid_constant__ TensorMap weight, const __grid_constant__
 
     let_next_begin();
     if (threadIdx.x == 0) {
-        for (int s = 0; s < num_stages; s++) {
-            init_barrier(full + s * 8, 2);
-            init_barrier(empty + s * 8, NUM_GROUPS * GROUP_WARPS);
-        }
+        init_ring(full, empty, num_stages, 2, NUM_GROUPS * GROUP_WARPS);
         init_barrier(has_scales, SCALE_WARPS * WARP);
         publish_barriers();
     }

@@ -70,9 +70,9 @@ PRODUCT(224, 112, 113, 114, SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), S
         SIXTEEN(80), SIXTEEN(96))
 #undef PRODUCT
 
-// A ring's stages, one after the other: `multiply` is given the descriptors of 16 columns of the rows at
-// `a` and `b` in the first stage's place, and whether it adds. A stage is released when the products of
-// the next are on their way.
+// A ring's stages, one after the other: `multiply` is given descriptors of 16 columns of the rows that
+// lie at `a` and `b` in the first stage, and whether it adds. A stage is released when the products
+// of the next one are on their way.
 template <int NUM_STAGES, int STAGE_BYTES, typename Multiply, typename Release>
 __device__ __forceinline__ void multiply_steps(Turn& turn, int num_steps, u32 full, u32 a, u32 b,
                                                Multiply multiply, Release release) {
