@@ -46,6 +46,25 @@ def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu(embedded_model, open_
     assert told.levelname == "INFO"
 
 
+# In a process that has opened no GPU before.
+PASSED_OVER = """
+import ctypes, sys
+from nano_batch import Engine
+cuda, flags, is_active = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint(), ctypes.c_int()
+Engine(sys.argv[1], device="auto", dtype="float32", num_threads=1, num_blocks=64)
+assert cuda.cuInit(0) == 0
+assert cuda.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(is_active)) == 0
+print(is_active.value)
+"""
+
+
+@needs_gpu
+def test_a_gpu_that_cannot_do_what_is_asked_is_not_opened(embedded_model):
+    command = [sys.executable, "-c", PASSED_OVER, str(embedded_model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "0\n", done.stderr
+
+
 @needs_gpu
 def test_auto_is_the_gpu_unless_it_cannot_do_what_is_asked(open_engine, caplog):
     assert open_engine(device="auto", dtype="auto").device == torch.cuda.get_device_name()

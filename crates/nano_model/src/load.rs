@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nano_core::executor::Executor;
 use nano_core::{RequestLimits, SchedulerConfig};
-use nano_kernels::cuda::{Device, Error as CudaError};
+use nano_kernels::cuda::Error as CudaError;
 
 use crate::backend::{Backend, Dtype, Values};
 use crate::config::{DecoderSpec, GenerationDefaults, ModelConfig};
@@ -19,6 +19,7 @@ use crate::weights::WeightMap;
 
 /// More threads than a machine has cores.
 const MAX_THREADS: usize = 1024;
+const MAX_BLOCK_SIZE: u32 = 1 << 16;
 
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,14 +106,13 @@ pub struct ModelInfo {
 /// # Errors
 /// The first thing about the directory or the options that does not hold.
 pub fn load(config: ModelConfig, options: &ModelOptions) -> Result<(Box<dyn Executor>, ModelInfo)> {
-    if let Some(num_threads) = options.num_threads.filter(|it| !(1..=MAX_THREADS).contains(it)) {
-        let (range, value) = (format!("in [1, {MAX_THREADS}]"), num_threads.to_string());
-        return Err(Error::BadOption { name: "num_threads", range, value });
-    }
+    check(&config, options)?;
     let device = match options.device {
         DeviceChoice::Cpu => None,
-        DeviceChoice::Cuda(ordinal) => Some(Device::new(ordinal)?),
-        DeviceChoice::Auto => cuda::find(&config.spec, options),
+        DeviceChoice::Cuda(ordinal) => Some(cuda::open(ordinal, &config.spec, options)?),
+        DeviceChoice::Auto => {
+            cuda::open(0, &config.spec, options).inspect_err(cuda::tell_passed_over).ok()
+        }
     };
     if let Some(device) = device {
         match cuda::load(config.clone(), options, &device) {
@@ -127,6 +127,25 @@ pub fn load(config: ModelConfig, options: &ModelOptions) -> Result<(Box<dyn Exec
         }
     }
     cpu::load(config, options)
+}
+
+/// What does not hold wherever the model runs.
+fn check(config: &ModelConfig, options: &ModelOptions) -> Result<()> {
+    let bad =
+        |name, range, value: usize| Err(Error::BadOption { name, range, value: value.to_string() });
+    if let Some(num_threads) = options.num_threads.filter(|it| !(1..=MAX_THREADS).contains(it)) {
+        return bad("num_threads", format!("in [1, {MAX_THREADS}]"), num_threads);
+    }
+    let longest = config.max_position_embeddings;
+    if let Some(len) = options.max_model_len.filter(|len| *len > longest) {
+        let range = format!("at most the model's max_position_embeddings {longest}");
+        return bad("max_model_len", range, len as usize);
+    }
+    let block_size = options.block_size;
+    if !(1..=MAX_BLOCK_SIZE).contains(&block_size) {
+        return bad("block_size", format!("in [1, {MAX_BLOCK_SIZE}]"), block_size as usize);
+    }
+    Ok(())
 }
 
 fn gib(bytes: u64) -> f64 {
@@ -158,19 +177,9 @@ impl CacheRoom {
         element_bytes: u64,
         memory: &CacheMemory,
     ) -> Result<Self> {
-        let bad = |name, range: String, value: u64| {
-            Err(Error::BadOption { name, range, value: value.to_string() })
-        };
         let longest = config.max_position_embeddings;
-        if let Some(len) = options.max_model_len.filter(|len| *len > longest) {
-            let range = format!("at most the model's max_position_embeddings {longest}");
-            return bad("max_model_len", range, len.into());
-        }
         let len = u64::from(options.max_model_len.unwrap_or(longest));
         let block_size = u64::from(options.block_size);
-        if block_size == 0 || block_size > 1 << 16 {
-            return bad("block_size", format!("in [1, {}]", 1 << 16), block_size);
-        }
         // Each of a config's sizes is bounded, their product is not.
         let token_bytes = config.spec.kv_elements_per_token() as u128 * u128::from(element_bytes);
         let block_bytes = u64::try_from(token_bytes * u128::from(block_size)).ok();

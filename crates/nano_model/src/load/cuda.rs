@@ -1,5 +1,8 @@
 //! Loading onto a GPU.
 
+use std::env;
+use std::path::Path;
+
 use nano_core::executor::Capacity;
 use nano_kernels::cuda::compile::Compiler;
 use nano_kernels::cuda::spec::KERNELS;
@@ -17,17 +20,22 @@ const HEADROOM_BYTES: u64 = 512 << 20;
 /// What one side of a launch's grid can have.
 const MAX_ROWS: u32 = 65_535;
 
-/// The first GPU, if `device="auto"` shall take it for this model; else it is told what is in the way.
-pub(super) fn find(spec: &DecoderSpec, options: &ModelOptions) -> Option<Device> {
-    let device = Device::new(0)
-        .inspect_err(|reason| tracing::info!("the model runs on the CPU: {reason}"))
-        .ok()?;
-    // Who has a GPU expects it to be used.
-    check_options(options)
-        .and_then(|()| check_shapes(spec))
-        .inspect_err(|reason| tracing::warn!("the model runs on the CPU, not on the GPU: {reason}"))
-        .ok()?;
-    Some(device)
+/// The GPU of this number, once it is known to be able to run the model as asked: a context takes
+/// time and memory.
+pub(super) fn open(ordinal: usize, spec: &DecoderSpec, options: &ModelOptions) -> Result<Device> {
+    check_options(options)?;
+    check_shapes(spec)?;
+    Ok(Device::new(ordinal)?)
+}
+
+/// Who has a GPU, and has not hidden it, expects `device="auto"` to take it.
+pub(super) fn tell_passed_over(reason: &Error) {
+    let is_hidden = env::var("CUDA_VISIBLE_DEVICES").is_ok_and(|it| it.is_empty() || it == "-1");
+    if !is_hidden && Path::new("/dev/nvidiactl").exists() {
+        tracing::warn!("the model runs on the CPU, not on the GPU: {reason}");
+    } else {
+        tracing::info!("the model runs on the CPU: {reason}");
+    }
 }
 
 fn check_options(options: &ModelOptions) -> Result<()> {
@@ -53,14 +61,12 @@ fn check_options(options: &ModelOptions) -> Result<()> {
     Ok(())
 }
 
-/// Loads the model of `config` onto `device`.
+/// Loads the model of `config` onto the `device` that [`open`] gave for it.
 pub(super) fn load(
     config: ModelConfig,
     options: &ModelOptions,
     device: &Device,
 ) -> Result<(CudaExecutor, ModelInfo)> {
-    check_options(options)?;
-    check_shapes(&config.spec)?;
     let spec = config.spec.clone();
     let source = Source::open(&config, options)?;
     let element_bytes = Dtype::BFloat16.num_bytes() as u64;
