@@ -22,7 +22,7 @@ const CONFIG: &str = r#"{
 }"#;
 
 /// `num_sequences` that have `computed` tokens in the cache and run `scheduled` more.
-fn step(num_sequences: u32, computed: u32, scheduled: u32, temperature: f32) -> ScheduleOutput {
+fn step(num_sequences: u32, computed: u32, scheduled: u32, temperature: f64) -> ScheduleOutput {
     let mut step = ScheduleOutput { step: 1, ..ScheduleOutput::default() };
     let params = Arc::new(SamplingParams { temperature, ..SamplingParams::default() });
     let num_blocks = (computed + scheduled).div_ceil(BLOCK_SIZE);

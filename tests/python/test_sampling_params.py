@@ -12,10 +12,10 @@ from nano_batch import SamplingParams
 from nano_batch.exceptions import InvalidRequestError, NanoBatchError
 
 VALID = {
-    "temperature": st.floats(0, 1e6, width=32),
-    "top_p": st.floats(0, 1, exclude_min=True, width=32),
+    "temperature": st.floats(0, allow_infinity=False),
+    "top_p": st.floats(0, 1, exclude_min=True),
     "top_k": st.integers(-1, 2**31 - 1),
-    "min_p": st.floats(0, 1, width=32),
+    "min_p": st.floats(0, 1),
     "seed": st.none() | st.integers(-(2**63), 2**63 - 1),
     "stop": st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=4),
     "stop_token_ids": st.lists(st.integers(0, 2**32 - 1), max_size=4),
@@ -26,12 +26,13 @@ VALID = {
     "include_stop_str_in_output": st.booleans(),
 }
 
-BAD_FLOATS = st.sampled_from([math.nan, math.inf, -math.inf]) | st.floats(max_value=-1e-6)
+BELOW_0 = st.floats(max_value=0, exclude_max=True)
+BAD_FLOATS = st.sampled_from([math.nan, math.inf, -math.inf]) | BELOW_0
 INVALID = {
     "temperature": BAD_FLOATS | st.just(10**400),
-    "top_p": BAD_FLOATS | st.just(0.0) | st.floats(min_value=1.001),
+    "top_p": BAD_FLOATS | st.just(0.0) | st.floats(min_value=1, exclude_min=True),
     "top_k": st.integers(max_value=-2) | st.integers(min_value=2**32),
-    "min_p": BAD_FLOATS | st.floats(min_value=1.001),
+    "min_p": BAD_FLOATS | st.floats(min_value=1, exclude_min=True),
     "max_tokens": st.integers(max_value=0) | st.integers(min_value=2**32),
     "min_tokens": st.integers(max_value=-1) | st.integers(min_value=17),
     "stop_token_ids": st.lists(st.integers(max_value=-1), min_size=1, max_size=1),
@@ -66,8 +67,8 @@ def test_what_is_invalid_is_refused_by_name(pair):
 @pytest.mark.parametrize(
     ("params", "limit", "value"),
     [
-        ({"temperature": -0.5}, "at least 0", "-0.5"),
-        ({"top_p": 1.5}, r"\(0, 1\]", "1.5"),
+        ({"temperature": -1e-50}, "at least 0", "-0.0000"),
+        ({"top_p": 1.00000001}, r"\(0, 1\]", "1.00000001"),
         ({"top_k": -7}, "-1", "-7"),
         ({"min_p": 2.0}, r"\[0, 1\]", "2"),
         ({"max_tokens": 0}, "1", "0"),

@@ -113,7 +113,7 @@ fn prompt(number: u32, len: u32) -> Vec<u32> {
     (0..len).map(|at| (at * at * 31 + at * 7 + number * 11 + 1) % VOCAB_SIZE).collect()
 }
 
-fn generate(temperature: f32, seed: u64, max_tokens: u32) -> RequestKind {
+fn generate(temperature: f64, seed: u64, max_tokens: u32) -> RequestKind {
     RequestKind::Generate(SamplingParams {
         temperature,
         top_p: 0.9,
@@ -234,7 +234,7 @@ fn tokens_are_chosen_as_the_reference_chooses_from_the_same_logits() {
     let answers = serve(&dir, &options, &[], &mixed);
     for (number, temperature) in kinds.into_iter().enumerate() {
         let sampling = Sampling {
-            temperature,
+            temperature: temperature as f32,
             top_k: Some(50),
             top_p: 0.9,
             min_p: 0.0,

@@ -159,7 +159,7 @@ fn tokens_are_sampled_from_the_last_row_as_the_reference_does() {
         sequence.schedule(&mut step, 0, 21, LogitRows::Last);
         let rows = run(&mut *executor, &step);
         let sampling = Sampling {
-            temperature,
+            temperature: temperature as f32,
             top_k: Some(9),
             top_p: 1.0,
             min_p: 0.0,

@@ -15,13 +15,13 @@ use crate::ids::TokenId;
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
     /// 0 chooses the largest logit, the lowest token id on a tie.
-    pub temperature: f32,
+    pub temperature: f64,
     /// The smallest set of tokens whose probability reaches this is kept; in (0, 1].
-    pub top_p: f32,
+    pub top_p: f64,
     /// The number of most likely tokens kept; `None` keeps all.
     pub top_k: Option<u32>,
     /// Tokens below this share of the most likely token's probability are dropped; in [0, 1].
-    pub min_p: f32,
+    pub min_p: f64,
     /// The key of the noise; `None` derives it from the engine's seed and the request's number.
     pub seed: Option<u64>,
     /// Tokens that end the sequence beside the model's end-of-sequence tokens.
@@ -101,13 +101,13 @@ mod tests {
     fn the_ends_of_every_range_are_valid() {
         let smallest = SamplingParams {
             temperature: 0.0,
-            top_p: f32::MIN_POSITIVE,
+            top_p: f64::MIN_POSITIVE,
             top_k: Some(1),
             max_tokens: 1,
             ..SamplingParams::default()
         };
         let largest = SamplingParams {
-            temperature: f32::MAX,
+            temperature: f64::MAX,
             top_k: Some(u32::MAX),
             min_p: 1.0,
             max_tokens: u32::MAX,
@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn a_temperature_below_zero_or_not_finite_is_refused() {
         for (temperature, shown) in
-            [(-0.5, "-0.5"), (f32::NAN, "NaN"), (f32::INFINITY, "inf"), (-1e-30, "-0.0000")]
+            [(-0.5, "-0.5"), (f64::NAN, "NaN"), (f64::INFINITY, "inf"), (-1e-50, "-0.0000")]
         {
             let params = SamplingParams { temperature, ..SamplingParams::default() };
             let start = format!("temperature must be finite and at least 0, got {shown}");
@@ -131,7 +131,9 @@ mod tests {
 
     #[test]
     fn a_top_p_outside_its_range_is_refused() {
-        for (top_p, shown) in [(0.0, "0"), (1.5, "1.5"), (-1.0, "-1"), (f32::NAN, "NaN")] {
+        for (top_p, shown) in
+            [(0.0, "0"), (1.000_000_01, "1.00000001"), (-1.0, "-1"), (f64::NAN, "NaN")]
+        {
             let params = SamplingParams { top_p, ..SamplingParams::default() };
             assert_eq!(message(&params), format!("top_p must be in (0, 1], got {shown}"));
         }
@@ -145,7 +147,7 @@ mod tests {
 
     #[test]
     fn a_min_p_outside_its_range_is_refused() {
-        for (min_p, shown) in [(-0.25, "-0.25"), (1.25, "1.25"), (f32::NAN, "NaN")] {
+        for (min_p, shown) in [(-0.25, "-0.25"), (1.25, "1.25"), (f64::NAN, "NaN")] {
             let params = SamplingParams { min_p, ..SamplingParams::default() };
             assert_eq!(message(&params), format!("min_p must be in [0, 1], got {shown}"));
         }

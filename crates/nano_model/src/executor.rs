@@ -108,14 +108,14 @@ impl<E: Element> CpuExecutor<E> {
     }
 }
 
-/// How a sequence's next token is chosen.
+/// How a sequence's next token is chosen. What is outside of float32's range stays on its side of it.
 fn sampling_of(scheduled: &ScheduledSequence) -> Sampling {
     let params = &scheduled.params;
     Sampling {
-        temperature: params.temperature,
+        temperature: params.temperature.min(f32::MAX.into()) as f32,
         top_k: params.top_k,
-        top_p: params.top_p,
-        min_p: params.min_p,
+        top_p: params.top_p.max(f32::MIN_POSITIVE.into()) as f32,
+        min_p: params.min_p as f32,
         seed: scheduled.seed,
         position: scheduled.context_len(),
         index: 0,

@@ -33,11 +33,11 @@ impl SamplingParams<'_> {
         py: Python<'_>,
     ) -> PyResult<(nano_core::SamplingParams, Option<TextOptions>)> {
         let core = nano_core::SamplingParams {
-            temperature: self.temperature as f32,
-            top_p: self.top_p as f32,
+            temperature: self.temperature,
+            top_p: self.top_p,
             // vLLM's two words for all tokens are 0 and -1.
             top_k: u32::try_from(self.top_k).ok().filter(|top_k| *top_k > 0),
-            min_p: self.min_p as f32,
+            min_p: self.min_p,
             // 64 bits, with or without a sign.
             seed: self.seed.map(|seed| seed as u64),
             stop_token_ids: self.stop_token_ids.into_iter().map(TokenId).collect(),

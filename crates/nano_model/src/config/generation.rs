@@ -10,28 +10,25 @@ use crate::error::Result;
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GenerationDefaults {
     /// The temperature; 0 when `do_sample` is false.
-    pub temperature: Option<f32>,
+    pub temperature: Option<f64>,
     /// The nucleus.
-    pub top_p: Option<f32>,
+    pub top_p: Option<f64>,
     /// The number of tokens kept.
     pub top_k: Option<u32>,
     /// The least share of the best token's probability.
-    pub min_p: Option<f32>,
+    pub min_p: Option<f64>,
     /// Tokens of the answer at most: `max_new_tokens`.
     pub max_tokens: Option<u32>,
 }
 
 pub(super) fn defaults(fields: &Fields<'_>) -> Result<GenerationDefaults> {
-    let number = |name: &str| -> Result<Option<f32>> {
-        Ok(fields.optional_number(name)?.map(|number| number as f32))
-    };
     let is_greedy = fields.optional_bool("do_sample")? == Some(false);
-    let temperature = number("temperature")?;
+    let temperature = fields.optional_number("temperature")?;
     let defaults = GenerationDefaults {
         temperature: if is_greedy { Some(0.0) } else { temperature },
-        top_p: number("top_p")?,
+        top_p: fields.optional_number("top_p")?,
         top_k: top_k(fields)?,
-        min_p: number("min_p")?,
+        min_p: fields.optional_number("min_p")?,
         max_tokens: max_tokens(fields)?,
     };
     // Now, or every request without parameters would be refused for what it did not say.
