@@ -7,6 +7,7 @@ import re
 import secrets
 import sys
 import time
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from nano_batch import Engine, InvalidRequestError, NanoBatchError, SamplingParams, __version__
@@ -121,8 +122,8 @@ def _generate(args: argparse.Namespace) -> int:
     prompt = _read_stdin() if args.prompt is None else args.prompt
     with Engine(args.model, **{name: getattr(args, name) for name in _ENGINE}) as engine:
         num_tokens, start, first_token_s, code = 0, time.perf_counter(), 0.0, 0
-        of_model = engine._native.default_sampling_params()
-        stream = engine.stream(prompt, SamplingParams(**{**_UNASKED, **of_model, **given}))
+        params = replace(engine.get_default_sampling_params(**_UNASKED), **given)
+        stream = engine.stream(prompt, params)
         try:
             print(prompt, end="", flush=True)
             for output in stream:

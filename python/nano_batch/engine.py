@@ -225,7 +225,7 @@ class Engine:
         """
         text_or_ids = _plain_prompt(prompt)
         if sampling_params is None:
-            sampling_params = SamplingParams(**self._native.default_sampling_params())
+            sampling_params = self.get_default_sampling_params()
         elif not isinstance(sampling_params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {sampling_params!r}")
         native = self._native.submit(text_or_ids, sampling_params)
@@ -268,6 +268,19 @@ class Engine:
         """
         running, waiting, free, preemptions = self._native.stats()
         return EngineStats(running, waiting, free, self._native.num_blocks, preemptions)
+
+    def get_default_sampling_params(self, **unsaid: Any) -> SamplingParams:
+        """Return what requests without parameters get: the model's `generation_config.json`.
+
+        Args:
+            unsaid: Defaults in place of `SamplingParams`'s own where the file says nothing.
+
+        Raises:
+            InvalidRequestError: A default is out of range or not supported yet.
+            TypeError: A default is of another type, or a name is unknown.
+
+        """
+        return SamplingParams(**{**unsaid, **self._native.default_sampling_params()})
 
     def get_tokenizer(self) -> _native.Tokenizer:
         """Return the model's tokenizer.

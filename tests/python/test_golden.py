@@ -146,6 +146,10 @@ def test_the_samplings_defaults_of_the_model_hold_without_parameters(open_engine
         encoding="utf-8",
     )
     engine = open_engine(directory)
+    said = {"temperature": 0.7, "top_k": 1, "max_tokens": 21}
+    assert engine.get_default_sampling_params() == SamplingParams(**said)
+    unsaid = engine.get_default_sampling_params(temperature=0, min_p=0.5)
+    assert unsaid == SamplingParams(min_p=0.5, **said)
     prompt = random_tokens(9, 151, 7)
     greedy = engine.generate(prompt, SamplingParams(temperature=0, max_tokens=21), use_tqdm=False)
     default = engine.generate(prompt, use_tqdm=False)
