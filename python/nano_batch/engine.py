@@ -1,13 +1,13 @@
 """The engine as Python holds it."""
 
+from __future__ import annotations
+
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
-
-import numpy as np
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from nano_batch import _native
 from nano_batch.checks import check_choice, check_flag, check_integer, check_number
@@ -16,9 +16,12 @@ from nano_batch.exceptions import InvalidRequestError, ModelLoadError, NanoBatch
 from nano_batch.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
 from nano_batch.sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    import numpy as np
+
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "austen"
 
-Prompt: TypeAlias = str | Sequence[int] | np.ndarray | Mapping[str, Any]
+Prompt: TypeAlias = "str | Sequence[int] | np.ndarray | Mapping[str, Any]"
 _T = TypeVar("_T")
 
 
@@ -181,6 +184,8 @@ class Engine:
         Whatever is raised, Ctrl-C included, aborts all of its requests.
 
         """
+        from tqdm import tqdm
+
         many = _prompts(prompts)
         params: list[SamplingParams | None]
         if isinstance(sampling_params, Sequence):
@@ -215,7 +220,7 @@ class Engine:
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> "RequestStream":
+    ) -> RequestStream:
         """Run one prompt and iterate over what is new; dropping the iterator aborts the request.
 
         Raises:
@@ -241,6 +246,8 @@ class Engine:
 
         They come through the same cache and batches as generation, for parity and perplexity.
         """
+        import numpy as np
+
         native = self._native.submit_logits(_plain_token_ids(token_ids))
         try:
             flat = np.frombuffer(native.collect_logits(), dtype="<f4")
@@ -321,7 +328,7 @@ class Engine:
         self._native.close()
         self._close.detach()
 
-    def __enter__(self) -> "Engine":
+    def __enter__(self) -> Engine:
         """Return the engine."""
         return self
 
@@ -376,7 +383,7 @@ class RequestStream(Iterator[RequestOutput]):
             self._engine = None
             raise
 
-    def _output(self, delta: "_native._Delta") -> RequestOutput:
+    def _output(self, delta: _native._Delta) -> RequestOutput:
         token_ids, text, finish_reason, stop_reason, first_token_s, last_token_s = delta
         if finish_reason is not None:
             self._engine = None
@@ -441,7 +448,7 @@ def _prompts(prompts: Any) -> list[Any]:
         message = f"prompts are a text, token ids, a dict or a list of these, got {prompts!r}"
         raise InvalidRequestError(message, "invalid_prompt")
     many = list(prompts)
-    return [prompts] if many and isinstance(many[0], int | np.integer) else many
+    return [prompts] if many and isinstance(many[0], int | Integral) else many
 
 
 def _plain_prompt(prompt: Prompt) -> str | list[int]:
@@ -467,10 +474,10 @@ def _plain_token_ids(token_ids: Any) -> list[int]:
         message = f"a prompt is a text or token ids, got {type(token_ids).__name__}"
         raise InvalidRequestError(message, "invalid_prompt")
     for position, token in enumerate(ids):
-        if isinstance(token, bool) or not isinstance(token, int | np.integer):
+        if isinstance(token, bool) or not isinstance(token, int | Integral):
             message = f"prompt token at position {position} must be an integer, got {token!r}"
             raise InvalidRequestError(message, "invalid_prompt")
-        if not -(2**63) <= token < 2**63:
+        if not -(2**63) <= int(token) < 2**63:
             message = f"prompt token {token} at position {position} is outside the vocabulary"
             raise InvalidRequestError(message, "token_outside_vocabulary")
     return [int(token) for token in ids]
