@@ -321,8 +321,8 @@ class Engine:
     def close(self) -> None:
         """End every request at once, stop the threads and give the memory back.
 
-        It waits up to two seconds for the step that runs. One that takes longer, as a long prompt's
-        may on the CPU, is left to itself: its threads and memory go when it ends. Handlers of the
+        It waits up to two seconds for the step that runs, which on the CPU ends with its layer. One
+        that takes longer is left to itself: its threads and memory go when it ends. Handlers of the
         log get two seconds for each record as well.
         """
         self._native.close()

@@ -1,15 +1,18 @@
 """Threads, processes and the ends of things: nothing hangs, nothing leaks."""
 
 import gc
+import logging
 import os
 import threading
 from pathlib import Path
 
 import nano_batch
 import pytest
+import random_models
 from nano_batch import Engine, SamplingParams
 from nano_batch.exceptions import EngineClosedError
 from programs import OPEN, end_of, run_script
+from random_models import MODELS, edit_config
 from recital_model import TEXT
 
 LONG = SamplingParams(temperature=0, max_tokens=60000, ignore_eos=True)
@@ -153,6 +156,22 @@ def test_closing_ends_a_stream_with_an_error(reciting_dir, open_engine):
                 pass
         assert error.value.code == "engine_closed"
     thread.join()
+
+
+def test_closing_ends_a_step_of_many_layers(open_engine, tmp_path, caplog, wait_until):
+    """Its end is not waited for, nor is it left to run on after two seconds."""
+    directory = random_models.write(MODELS["v0.2"], tmp_path)
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2}
+    many = {**sizes, "num_hidden_layers": 200, "max_position_embeddings": 4096}
+    edit_config(directory, lambda config: config.update(many, num_key_value_heads=2))
+    caplog.set_level(logging.DEBUG, "nano_core")
+    engine = open_engine(directory, load_format="dummy", max_num_batched_tokens=4096)
+    stream = engine.stream([1] * 4000)
+    wait_until(lambda: any("step=1" in it.message for it in caplog.records), "the step runs")
+    engine.close()
+    with pytest.raises(EngineClosedError, match="closed"):
+        next(stream)
+    assert [it.message for it in caplog.records if it.levelno >= logging.WARNING] == []
 
 
 def test_a_closed_engine_refuses_every_use(reciting_dir, open_engine):

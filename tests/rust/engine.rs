@@ -39,6 +39,7 @@ fn spawn(executor: FakeExecutor) -> Engine {
         device: "fake".into(),
         dtype: "float32",
         weight_bytes: 0,
+        stop: Arc::default(),
     };
     Engine::spawn("no tokenizer".into(), None, || Ok((Box::new(executor), model))).unwrap()
 }

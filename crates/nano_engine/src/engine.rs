@@ -245,8 +245,9 @@ impl Engine {
     }
 
     /// Ends every stream with [`Error::EngineClosed`] at once, then waits up to two seconds for the
-    /// step in flight and gives all memory back. A step that takes longer is left to itself, and its
-    /// thread gives the memory back when it ends. Calling it again does nothing.
+    /// step in flight, which on the CPU ends with its layer, and gives all memory back. A step that
+    /// takes longer is left to itself, and its thread gives the memory back when it ends. Calling it
+    /// again does nothing.
     pub fn close(&self) {
         self.is_closed.store(true, Ordering::Release);
         if std::process::id() != self.owner {
@@ -254,6 +255,7 @@ impl Engine {
             return;
         }
         let _ = self.commands.send(Command::Close);
+        self.model.stop.store(true, Ordering::Release);
         let _ = self.outputs.send(Output::Close);
         // A handler of the log, or the garbage collector, may come by on a thread of the engine's
         // own, which cannot wait for itself.

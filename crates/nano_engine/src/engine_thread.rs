@@ -33,6 +33,10 @@ pub(crate) struct Channels {
 /// typed error: the executor's state is unknown after it, so the engine ends.
 pub(crate) fn run(mut core: EngineCore, channels: &Channels) {
     let ended = catch_unwind(AssertUnwindSafe(|| serve(&mut core, channels)));
+    // A step that was stopped is no failure, and nobody hears of one any more.
+    if channels.commands.try_iter().any(|command| matches!(command, Command::Close)) {
+        return;
+    }
     let message = match ended {
         Ok(Ok(())) => return,
         Ok(Err(error)) => error.to_string(),

@@ -3,8 +3,11 @@
 //! # Source
 //! Jiang et al., Mistral 7B, 2023; Touvron et al., LLaMA, 2023.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::backend::Backend;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The parameters of one layer.
 #[derive(Debug)]
@@ -34,11 +37,16 @@ pub struct Decoder<B: Backend> {
     pub norm: B::Weight,
     /// `[vocab_size, hidden_size]`; `None` when it is the embedding.
     pub lm_head: Option<B::Weight>,
+    /// Set, it ends a step before its next layer.
+    pub stop: Arc<AtomicBool>,
 }
 
 /// Runs a step and returns the logits of the rows that need them: `[num_logit_rows, vocab_size]`.
 ///
 /// Keys and values of every row are in the cache afterwards.
+///
+/// # Errors
+/// Those of the back end, and [`Error::Stopped`].
 pub fn forward<B: Backend>(
     backend: &mut B,
     model: &Decoder<B>,
@@ -46,6 +54,9 @@ pub fn forward<B: Backend>(
 ) -> Result<B::Hidden> {
     let mut hidden = backend.embed(&model.embedding, step)?;
     for (index, layer) in model.layers.iter().enumerate() {
+        if model.stop.load(Ordering::Acquire) {
+            return Err(Error::Stopped);
+        }
         let qkv = backend.norm_product(&hidden, &layer.attention_norm, &layer.qkv)?;
         let query = backend.rope_write_kv(index, qkv, step)?;
         let mut context = backend.paged_attention(index, query, step)?;

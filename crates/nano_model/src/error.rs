@@ -117,6 +117,9 @@ pub enum Error {
         /// The option that helps.
         hint: &'static str,
     },
+    /// A step was ended by [`ModelInfo::stop`](crate::ModelInfo::stop).
+    #[error("the step was stopped")]
+    Stopped,
 }
 
 impl Error {
@@ -136,6 +139,7 @@ impl Error {
             Self::Cuda(CudaError::NoDevice(_)) => "no_cuda_device",
             Self::Cuda(_) => "cuda_failed",
             Self::GpuMemory { .. } => "gpu_out_of_memory",
+            Self::Stopped => "stopped",
         }
     }
 }

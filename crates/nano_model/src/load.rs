@@ -4,6 +4,8 @@ mod cpu;
 mod cuda;
 mod memory;
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use nano_core::executor::Executor;
@@ -99,6 +101,8 @@ pub struct ModelInfo {
     /// What the parameters take in memory: less than their data type's bytes, where they are stored
     /// in fewer bits without loss.
     pub weight_bytes: u64,
+    /// Set, it ends a step on the CPU, with an error, before its next layer.
+    pub stop: Arc<AtomicBool>,
 }
 
 /// Loads the model of `config`, from whose directory the weights come.
@@ -275,6 +279,7 @@ impl CacheRoom {
             device,
             dtype: dtype.name(),
             weight_bytes,
+            stop: Arc::default(),
         }
     }
 }
@@ -395,5 +400,6 @@ pub fn load_decoder<B: Backend>(
         layers,
         norm: source.norm(backend, "model.norm.weight", hidden)?,
         lm_head: if spec.tied { None } else { Some(source.matrix(backend, &lm_head, hidden)?) },
+        stop: Arc::default(),
     })
 }

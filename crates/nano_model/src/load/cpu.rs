@@ -1,6 +1,7 @@
 //! Loading into the memory of the host.
 
 use std::num::NonZero;
+use std::sync::Arc;
 use std::thread;
 
 use half::bf16;
@@ -68,10 +69,11 @@ fn load_as<E: Element>(
     let room = CacheRoom::new(&config, options, element_bytes, &memory)?;
     let (num_blocks, block_size) = (room.num_blocks, options.block_size);
     let mut backend = CpuBackend::<E>::new(config.spec.clone(), num_blocks, block_size, pool)?;
-    let model = load_decoder(&config.spec, source, &mut backend)?;
+    let mut model = load_decoder(&config.spec, source, &mut backend)?;
     let vocab_size = config.spec.vocab_size;
     let (device, limits) = ("cpu".to_owned(), options.limits(false));
     let info = room.info(config, options, dtype, device, limits, backend.weight_bytes());
+    model.stop = Arc::clone(&info.stop);
     let capacity = Capacity { num_blocks, block_size, max_steps_in_flight: 1 };
     let executor = CpuExecutor::new(backend, model, capacity, vocab_size);
     Ok((Box::new(executor), info))
