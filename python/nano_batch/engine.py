@@ -245,6 +245,11 @@ class Engine:
         """Return the logits at every position: float32 `[num_tokens, vocab_size]`.
 
         They come through the same cache and batches as generation, for parity and perplexity.
+
+        Raises:
+            InvalidRequestError: The token ids do not hold, or twice their logits are more than the
+                free memory of the host.
+
         """
         import numpy as np
 

@@ -25,9 +25,13 @@ fn capacity(max_steps_in_flight: u32) -> Capacity {
 }
 
 fn spawn(executor: FakeExecutor) -> Engine {
+    spawn_of(VOCAB_SIZE, executor)
+}
+
+fn spawn_of(vocab_size: u32, executor: FakeExecutor) -> Engine {
     let model = ModelInfo {
         request_limits: RequestLimits {
-            vocab_size: VOCAB_SIZE,
+            vocab_size,
             max_model_len: 200,
             num_blocks: executor.capacity().num_blocks,
             block_size: executor.capacity().block_size,
@@ -287,4 +291,13 @@ fn logits_arrive_whole_however_they_were_chunked() {
     for (row, token) in logits.chunks(VOCAB_SIZE as usize).zip(&tokens) {
         assert_eq!(row[0], token.0 as f32);
     }
+}
+
+#[test]
+fn logits_that_there_is_no_memory_for_are_refused_with_what_is_free() {
+    let engine = spawn_of(u32::MAX, FakeExecutor::new(capacity(1), VOCAB_SIZE));
+    let error = engine.logits(vec![TokenId(1); 200]).unwrap_err();
+    assert_eq!(error.code(), "out_of_memory");
+    let words = "logits of 200 tokens take 6400.000 GiB while they are handed over, but ";
+    assert!(error.to_string().starts_with(words), "{error}");
 }

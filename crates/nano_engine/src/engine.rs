@@ -10,7 +10,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use nano_core::error::panic_message;
 use nano_core::scheduler::SchedulerStats;
 use nano_core::{EngineCore, Executor, Request, RequestId, RequestKind, SamplingParams, TokenId};
-use nano_model::{ModelConfig, ModelInfo, ModelOptions};
+use nano_model::{ModelConfig, ModelInfo, ModelOptions, available_bytes};
 use nano_text::{TextDecoder, TextOptions, Tokenizer};
 use parking_lot::Mutex;
 
@@ -144,8 +144,17 @@ impl Engine {
     /// cache and batches as everything else.
     ///
     /// # Errors
-    /// As [`submit`](Self::submit).
+    /// As [`submit`](Self::submit), and more logits than there is memory for.
     pub fn logits(&self, token_ids: Vec<TokenId>) -> Result<RequestStream> {
+        let num_tokens = token_ids.len();
+        // Twice: where they are gathered, and where their reader copies them to.
+        let token_bytes = 2.0 * f64::from(self.model.request_limits.vocab_size) * 4.0;
+        let gib = |bytes: f64| bytes / f64::from(1 << 30);
+        let needed_gib = gib(num_tokens as f64 * token_bytes);
+        let free_gib = gib(available_bytes() as f64);
+        if needed_gib > free_gib {
+            return Err(Error::LogitsTooLarge { num_tokens, needed_gib, free_gib });
+        }
         let text = TextOptions::default();
         self.submit_kind(token_ids, RequestKind::Logits, None, &text)
     }

@@ -28,6 +28,19 @@ pub enum Error {
         /// Tokens of prompt and output together.
         max_model_len: u32,
     },
+    /// Logits that there is no memory for.
+    #[error(
+        "logits of {num_tokens} tokens take {needed_gib:.3} GiB while they are handed over, but \
+         {free_gib:.3} GiB of memory are free"
+    )]
+    LogitsTooLarge {
+        /// Tokens of the request.
+        num_tokens: usize,
+        /// What the logits take.
+        needed_gib: f64,
+        /// What the process may still take.
+        free_gib: f64,
+    },
     /// A model that cannot be loaded.
     #[error(transparent)]
     Model(#[from] nano_model::Error),
@@ -77,6 +90,7 @@ impl Error {
             Self::Text(error) => error.code(),
             Self::Model(error) => error.code(),
             Self::TextTooLong { .. } => "prompt_too_long",
+            Self::LogitsTooLarge { .. } => "out_of_memory",
             Self::UnknownRequest { .. } => "unknown_request",
             Self::EngineClosed => "engine_closed",
             Self::EngineFailed { .. } => "engine_failed",

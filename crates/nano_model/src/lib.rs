@@ -18,4 +18,4 @@ pub use backend::{Backend, Dtype};
 pub use config::{DecoderSpec, GenerationDefaults, ModelConfig};
 pub use error::{Error, Result};
 pub use executor::CpuExecutor;
-pub use load::{DeviceChoice, ModelInfo, ModelOptions, load};
+pub use load::{DeviceChoice, ModelInfo, ModelOptions, available_bytes, load};

@@ -4,6 +4,8 @@ mod cpu;
 mod cuda;
 mod memory;
 
+pub use memory::available_bytes;
+
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;

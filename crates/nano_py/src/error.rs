@@ -22,6 +22,7 @@ pub(crate) fn to_py(py: Python<'_>, error: &Error) -> PyErr {
         | Error::Text(_)
         | Error::Model(nano_model::Error::BadOption { .. })
         | Error::TextTooLong { .. }
+        | Error::LogitsTooLarge { .. }
         | Error::UnknownRequest { .. } => "InvalidRequestError",
         Error::Model(_) => "ModelLoadError",
         Error::EngineClosed | Error::UsedAfterFork { .. } => "EngineClosedError",

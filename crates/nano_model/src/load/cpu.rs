@@ -9,8 +9,9 @@ use nano_core::executor::{Capacity, Executor};
 use nano_kernels::cpu::isa::{ISA_VARIABLE, Isa};
 use nano_kernels::cpu::{Element, Pool};
 
-use super::memory::available_bytes;
-use super::{CacheMemory, CacheRoom, ModelInfo, ModelOptions, Source, gib, load_decoder};
+use super::{
+    CacheMemory, CacheRoom, ModelInfo, ModelOptions, Source, available_bytes, gib, load_decoder,
+};
 use crate::backend::Dtype;
 use crate::backend::cpu::CpuBackend;
 use crate::config::{CheckpointDtype, ModelConfig};

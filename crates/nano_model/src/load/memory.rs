@@ -26,7 +26,7 @@ const V2: Files = Files {
 
 /// Memory that can be had without swapping and within the limits of the process's control groups; a
 /// modest guess where the system does not say.
-pub(super) fn available_bytes() -> u64 {
+pub fn available_bytes() -> u64 {
     available_below(Path::new("/"))
 }
 
