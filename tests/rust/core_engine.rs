@@ -10,13 +10,12 @@ use std::time::{Duration, Instant};
 
 use nano_core::step::SampledRow;
 use nano_core::{
-    Capacity, EngineCore, Error, Executor, FinishReason, Request, RequestId, RequestKind,
-    RequestLimits, Result, SamplingParams, ScheduleOutput, SchedulerConfig, TokenId,
+    Capacity, EngineCore, Error, Executor, FinishReason, Request, RequestId, RequestKind, Result,
+    SamplingParams, ScheduleOutput, SchedulerConfig, TokenId,
 };
 
+use crate::core_run::{self, VOCAB_SIZE};
 use crate::fake_executor::{FakeExecutor, Fault};
-
-const VOCAB_SIZE: u32 = 40;
 
 fn fake(depth: u32, num_blocks: u32) -> FakeExecutor {
     let capacity = Capacity { num_blocks, block_size: 1, max_steps_in_flight: depth };
@@ -28,29 +27,17 @@ fn engine(executor: FakeExecutor) -> EngineCore {
     EngineCore::new(config, Box::new(executor)).unwrap()
 }
 
-fn prompt(id: u64) -> Vec<TokenId> {
-    let token = |position| TokenId((position + id as u32) % VOCAB_SIZE);
-    (0..3 + id as u32).map(token).collect()
-}
-
+/// The prompt of request `id` has three tokens more than that.
 fn request(id: u64, params: SamplingParams) -> Request {
-    let limits = RequestLimits {
-        vocab_size: VOCAB_SIZE,
-        max_model_len: 1000,
-        num_blocks: 1000,
-        block_size: 1,
-        eos_token_ids: Arc::from([]),
-        seed: 0,
-    };
-    Request::new(RequestId(id), prompt(id), RequestKind::Generate(params), &limits).unwrap()
+    core_run::request(id, 3 + id as u32, RequestKind::Generate(params))
 }
 
 fn generate(id: u64, max_tokens: u32) -> Request {
-    request(id, SamplingParams { max_tokens, ..SamplingParams::default() })
+    core_run::generate(id, 3 + id as u32, max_tokens)
 }
 
 fn continuation(id: u64, num_tokens: usize) -> Vec<TokenId> {
-    FakeExecutor::continuation(&prompt(id), num_tokens, VOCAB_SIZE)
+    core_run::continuation(id, 3 + id as u32, num_tokens)
 }
 
 /// Far more steps than any test here needs: a test ends, also where the engine would not.
