@@ -1,10 +1,23 @@
 """Records of the log reach Python's handlers, which hold nobody."""
 
+import pytest
 from programs import OPEN, end_of, run_script
 
+FORKED = """
+    import os, signal, sys
+    from nano_batch import Engine
+    Engine(sys.argv[1], device="cpu", num_threads=1, num_blocks=64)
+    child = os.fork()
+    if child:
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    # One that hangs has nobody to end it.
+    signal.alarm(30)
+"""
 
-def test_a_handler_of_the_log_holds_neither_steps_nor_close(reciting_dir):
-    script = f"""
+
+@pytest.mark.parametrize("before", ["", FORKED], ids=["alone", "in a fork of an engine's process"])
+def test_a_handler_of_the_log_holds_neither_steps_nor_close(before, reciting_dir):
+    script = f"""{before}
     import logging, threading
     held, released = threading.Event(), threading.Event()
     class Holding(logging.Handler):

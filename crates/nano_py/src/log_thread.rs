@@ -2,6 +2,7 @@
 //! take its time, or ask the engine, and holds neither a step nor a reader.
 
 use std::io;
+use std::iter;
 use std::process;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,9 +14,10 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use pyo3::prelude::*;
 use pyo3_log::{Caching, Logger};
 
+use crate::signals::SIGNAL_INTERVAL;
+
 /// How long a flush waits for a handler that is at one record.
 const GRACE: Duration = Duration::from_secs(2);
-const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// This crate's logger.
 static LOGGER: OnceLock<PythonLogger> = OnceLock::new();
@@ -23,7 +25,7 @@ static LOGGER: OnceLock<PythonLogger> = OnceLock::new();
 struct PythonLogger {
     python: Logger,
     /// From the first engine on: a program that has none may fork without a thought of threads.
-    thread: OnceLock<LogThread>,
+    thread: OnceLock<Box<LogThread>>,
     num_handled: AtomicU64,
     /// The interpreter ends: a thread that comes to it then would be killed in the middle.
     is_over: AtomicBool,
@@ -34,6 +36,8 @@ struct LogThread {
     messages: Sender<Message>,
     /// The process that has the thread: a fork has it not.
     owner: u32,
+    /// The thread of such a fork, once that makes an engine itself.
+    of_fork: OnceLock<Box<LogThread>>,
 }
 
 enum Message {
@@ -67,12 +71,13 @@ pub(crate) fn install(py: Python<'_>) -> PyResult<()> {
 pub(crate) fn start() -> io::Result<()> {
     let Some(logger) = LOGGER.get() else { return Ok(()) };
     logger.python.reset_handle().reset();
-    if logger.thread.get().is_none() {
+    if logger.thread().is_none() {
         let (messages, receiver) = unbounded();
         let main = || logger.hand_over(receiver);
         let thread = thread::Builder::new().name("nano-log".into()).spawn(main)?;
-        let id = thread.thread().id();
-        let _ = logger.thread.set(LogThread { id, messages, owner: process::id() });
+        let (id, owner, of_fork) = (thread.thread().id(), process::id(), OnceLock::new());
+        let last = logger.threads().last().map_or(&logger.thread, |it| &it.of_fork);
+        let _ = last.set(Box::new(LogThread { id, messages, owner, of_fork }));
     }
     Ok(())
 }
@@ -128,8 +133,13 @@ impl PythonLogger {
         }
     }
 
+    fn threads(&self) -> impl Iterator<Item = &LogThread> {
+        let first = self.thread.get().map(Box::as_ref);
+        iter::successors(first, |it| it.of_fork.get().map(Box::as_ref))
+    }
+
     fn thread(&self) -> Option<&LogThread> {
-        self.thread.get().filter(|it| it.owner == process::id())
+        self.threads().find(|it| it.owner == process::id())
     }
 }
 

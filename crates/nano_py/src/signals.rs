@@ -10,13 +10,16 @@ use pyo3::prelude::*;
 /// Bytes of a text from which on it takes tens of milliseconds and more to encode.
 const LONG_TEXT: usize = 1 << 16;
 
+/// Between two looks at signals.
+pub(crate) const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
+
 /// How long to wait before the next look at signals. They are the main thread's alone: no other has
 /// a reason to wake.
 pub(crate) fn interval(py: Python<'_>) -> PyResult<Duration> {
     // Of Linux: what `threading` calls so is the thread that imported it first.
     let thread: u32 = py.import("threading")?.call_method0("get_native_id")?.extract()?;
     let is_main = thread == std::process::id();
-    Ok(if is_main { Duration::from_millis(50) } else { Duration::from_secs(3600) })
+    Ok(if is_main { SIGNAL_INTERVAL } else { Duration::from_secs(3600) })
 }
 
 /// Works on a thread of its own, so that Ctrl-C ends the wait. What is ready only after that is
