@@ -12,6 +12,7 @@ from jsonschema import Draft202012Validator
 from nano_batch import cli
 from nano_batch.bench import latency, pictures, promote, roofline, summary, tables, workload
 from nano_batch.bench import result as results
+from nano_batch.bench.side import Side, Task
 from nano_batch.exceptions import NanoBatchError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -307,6 +308,14 @@ def check_refused(directory, arguments, word, code):
 
 def test_an_interpreter_that_is_not_there_is_noticed_before_anything_is_measured():
     check_refused(ROOT, ["throughput", "--device", "cpu", "--llama-python", "/nope"], "/nope", 2)
+
+
+def test_a_side_that_has_ended_is_a_failure_of_its_own():
+    task = Task("", "cpu", 1, longest=1, answer_len=1, num_blocks=1, concurrency=(1,))
+    with Side("peer", task, [sys.executable, "-c", "print('{}')"]) as side:
+        side._process.wait(60)
+        with pytest.raises(NanoBatchError, match="peer failed: it ended without an answer"):
+            side.call("memory")
 
 
 def test_a_quick_look_is_at_the_cpu_where_there_is_a_gpu(monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,7 +51,9 @@ class Side:
     def call(self, name: str, **arguments: Any) -> Answer:
         """Have it do something and wait for the answer."""
         assert self._process.stdin is not None
-        print(json.dumps({"call": name, **arguments}), file=self._process.stdin, flush=True)
+        # Of one that has ended, the answer is that.
+        with suppress(BrokenPipeError):
+            print(json.dumps({"call": name, **arguments}), file=self._process.stdin, flush=True)
         return self._answer()
 
     def burst(self, prompts: list[list[int]], output_len: int) -> Answer:
