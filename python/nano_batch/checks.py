@@ -27,16 +27,14 @@ def check_number(name: str, value: Any) -> float:
         return math.inf
 
 
-def check_flag(name: str, value: Any) -> bool:
-    """Return True or False."""
+def check_flag(name: str, value: Any) -> None:
+    """Take True or False alone."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...], code: str) -> str:
-    """Return one of some words."""
+def check_choice(name: str, value: Any, choices: tuple[str, ...], code: str) -> None:
+    """Take one of some words alone."""
     if value not in choices:
         message = f"{name} must be one of {', '.join(choices)}, got {value!r}"
         raise InvalidRequestError(message, code)
-    return str(value)

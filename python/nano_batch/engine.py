@@ -118,8 +118,7 @@ class Engine:
         }
         for name, count in counts.items():
             if count is not None:
-                most = 1024 if name == "num_threads" else 2**32 - 1
-                check_integer(name, count, 1, most, code)
+                check_integer(name, count, 1, 2**32 - 1, code)
         check_integer("seed", seed, -(2**63), 2**63 - 1, code)
         if not 0 < check_number("gpu_memory_utilization", gpu_memory_utilization) <= 1:
             message = (

@@ -57,18 +57,15 @@ impl Engine {
             "bfloat16" => Some(Dtype::BFloat16),
             _ => None,
         };
-        let name = device;
-        let device = match name {
-            "auto" => Some(DeviceChoice::Auto),
-            "cpu" => Some(DeviceChoice::Cpu),
-            "cuda" => Some(DeviceChoice::Cuda(0)),
-            other => {
-                other.strip_prefix("cuda:").and_then(|it| it.parse().ok()).map(DeviceChoice::Cuda)
-            }
-        };
-        let Some(device) = device else {
-            let message = format!("device must be auto, cpu, cuda or cuda:N, got {name:?}");
-            return Err(invalid(py, &message, "invalid_config"));
+        let numbered = || device.strip_prefix("cuda:")?.parse().ok().map(DeviceChoice::Cuda);
+        let device = match device {
+            "auto" => DeviceChoice::Auto,
+            "cpu" => DeviceChoice::Cpu,
+            "cuda" => DeviceChoice::Cuda(0),
+            _ => numbered().ok_or_else(|| {
+                let message = format!("device must be auto, cpu, cuda or cuda:N, got {device:?}");
+                invalid(py, &message, "invalid_config")
+            })?,
         };
         let options = ModelOptions {
             device,
@@ -110,18 +107,18 @@ impl Engine {
                 let tokens = encoding(py, text.len(), move || engine.encode(&text))?;
                 tokens.map_err(|error| to_py(py, &error))?
             }
-            PyPrompt::Tokens(tokens) => self.token_ids(py, &tokens)?,
+            PyPrompt::Tokens(tokens) => checked(py, &tokens, self.vocab_size())?,
         };
         let stream = py.detach(|| self.0.submit(prompt, params, text_options.as_ref()));
-        stream.map(RequestStream::new).map_err(|error| to_py(py, &error))
+        stream.map(RequestStream).map_err(|error| to_py(py, &error))
     }
 
     /// Submits a request for the logits at every position.
     #[expect(clippy::needless_pass_by_value, reason = "what pyo3 extracts")]
     fn submit_logits(&self, py: Python<'_>, token_ids: Vec<i64>) -> PyResult<RequestStream> {
-        let token_ids = self.token_ids(py, &token_ids)?;
+        let token_ids = checked(py, &token_ids, self.vocab_size())?;
         let stream = py.detach(|| self.0.logits(token_ids));
-        stream.map(RequestStream::new).map_err(|error| to_py(py, &error))
+        stream.map(RequestStream).map_err(|error| to_py(py, &error))
     }
 
     /// Aborts a request by the id of its stream.
@@ -142,7 +139,7 @@ impl Engine {
     /// The tokenizer; raises if the model has none.
     fn tokenizer(&self, py: Python<'_>) -> PyResult<Tokenizer> {
         let inner = self.0.tokenizer().map_err(|error| to_py(py, &error))?.clone();
-        let num_tokens = self.0.model().request_limits.vocab_size.max(inner.vocab_size() as u32);
+        let num_tokens = self.vocab_size().max(inner.vocab_size() as u32);
         Ok(Tokenizer { inner, num_tokens })
     }
 
@@ -200,12 +197,6 @@ impl Engine {
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.0.close());
         log_thread::flush(py)
-    }
-}
-
-impl Engine {
-    fn token_ids(&self, py: Python<'_>, tokens: &[i64]) -> PyResult<Vec<TokenId>> {
-        checked(py, tokens, self.0.model().request_limits.vocab_size)
     }
 }
 

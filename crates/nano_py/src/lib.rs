@@ -16,7 +16,7 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     log_thread::install(module.py())?;
-    let end = wrap_pyfunction!(end_log, module)?;
+    let end = wrap_pyfunction!(log_thread::end, module)?;
     module.py().import("atexit")?.call_method1("register", (end,))?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<block_allocator::BlockAllocator>()?;
@@ -25,9 +25,4 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<stream::RequestStream>()?;
     module.add_function(wrap_pyfunction!(sampling_params::check_sampling_params, module)?)?;
     Ok(())
-}
-
-#[pyfunction]
-fn end_log(py: Python<'_>) -> PyResult<()> {
-    log_thread::end(py)
 }

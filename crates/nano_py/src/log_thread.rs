@@ -105,6 +105,7 @@ pub(crate) fn flush(py: Python<'_>) -> PyResult<()> {
 }
 
 /// At the end of the program: nothing is handed over after it.
+#[pyfunction]
 pub(crate) fn end(py: Python<'_>) -> PyResult<()> {
     let flushed = flush(py);
     if let Some(logger) = LOGGER.get() {

@@ -16,16 +16,12 @@ type DeltaTuple = (Vec<u32>, String, Option<&'static str>, Option<Py<PyAny>>, f6
 
 /// Reads deltas; dropping it aborts the request.
 #[pyclass(frozen, module = "nano_batch._native")]
-pub(crate) struct RequestStream(nano_engine::RequestStream);
+pub(crate) struct RequestStream(pub(crate) nano_engine::RequestStream);
 
 /// What waits for `T`, or takes it, until a deadline.
 type Read<T> = fn(&nano_engine::RequestStream, Instant) -> Result<Poll<T>, Arc<Error>>;
 
 impl RequestStream {
-    pub(crate) fn new(stream: nano_engine::RequestStream) -> Self {
-        Self(stream)
-    }
-
     /// Waits without the GIL and lets Ctrl-C through before anything is taken: what is taken is lost
     /// if Python raises next.
     fn take<T>(&self, py: Python<'_>, wait: Read<()>, take: Read<T>) -> PyResult<T> {
