@@ -227,11 +227,8 @@ impl CacheRoom {
             });
         }
         let room = (num_blocks * block_size).min(u64::from(u32::MAX)) as u32;
-        let max_model_len = match options.max_model_len {
-            Some(len) => len,
-            None => longest.min(room),
-        };
-        if max_model_len < longest && options.max_model_len.is_none() {
+        let max_model_len = options.max_model_len.unwrap_or(longest.min(room));
+        if options.max_model_len.is_none() && room < longest {
             tracing::warn!(
                 "max_model_len is lowered from {longest} to the KV cache's {room} tokens"
             );
