@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nano_core::step::SampledRow;
 use nano_core::{
-    Capacity, EngineCore, Error, Executor, FinishReason, Request, RequestId, RequestKind, Result,
+    Capacity, EngineCore, Executor, FinishReason, Request, RequestId, RequestKind, Result,
     SamplingParams, ScheduleOutput, SchedulerConfig, TokenId,
 };
 
@@ -209,11 +209,4 @@ fn a_prompt_gets_less_of_each_step_that_is_too_long_and_more_of_one_that_is_not(
     // With two in flight the second goes out before the first one's time is known.
     assert_eq!(chunks(2, ms(1))[..4], [3, 128, 128, 64]);
     assert_eq!(chunks(2, ms(3_600_000)), [3, 128, 128, 256, 91]);
-}
-
-#[test]
-fn a_limit_of_zero_is_refused() {
-    let config = SchedulerConfig { max_num_seqs: 0, max_num_batched_tokens: 1, max_itl: None };
-    let error = EngineCore::new(config, Box::new(fake(1, 1))).map(|_| ()).unwrap_err();
-    assert!(matches!(error, Error::InvalidConfig { name: "max_num_seqs", .. }));
 }
