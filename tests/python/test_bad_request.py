@@ -252,17 +252,24 @@ def test_an_option_of_another_type_or_name_is_refused(options, reciting_dir, ope
         open_engine(reciting_dir, **options)
 
 
-def test_memory_that_the_system_does_not_give_is_named_with_its_size():
+@pytest.mark.parametrize(
+    ("num_mib", "words"),
+    [
+        (0, ["thread_failed", "could not start a thread"]),
+        (400, ["out_of_memory", "no memory for the KV cache", "blocks take", "set num_blocks or"]),
+    ],
+)
+def test_what_the_system_does_not_give_is_named(num_mib, words):
     script = """
-import resource, nano_batch
+import resource, sys, nano_batch
 pages = int(open("/proc/self/statm").read().split()[0])
-limit = pages * resource.getpagesize() + (400 << 20)
+limit = pages * resource.getpagesize() + (int(sys.argv[1]) << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
     nano_batch.Engine(device="cpu", num_threads=1)
 except nano_batch.NanoBatchError as error:
     print(error.code, error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    words = ["KV cache", "blocks take", "bytes", "set num_blocks or kv_cache_gib"]
-    assert_names(done.stdout, "out_of_memory", "no memory for", *words)
+    command = [sys.executable, "-c", script, str(num_mib)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert_names(done.stdout, *words)

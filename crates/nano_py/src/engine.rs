@@ -84,7 +84,7 @@ impl Engine {
             max_model_len,
         };
         // An engine that is ready only after Ctrl-C is dropped by its loader.
-        log_thread::start()?;
+        log_thread::start().map_err(|error| to_py(py, &error.into()))?;
         let load = move || nano_engine::Engine::load(model_dir, options);
         let engine = interruptible(py, "nano-load", load)?;
         log_thread::flush(py)?;

@@ -7,6 +7,8 @@ use std::time::Duration;
 use crossbeam_channel::{RecvTimeoutError, bounded};
 use pyo3::prelude::*;
 
+use crate::error::to_py;
+
 /// Bytes of a text from which on it takes tens of milliseconds and more to encode.
 const LONG_TEXT: usize = 1 << 16;
 
@@ -34,7 +36,8 @@ pub(crate) fn interruptible<T: Send + 'static>(
         let _ended = ended;
         work()
     };
-    let worker = thread::Builder::new().name(name.to_owned()).spawn(main)?;
+    let worker = thread::Builder::new().name(name.to_owned()).spawn(main);
+    let worker = worker.map_err(|error| to_py(py, &error.into()))?;
     let interval = interval(py)?;
     while py.detach(|| end.recv_timeout(interval)) == Err(RecvTimeoutError::Timeout) {
         py.check_signals()?;
