@@ -147,16 +147,6 @@ fn closing_a_stalled_engine_ends_every_stream_and_returns() {
 }
 
 #[test]
-fn closing_while_requests_run_ends_them_and_drops_the_executor() {
-    let executor = FakeExecutor::new(capacity(1), VOCAB_SIZE);
-    let engine = spawn(executor.with_step_time(Duration::from_millis(5)));
-    let stream = submit(&engine, 0, 150);
-    engine.close();
-    engine.close();
-    assert!(matches!(*end(stream).unwrap_err(), Error::EngineClosed));
-}
-
-#[test]
 fn a_reader_that_takes_nothing_holds_up_nobody_and_gets_everything_merged() {
     let engine = spawn(FakeExecutor::new(capacity(1), VOCAB_SIZE));
     let slow = submit(&engine, 0, 100);

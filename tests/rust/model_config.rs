@@ -152,6 +152,8 @@ fn scalings_that_cannot_be_run_are_refused_by_name() {
     let yarn = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": -1});
     refused(&rope(yarn), &["original_max_position_embeddings"]);
     refused(&rope(json!({"rope_theta": -1.0})), &["rope_theta"]);
+    let unknown = json!({"rope_parameters": "absent", "rope_scaling": {"type": "su", "factor": 2}});
+    refused(&unknown, &["su", "yarn"]);
     let scaling = json!({"rope_parameters": "absent", "rope_scaling": [null]});
     refused(&scaling, &["config.json: rope_scaling must be a JSON object, got [null]"]);
     let parameters = json!({"rope_parameters": 5});
@@ -204,6 +206,8 @@ fn what_is_not_a_mistral_is_refused() {
     refused(&json!({"architectures": ["LlamaForCausalLM"]}), &["LlamaForCausalLM", "Mistral"]);
     refused(&json!({"architectures": []}), &["MistralForCausalLM"]);
     refused(&json!({"hidden_act": "gelu"}), &["hidden_act", "gelu"]);
+    refused(&json!({"rms_norm_eps": 0}), &["rms_norm_eps", "above 0", "got 0"]);
+    refused(&json!({"rms_norm_eps": -1e-5}), &["rms_norm_eps", "above 0", "-0.00001"]);
     refused(&json!({"hidden_act": 3}), &["hidden_act", "3"]);
     refused(&json!({"attention_bias": true}), &["attention_bias"]);
     refused(&json!({"quantization_config": {"quant_method": "gptq"}}), &["quantization_config"]);
