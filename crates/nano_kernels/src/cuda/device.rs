@@ -7,7 +7,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUdevice_attribute};
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DeviceRepr, result};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DeviceRepr, DriverError, result};
 
 use super::{Error, Result};
 
@@ -38,6 +38,14 @@ pub struct Memory {
 }
 
 impl Device {
+    /// Whether the driver shows this process a GPU, or fails to look for another reason.
+    pub fn is_present() -> bool {
+        // SAFETY: the probe loads the driver's library, as the call below would.
+        let has_driver = unsafe { sys::is_culib_present() };
+        let none = [Ok(0), Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE))];
+        has_driver && !none.contains(&CudaContext::device_count())
+    }
+
     /// Opens the GPU numbered `ordinal` and makes it current on this thread.
     ///
     /// # Errors

@@ -1,8 +1,5 @@
 //! Loading onto a GPU.
 
-use std::env;
-use std::path::Path;
-
 use nano_core::executor::Capacity;
 use nano_kernels::cuda::compile::Compiler;
 use nano_kernels::cuda::spec::KERNELS;
@@ -28,10 +25,9 @@ pub(super) fn open(ordinal: usize, spec: &DecoderSpec, options: &ModelOptions) -
     Ok(Device::new(ordinal)?)
 }
 
-/// Who has a GPU, and has not hidden it, expects `device="auto"` to take it.
+/// Who has a GPU expects `device="auto"` to take it.
 pub(super) fn tell_passed_over(reason: &Error) {
-    let is_hidden = env::var("CUDA_VISIBLE_DEVICES").is_ok_and(|it| it.is_empty() || it == "-1");
-    if !is_hidden && Path::new("/dev/nvidiactl").exists() {
+    if Device::is_present() {
         tracing::warn!("the model runs on the CPU, not on the GPU: {reason}");
     } else {
         tracing::info!("the model runs on the CPU: {reason}");
