@@ -122,7 +122,7 @@ fn decode_attention(criterion: &mut Criterion) {
     for context in [128, 1024, 8192] {
         let blocks = context / shape.block_size;
         let num_blocks = num_sequences * blocks;
-        let mut cache = Memory::<u32>::zeroed(num_blocks * shape.block_len::<bf16>()).unwrap();
+        let mut cache = Memory::zeroed(num_blocks * shape.block_len::<bf16>()).unwrap();
         cache.as_mut_slice().fill(0x3C00_3C00);
         // Neighbours in a table are far apart in the pool.
         let block_tables: Vec<u32> = (0..num_sequences)
@@ -137,7 +137,7 @@ fn decode_attention(criterion: &mut Criterion) {
             })
             .collect();
         let query: Vec<f32> = (0..num_sequences * num_heads * shape.head_dim).map(value).collect();
-        let input = AttentionInput::<bf16> {
+        let input = AttentionInput {
             tiles: &tiles,
             block_tables: &block_tables,
             query: &query,
@@ -149,7 +149,7 @@ fn decode_attention(criterion: &mut Criterion) {
         let (mut scratch, mut output) = (Scratch::default(), vec![0.0; query.len()]);
         group.throughput(Throughput::Bytes((cache.as_slice().len() * 4) as u64));
         group.bench_function(BenchmarkId::from_parameter(context), |bencher| {
-            bencher.iter(|| paged_attention(&mut pool, &input, &mut scratch, &mut output));
+            bencher.iter(|| paged_attention::<bf16>(&mut pool, &input, &mut scratch, &mut output));
         });
     }
 }

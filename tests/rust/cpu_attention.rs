@@ -64,7 +64,7 @@ impl Scene {
             sin: &vec![0.0; slots.len() * head_dim / 2],
             slots: &slots,
         };
-        let mut cache = vec![E::Word::default(); num_blocks * self.shape.block_len::<E>()];
+        let mut cache = vec![0; num_blocks * self.shape.block_len::<E>()];
         let mut all = vec![0.0; slots.len() * num_heads * head_dim];
         rope_write_kv::<E>(pool, &rows, self.shape, &mut qkv.clone(), &mut cache, &mut all);
 
@@ -86,7 +86,7 @@ impl Scene {
             start += before + num_rows;
             first_row += num_rows;
         }
-        let input = AttentionInput::<E> {
+        let input = AttentionInput {
             tiles: &all_tiles,
             block_tables: &block_tables,
             query: &query,
@@ -96,7 +96,7 @@ impl Scene {
             window: self.window,
         };
         let mut found = vec![f32::NAN; query.len()];
-        paged_attention(pool, &input, &mut Scratch::default(), &mut found);
+        paged_attention::<E>(pool, &input, &mut Scratch::default(), &mut found);
         Outcome { found, expected }
     }
 }
@@ -177,14 +177,14 @@ fn check_bits<E: Element>() {
 fn a_row_in_two_tiles_is_refused() {
     let mut pool = pool(2, Isa::available()[0]);
     let tile = Tile { first_row: 0, num_rows: 1, first_position: 0, block_table: 0..1 };
-    let input = AttentionInput::<f32> {
+    let input = AttentionInput {
         tiles: &[tile.clone(), tile],
         block_tables: &[0],
         query: &[0.0; 2],
         num_heads: 1,
-        cache: &[0.0; 4],
+        cache: &[0; 4],
         shape: KvShape { num_kv_heads: 1, block_size: 1, head_dim: 2 },
         window: None,
     };
-    paged_attention(&mut pool, &input, &mut Scratch::default(), &mut [0.0; 2]);
+    paged_attention::<f32>(&mut pool, &input, &mut Scratch::default(), &mut [0.0; 2]);
 }

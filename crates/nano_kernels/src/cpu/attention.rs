@@ -11,6 +11,7 @@
 
 mod head;
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::element::Element;
@@ -27,7 +28,7 @@ const MIN_PARALLEL_SCORES: usize = 1 << 10;
 
 /// The shape of one layer's cache, `[num_blocks, k | v, num_kv_heads, strip]`.
 ///
-/// A strip is one head's keys or values in a block, in words ([`Element::Word`]) as products read
+/// A strip is one head's keys or values in a block, in words (see [`Element`]) as products read
 /// them. Keys: `[num_words, block_size]`, so that neighbours are the same elements of neighbouring
 /// tokens. Values: `[block_size, num_words]`, where word `i` of two elements holds those at `i` and
 /// at `num_words + i`.
@@ -88,7 +89,7 @@ pub fn tiles(rows: &Tile, group: usize) -> impl Iterator<Item = Tile> {
 
 /// What attends to what.
 #[derive(Clone, Copy, Debug)]
-pub struct AttentionInput<'a, E: Element> {
+pub struct AttentionInput<'a> {
     /// Each row of the step is in one of them; in the order of their rows.
     pub tiles: &'a [Tile],
     /// Those of all sequences of the step.
@@ -98,7 +99,7 @@ pub struct AttentionInput<'a, E: Element> {
     /// Heads of queries.
     pub num_heads: usize,
     /// One layer's cache.
-    pub cache: &'a [E::Word],
+    pub cache: &'a [u32],
     /// Its shape.
     pub shape: KvShape,
     /// The positions that a row sees, itself included; all, if `None`.
@@ -107,7 +108,7 @@ pub struct AttentionInput<'a, E: Element> {
 
 /// The memory of each of an operator's tasks, kept for the next time.
 #[derive(Debug, Default)]
-pub struct Scratch<E: Element>(Vec<Head<E>>);
+pub struct Scratch(Vec<Head>);
 
 /// The attention of each row to itself and everything before it, or to the last `window` of these
 /// positions, written into `output: [num_rows, num_heads, head_dim]`.
@@ -116,8 +117,8 @@ pub struct Scratch<E: Element>(Vec<Head<E>>);
 /// If the tiles are not in the order of their rows, or name what is not there.
 pub fn paged_attention<E: Element>(
     pool: &mut Pool,
-    input: &AttentionInput<'_, E>,
-    scratch: &mut Scratch<E>,
+    input: &AttentionInput<'_>,
+    scratch: &mut Scratch,
     output: &mut [f32],
 ) {
     let is_before = |tile: &Tile, next: &Tile| tile.first_row + tile.num_rows <= next.first_row;
@@ -131,11 +132,12 @@ pub fn paged_attention<E: Element>(
     heads.resize_with(num_tasks.max(heads.len()), Head::default);
     let (isa, output) = (pool.isa(), SharedMut::new(output));
     pool.each(&mut heads[..num_tasks], |task, head| {
-        head.make_room(input);
+        head.make_room::<E>(input);
         for item in (task..num_items).step_by(num_tasks) {
             let (tile, kv_head) =
                 (&input.tiles[item / input.shape.num_kv_heads], item % input.shape.num_kv_heads);
-            isa.run(head::Attend { isa, head, input, tile, kv_head, output: &output });
+            let element = PhantomData::<E>;
+            isa.run(head::Attend { isa, head, input, tile, kv_head, output: &output, element });
         }
     });
 }

@@ -7,6 +7,7 @@
 
 pub mod coded;
 
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -20,11 +21,12 @@ use coded::{CODED, Code, PLAIN, Patch};
 /// which a pair's panels take turns: `[num_pairs, num_words / PLAIN, 2, CODED, LANES]`.
 #[derive(Debug)]
 pub struct PackedMatrix<E: Element> {
-    words: Memory<E::Word>,
+    words: Memory,
     rows: usize,
     columns: usize,
     is_gated: bool,
     code: Option<Code>,
+    element: PhantomData<E>,
 }
 
 impl<E: Element> PackedMatrix<E> {
@@ -67,7 +69,7 @@ impl<E: Element> PackedMatrix<E> {
         let num_pairs = if is_gated { rows / 2 } else { rows.div_ceil(2) }.div_ceil(LANES);
         let pair_len = pair_len(code.as_ref(), columns.div_ceil(E::PER_WORD));
         let words = arena.zeroed(num_pairs * pair_len)?;
-        let mut matrix = Self { words, rows, columns, is_gated, code: None };
+        let mut matrix = Self { words, rows, columns, is_gated, code: None, element: PhantomData };
         let rows_of: Vec<_> = (0..num_pairs).map(|pair| matrix.rows_of(pair)).collect();
         let pairs = matrix.words.as_mut_slice().chunks_exact_mut(pair_len.max(1));
         let mut pairs: Vec<_> = pairs.map(|pair| (pair, [Vec::new(), Vec::new()])).collect();
@@ -144,7 +146,7 @@ impl<E: Element> PackedMatrix<E> {
     /// A pair of panels as it is stored: `[2, num_words, LANES]`, or its codes. Behind it lies the
     /// next one.
     #[inline]
-    pub fn pair(&self, pair: usize) -> &[E::Word] {
+    pub fn pair(&self, pair: usize) -> &[u32] {
         let len = pair_len(self.code.as_ref(), self.num_words());
         &self.words.as_slice()[pair * len..][..len]
     }
@@ -157,7 +159,7 @@ impl<E: Element> PackedMatrix<E> {
         assert!(!self.is_gated && row < self.rows, "rows in their order");
         let (panel, lane) = (row / LANES, row % LANES);
         let words = self.pair(panel / 2);
-        let mut put = |word: usize, value: E::Word, scale: f32| {
+        let mut put = |word: usize, value: u32, scale: f32| {
             let elements = output[word * E::PER_WORD..].iter_mut().take(E::PER_WORD);
             for (index, element) in elements.enumerate() {
                 *element = E::of_word(value, index).widen() * scale;
@@ -171,7 +173,7 @@ impl<E: Element> PackedMatrix<E> {
         };
         for (step, pair) in coded::steps(words).iter().enumerate() {
             let codes = pair[panel % 2].map(|lanes| lanes[lane]);
-            for (word, value) in E::decode(codes).into_iter().enumerate() {
+            for (word, value) in coded::decode(codes).into_iter().enumerate() {
                 put(PLAIN * step + word, value, code.scale());
             }
         }
@@ -193,12 +195,12 @@ fn pack_panel<E: Element>(
     base: Option<u32>,
     read: &(impl Fn(usize, &mut [E]) + Sync),
     panel: usize,
-    pair: &mut [E::Word],
+    pair: &mut [u32],
 ) -> Vec<Patch> {
     let mut patches = Vec::new();
     let mut elements = vec![E::narrow(0.0); columns.next_multiple_of(E::PER_WORD)];
     let len = columns.div_ceil(E::PER_WORD) * LANES;
-    let mut plain = vec![E::Word::default(); if base.is_some() { len } else { 0 }];
+    let mut plain = vec![0; if base.is_some() { len } else { 0 }];
     let target = if base.is_some() { &mut plain[..] } else { &mut pair[panel * len..][..len] };
     for (lane, row) in rows.clone().enumerate() {
         read(row, &mut elements[..columns]);
@@ -213,7 +215,7 @@ fn pack_panel<E: Element>(
     if let Some(base) = base {
         let fours = plain.as_chunks::<LANES>().0.as_chunks::<PLAIN>().0;
         for (four, step) in fours.iter().zip(coded::steps_mut(pair)) {
-            step[panel] = E::encode(four, base);
+            step[panel] = coded::encode(four, base);
         }
     }
     patches

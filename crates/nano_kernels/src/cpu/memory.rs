@@ -1,65 +1,46 @@
 //! Zeroed memory for what is large, taken from the system page by page as it is written.
 
-use std::fmt::Debug;
-use std::marker::PhantomData;
 use std::sync::Arc;
 
-use half::bf16;
 use memmap2::{Advice, MmapMut, MmapRaw};
 
-/// A type of which any bits are a value.
-///
-/// # Safety
-/// They are.
-pub unsafe trait AnyBits: Copy + Default + Debug + Send + Sync + 'static {}
-
-// SAFETY: numbers.
-unsafe impl AnyBits for f32 {}
-// SAFETY: numbers.
-unsafe impl AnyBits for bf16 {}
-// SAFETY: numbers.
-unsafe impl AnyBits for u32 {}
-
+/// Bytes of a line of any cache: what is handed out starts with one.
+const LINE: usize = 64;
 /// Bytes of a large page.
 const LARGE_PAGE: usize = 2 << 20;
 /// Bytes that an arena asks for at once, at least. What is never written takes none.
 const ARENA_BYTES: usize = 64 << 20;
 
-/// `len` elements, in large pages, where the system has them: a walk through gigabytes misses the
+/// `len` words, in large pages, where the system has them: a walk through gigabytes misses the
 /// table of small ones all the time.
 #[derive(Debug)]
-pub struct Memory<T> {
+pub struct Memory {
     map: Arc<MmapRaw>,
-    /// Bytes before the first element, a multiple of [`Memory::ALIGN`].
+    /// Bytes before the first word, a multiple of [`LINE`].
     start: usize,
     len: usize,
-    elements: PhantomData<T>,
 }
 
-impl<T: AnyBits> Memory<T> {
-    /// What an element's place is a multiple of: a line of any cache.
-    const ALIGN: usize = 64;
-
+impl Memory {
     /// Zeros, at the start of a page.
     ///
     /// # Errors
     /// The system's, if it has no such range.
     pub fn zeroed(len: usize) -> std::io::Result<Self> {
-        let map = map(num_bytes::<T>(len)?)?;
-        Ok(Self { map, start: 0, len, elements: PhantomData })
+        Ok(Self { map: map(num_bytes(len)?)?, start: 0, len })
     }
 
     /// All of it.
     #[inline]
-    pub fn as_slice(&self) -> &[T] {
-        // SAFETY: the map holds `len` elements there that are this memory's alone, zeroed or written
+    pub fn as_slice(&self) -> &[u32] {
+        // SAFETY: the map holds `len` words there that are this memory's alone, zeroed or written
         // through `as_mut_slice`; any bits are a value.
         unsafe { std::slice::from_raw_parts(self.map.as_ptr().add(self.start).cast(), self.len) }
     }
 
     /// All of it.
     #[inline]
-    pub fn as_mut_slice(&mut self) -> &mut [T] {
+    pub fn as_mut_slice(&mut self) -> &mut [u32] {
         // SAFETY: as in `as_slice`, and the borrow is exclusive.
         unsafe {
             std::slice::from_raw_parts_mut(self.map.as_mut_ptr().add(self.start).cast(), self.len)
@@ -81,8 +62,8 @@ impl Arena {
     ///
     /// # Errors
     /// The system's, if it has no such range.
-    pub fn zeroed<T: AnyBits>(&mut self, len: usize) -> std::io::Result<Memory<T>> {
-        let num_bytes = num_bytes::<T>(len)?;
+    pub fn zeroed(&mut self, len: usize) -> std::io::Result<Memory> {
+        let num_bytes = num_bytes(len)?;
         let map = match &self.map {
             Some(map) if map.len() - self.used >= num_bytes => map,
             _ => {
@@ -93,27 +74,26 @@ impl Arena {
         };
         let (map, start) = (Arc::clone(map), self.used);
         self.used += num_bytes;
-        Ok(Memory { map, start, len, elements: PhantomData })
+        Ok(Memory { map, start, len })
     }
 
     /// Takes back what it gave last.
     ///
     /// # Panics
     /// If it was not the last, or another's.
-    pub(super) fn take_back<T: AnyBits>(&mut self, mut last: Memory<T>) {
+    pub(super) fn take_back(&mut self, mut last: Memory) {
         let is_own = self.map.as_ref().is_some_and(|map| Arc::ptr_eq(map, &last.map));
-        let end = num_bytes::<T>(last.len).map(|len| last.start + len).ok();
+        let end = num_bytes(last.len).map(|len| last.start + len).ok();
         assert!(is_own && end == Some(self.used), "the arena's last memory");
-        last.as_mut_slice().fill(T::default());
+        last.as_mut_slice().fill(0);
         self.used = last.start;
     }
 }
 
-/// Bytes of `len` elements, whole lines of a cache.
-fn num_bytes<T: AnyBits>(len: usize) -> std::io::Result<usize> {
-    const { assert!(align_of::<T>() <= Memory::<T>::ALIGN, "an arena aligns to lines") };
-    let num_bytes = len.checked_mul(size_of::<T>());
-    let lines = num_bytes.and_then(|it| it.max(1).checked_next_multiple_of(Memory::<T>::ALIGN));
+/// Bytes of `len` words, whole lines.
+fn num_bytes(len: usize) -> std::io::Result<usize> {
+    let num_bytes = len.checked_mul(size_of::<u32>());
+    let lines = num_bytes.and_then(|it| it.max(1).checked_next_multiple_of(LINE));
     lines.ok_or_else(|| std::io::ErrorKind::OutOfMemory.into())
 }
 
@@ -133,7 +113,7 @@ mod tests {
     fn an_arena_hands_out_zeros_that_are_nobody_elses() {
         let mut arena = Arena::default();
         let lens = [0, 1, 17, 1000, ARENA_BYTES / 4 + 1, 3];
-        let mut all: Vec<Memory<u32>> = lens.map(|len| arena.zeroed(len).unwrap()).into();
+        let mut all: Vec<Memory> = lens.map(|len| arena.zeroed(len).unwrap()).into();
         for (index, memory) in all.iter_mut().enumerate() {
             assert!(memory.as_slice().iter().all(|&it| it == 0));
             memory.as_mut_slice().fill(index as u32 + 1);
@@ -141,18 +121,18 @@ mod tests {
         for (index, (memory, len)) in all.iter().zip(lens).enumerate() {
             assert_eq!(memory.as_slice().len(), len);
             assert!(memory.as_slice().iter().all(|&it| it == index as u32 + 1));
-            assert!(memory.as_slice().as_ptr().addr().is_multiple_of(Memory::<u32>::ALIGN));
+            assert!(memory.as_slice().as_ptr().addr().is_multiple_of(LINE));
         }
         let last = all.pop().unwrap();
         let place = last.as_slice().as_ptr();
         arena.take_back(last);
-        let again = arena.zeroed::<u32>(3).unwrap();
+        let again = arena.zeroed(3).unwrap();
         assert_eq!((again.as_slice(), again.as_slice().as_ptr()), (&[0; 3][..], place));
-        assert!(arena.zeroed::<u32>(usize::MAX / 2).is_err());
+        assert!(arena.zeroed(usize::MAX / 2).is_err());
         let not_last = || {
             let mut arena = Arena::default();
-            let first = arena.zeroed::<u32>(3).unwrap();
-            let _last = arena.zeroed::<u32>(3).unwrap();
+            let first = arena.zeroed(3).unwrap();
+            let _last = arena.zeroed(3).unwrap();
             arena.take_back(first);
         };
         assert!(std::panic::catch_unwind(not_last).is_err());

@@ -5,9 +5,11 @@
 //! panels in registers while it walks down the inputs. A sum has one lane and adds its inputs in
 //! their order, so a row has the same result in any batch.
 
-pub(super) mod coded;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 pub(super) mod tile;
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::LANES;
@@ -19,8 +21,7 @@ use super::matrix::coded::{CODED, Code, PLAIN};
 use super::norm::Norm;
 use super::pool::Pool;
 use super::shared::SharedMut;
-use coded::{Decoded, run_first_tile, run_only_tile};
-use tile::{Ahead, Sums, TileRows, run_tile};
+use tile::{Ahead, Decoded, Sums, TileRows, run_first_tile, run_only_tile, run_tile};
 
 /// Rows whose sums with two panels, one word of each panel and one input fit into 32 registers.
 pub(super) const MAX_TILE_ROWS: usize = 12;
@@ -41,10 +42,11 @@ const ROUNDS: usize = 4;
 /// The rows of a step in the order in which tiles read them: `[num_tiles, num_words, tile_rows]`.
 #[derive(Debug, Default)]
 pub struct PackedRows<E: Element> {
-    words: Vec<E::Word>,
+    words: Vec<u32>,
     num_rows: usize,
     columns: usize,
     num_words: usize,
+    element: PhantomData<E>,
 }
 
 /// What becomes of the sums of a product.
@@ -72,7 +74,7 @@ impl<E: Element> PackedRows<E> {
         assert!(rows.len().is_multiple_of(columns), "whole rows");
         (self.num_rows, self.columns) = (rows.len() / columns, columns);
         self.num_words = columns.div_ceil(E::PER_WORD);
-        self.words.resize(self.num_rows * self.num_words, E::Word::default());
+        self.words.resize(self.num_rows * self.num_words, 0);
         let (isa, num_rows, num_words) = (pool.isa(), self.num_rows, self.num_words);
         let words = SharedMut::new(&mut self.words);
         pool.run(num_rows.div_ceil(MAX_TILE_ROWS), &|task| {
@@ -85,7 +87,7 @@ impl<E: Element> PackedRows<E> {
         });
     }
 
-    fn tile(&self, first: usize, tile_rows: usize) -> &[E::Word] {
+    fn tile(&self, first: usize, tile_rows: usize) -> &[u32] {
         &self.words[first * self.num_words..][..tile_rows * self.num_words]
     }
 }
@@ -97,11 +99,11 @@ fn pack_tile<E: Element>(
     rows: &[f32],
     columns: usize,
     norm: Option<Norm<'_>>,
-    tile: &mut [E::Word],
+    tile: &mut [u32],
 ) {
     let tile_rows = rows.len() / columns;
     let mut values = [0.0; 2 * PACK_WORDS];
-    let mut words = [E::Word::default(); PACK_WORDS];
+    let mut words = [0; PACK_WORDS];
     for (index, row) in rows.chunks_exact(columns).enumerate() {
         let mut scale = 1.0;
         if let Some(norm) = norm {
@@ -115,7 +117,7 @@ fn pack_tile<E: Element>(
             // The second half of the last word of an odd row.
             values[num_words * E::PER_WORD - 1] = 0.0;
             let (values, words) = (&mut values[..], &mut words[..num_words]);
-            isa.run(Narrow::<E> { row, weight, scale, values, words });
+            isa.run(Narrow { row, weight, scale, values, words, element: PhantomData::<E> });
             let places = tile.iter_mut().skip(index).step_by(tile_rows);
             places.zip(&*words).for_each(|(place, word)| *place = *word);
         }
@@ -141,7 +143,8 @@ struct Narrow<'a, E: Element> {
     weight: Option<&'a [f32]>,
     scale: f32,
     values: &'a mut [f32],
-    words: &'a mut [E::Word],
+    words: &'a mut [u32],
+    element: PhantomData<E>,
 }
 
 impl<E: Element> Kernel for Narrow<'_, E> {
@@ -165,8 +168,9 @@ impl<E: Element> Kernel for Narrow<'_, E> {
 struct Correct<'a, E: Element> {
     code: &'a Code,
     panel: usize,
-    words: &'a [E::Word],
+    words: &'a [u32],
     sums: &'a mut [[f32; LANES]],
+    element: PhantomData<E>,
 }
 
 impl<E: Element> Kernel for Correct<'_, E> {
@@ -185,7 +189,7 @@ struct Gate<'a> {
 impl Kernel for Gate<'_> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let [gates, ups] = &mut self.sums.panels;
+        let [gates, ups] = self.sums;
         for (gates, ups) in gates.iter_mut().zip(ups).take(self.num_rows) {
             for (gate, up) in gates.iter_mut().zip(ups) {
                 *gate = silu::<FMA>(*gate) * *up;
@@ -219,7 +223,7 @@ pub fn product<E: Element>(
             pairs.for_each(|pair| product.only_tile(pair, &mut sums));
         } else {
             let mut sums = std::array::from_fn(|_| Sums::default());
-            let mut decoded = [[[E::Word::default(); LANES]; BLOCK_WORDS]; 2];
+            let mut decoded = [[[0; LANES]; BLOCK_WORDS]; 2];
             pairs.for_each(|pair| product.tiles(pair, &mut sums, &mut decoded));
         }
     });
@@ -241,14 +245,14 @@ impl<E: Element> Product<'_, E> {
     fn only_tile(&self, pair: usize, sums: &mut Sums) {
         let tile = (0, self.rows.num_rows);
         let rows = self.tile(tile, 0..self.rows.num_words);
-        run_only_tile::<E>(self.isa, rows, self.weight.pair(pair), sums);
+        run_only_tile(self.isa, rows, self.weight.pair(pair), sums);
         self.finish(pair, tile, sums);
     }
 
     /// The outputs of a pair of panels. A block of the pair stays in the first cache while a few
     /// tiles go over it, and meanwhile they ask for the next one: between them the processor sees no
     /// stream to read ahead in.
-    fn tiles(&self, pair: usize, sums: &mut [Sums; MAX_TILES], decoded: &mut Decoded<E::Word>) {
+    fn tiles(&self, pair: usize, sums: &mut [Sums; MAX_TILES], decoded: &mut Decoded) {
         let (num_rows, num_words) = (self.rows.num_rows, self.rows.num_words);
         let is_coded = self.weight.code().is_some();
         let has_blocks = is_coded || BLOCK_ROWS.contains(&num_rows);
@@ -272,11 +276,7 @@ impl<E: Element> Product<'_, E> {
     }
 
     /// The inputs of a tile, some words of them.
-    fn tile(
-        &self,
-        (first, num_rows): (usize, usize),
-        words: Range<usize>,
-    ) -> TileRows<'_, E::Word> {
+    fn tile(&self, (first, num_rows): (usize, usize), words: Range<usize>) -> TileRows<'_> {
         let tile = self.rows.tile(first, num_rows);
         TileRows { words: &tile[words.start * num_rows..words.end * num_rows], num_rows }
     }
@@ -317,7 +317,7 @@ impl<E: Element> Product<'_, E> {
         words: Range<usize>,
         tiles: &[(usize, usize)],
         sums: &mut [Sums; MAX_TILES],
-        decoded: &mut Decoded<E::Word>,
+        decoded: &mut Decoded,
     ) {
         let place = |word: usize| 2 * LANES * (word / PLAIN * CODED);
         let codes = |pair: usize, words: Range<usize>| {
@@ -328,7 +328,7 @@ impl<E: Element> Product<'_, E> {
         let is_more = words.start > 0;
         let [first_sums, other_sums @ ..] = sums;
         let rows = self.tile(tiles[0], words.clone());
-        run_first_tile::<E>(self.isa, rows, block, next, is_more, first_sums, decoded);
+        run_first_tile(self.isa, rows, block, next, is_more, first_sums, decoded);
         let panels = decoded.each_ref().map(|panel| panel[..words.len()].as_flattened());
         // The first tile has asked for a third. The others ask in half of their steps for the rest, and
         // in the other half for it again and for what lies behind: with 16 rows that is 15 % quicker
@@ -345,23 +345,23 @@ impl<E: Element> Product<'_, E> {
     fn finish(&self, pair: usize, (first_row, num_rows): (usize, usize), sums: &mut Sums) {
         if let Some(code) = self.weight.code() {
             let words = self.rows.tile(first_row, num_rows);
-            for (panel, sums) in (2 * pair..).zip(&mut sums.panels) {
-                self.isa.run(Correct::<E> { code, panel, words, sums: &mut sums[..num_rows] });
+            for (panel, sums) in (2 * pair..).zip(&mut *sums) {
+                let (sums, element) = (&mut sums[..num_rows], PhantomData::<E>);
+                self.isa.run(Correct { code, panel, words, sums, element });
             }
         }
-        let is_gated = self.weight.is_gated();
-        if is_gated {
+        if self.weight.is_gated() {
             self.isa.run(Gate { sums, num_rows });
         }
-        let pair_columns = if is_gated { LANES } else { 2 * LANES };
+        let pair_columns = if self.weight.is_gated() { LANES } else { 2 * LANES };
         let columns = pair * pair_columns..self.width.min((pair + 1) * pair_columns);
-        for row in 0..num_rows {
-            for (panel, first) in columns.clone().step_by(LANES).enumerate() {
-                let len = LANES.min(columns.end - first);
+        for (sums, first) in sums.iter().zip(columns.clone().step_by(LANES)) {
+            let len = LANES.min(columns.end - first);
+            for (row, sums) in sums[..num_rows].iter().enumerate() {
                 let place = (first_row + row) * self.width + first;
                 // SAFETY: the columns of a pair of panels are one task's.
                 let output = unsafe { self.output.slice(place, len) };
-                store_sums(self.store, &sums.panels[panel][row], output);
+                store_sums(self.store, sums, output);
             }
         }
     }

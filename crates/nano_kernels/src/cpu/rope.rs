@@ -35,7 +35,7 @@ pub fn rope_write_kv<E: Element>(
     rows: &RopeRows<'_>,
     shape: KvShape,
     qkv: &mut [f32],
-    cache: &mut [E::Word],
+    cache: &mut [u32],
     query: &mut [f32],
 ) {
     let KvShape { num_kv_heads, block_size, head_dim } = shape;

@@ -30,12 +30,12 @@ pub struct CpuBackend<E: Element> {
     arena: Arena,
     shape: KvShape,
     /// `[layer, block, ...]`, see [`KvShape`].
-    cache: Memory<E::Word>,
+    cache: Memory,
     /// Words of the cache in one layer.
     layer_len: usize,
     /// The rows of the product at hand.
     rows: PackedRows<E>,
-    scratch: Scratch<E>,
+    scratch: Scratch,
     /// The step prepared last, written over when nobody else holds it.
     step: Rc<CpuStep>,
     spare: Rc<RefCell<Vec<Vec<f32>>>>,
@@ -96,8 +96,9 @@ impl<E: Element> CpuBackend<E> {
             head_dim: spec.head_dim,
         };
         let layer_len = num_blocks as usize * shape.block_len::<E>();
-        let cache = Memory::zeroed(layer_len * spec.layers.len()).map_err(|error| {
-            let bytes = layer_len * spec.layers.len() * size_of::<E::Word>();
+        let len = layer_len * spec.layers.len();
+        let cache = Memory::zeroed(len).map_err(|error| {
+            let bytes = len * size_of::<u32>();
             // The number may be the default.
             let reason = format!(
                 "its {num_blocks} blocks take {bytes} bytes: set num_blocks or kv_cache_gib to \
@@ -291,7 +292,7 @@ impl<E: Element> Backend for CpuBackend<E> {
     fn paged_attention(&mut self, layer: usize, query: Rows, step: &Rc<CpuStep>) -> Result<Rows> {
         let num_heads = self.spec.num_heads;
         let mut output = self.rows(step.slots.len(), num_heads * self.spec.head_dim);
-        let input = AttentionInput::<E> {
+        let input = AttentionInput {
             tiles: &step.tiles,
             block_tables: &step.block_tables,
             query: &query.values,
@@ -300,7 +301,7 @@ impl<E: Element> Backend for CpuBackend<E> {
             shape: self.shape,
             window: self.spec.layers[layer].window.map(|window| window as usize),
         };
-        paged_attention(&mut self.pool, &input, &mut self.scratch, &mut output.values);
+        paged_attention::<E>(&mut self.pool, &input, &mut self.scratch, &mut output.values);
         Ok(output)
     }
 

@@ -1,5 +1,6 @@
 //! The queries of one tile over their one head of keys and values.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::{AttentionInput, MAX_QUERIES, NUM_KEYS, Tile};
@@ -16,13 +17,13 @@ const QUERIES_AT_ONCE: usize = 4;
 
 /// Scratch memory of one task.
 #[derive(Debug, Default)]
-pub(super) struct Head<E: Element> {
+pub(super) struct Head {
     /// The queries as products read them, `[num_tiles, num_words, tile_rows]`.
-    query: Vec<E::Word>,
+    query: Vec<u32>,
     /// `[2, num_words, LANES]`.
-    keys: Vec<E::Word>,
+    keys: Vec<u32>,
     /// `[NUM_KEYS, num_words]`.
-    values: Vec<E::Word>,
+    values: Vec<u32>,
     /// `[num_queries, head_dim]`.
     sums: Vec<f32>,
     /// `[num_queries, NUM_KEYS]`: scores, then weights.
@@ -31,16 +32,16 @@ pub(super) struct Head<E: Element> {
     running: Vec<(f32, f32)>,
 }
 
-impl<E: Element> Head<E> {
+impl Head {
     /// Makes it large enough.
-    pub(super) fn make_room(&mut self, input: &AttentionInput<'_, E>) {
+    pub(super) fn make_room<E: Element>(&mut self, input: &AttentionInput<'_>) {
         let shape = input.shape;
         let num_queries = MAX_QUERIES.max(input.num_heads / shape.num_kv_heads);
         let num_words = shape.num_words::<E>();
         let whole = num_queries.next_multiple_of(QUERIES_AT_ONCE);
-        self.query.resize(num_queries * num_words, E::Word::default());
-        self.keys.resize(2 * LANES * num_words, E::Word::default());
-        self.values.resize(NUM_KEYS * num_words, E::Word::default());
+        self.query.resize(num_queries * num_words, 0);
+        self.keys.resize(2 * LANES * num_words, 0);
+        self.values.resize(NUM_KEYS * num_words, 0);
         self.sums.resize(whole * shape.head_dim, 0.0);
         self.weights.resize(whole, [0.0; NUM_KEYS]);
         self.running.resize(num_queries, (f32::NEG_INFINITY, 0.0));
@@ -49,11 +50,12 @@ impl<E: Element> Head<E> {
 
 pub(super) struct Attend<'a, 'b, E: Element> {
     pub(super) isa: Isa,
-    pub(super) head: &'a mut Head<E>,
-    pub(super) input: &'a AttentionInput<'a, E>,
+    pub(super) head: &'a mut Head,
+    pub(super) input: &'a AttentionInput<'a>,
     pub(super) tile: &'a Tile,
     pub(super) kv_head: usize,
     pub(super) output: &'a SharedMut<'b, f32>,
+    pub(super) element: PhantomData<E>,
 }
 
 impl<E: Element> Kernel for Attend<'_, '_, E> {
@@ -179,7 +181,7 @@ impl<E: Element> Attend<'_, '_, E> {
             let mut sums = Sums::default();
             let rows = TileRows { words: query, num_rows: tile_rows };
             run_tile::<E>(self.isa, rows, [first_panel, second_panel], None, false, &mut sums);
-            let [low, high] = &sums.panels;
+            let [low, high] = &sums;
             let weights = self.head.weights[first..][..tile_rows].iter_mut();
             for (weights, (low, high)) in weights.zip(low.iter().zip(high)) {
                 weights[..LANES].copy_from_slice(low);
@@ -268,7 +270,7 @@ fn reduced(values: &[f32; NUM_KEYS], f: impl Fn(f32, f32) -> f32) -> f32 {
 fn add_words<E: Element, const FMA: bool, const WIDTH: usize>(
     sums: &mut [f32],
     weights: &[[f32; NUM_KEYS]],
-    values: &[E::Word],
+    values: &[u32],
     lanes: Range<usize>,
     word: usize,
 ) {

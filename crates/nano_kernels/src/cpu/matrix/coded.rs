@@ -45,7 +45,7 @@ const NUM_SAMPLES: usize = 256;
 const MIN_PER_PATCH: usize = 512;
 
 /// The codes of a pair of panels for `PLAIN` words of inputs.
-pub type Step<W> = [[[W; LANES]; CODED]; 2];
+pub(in crate::cpu) type Step = [[[u32; LANES]; CODED]; 2];
 
 /// How a matrix is coded.
 #[derive(Debug)]
@@ -77,7 +77,7 @@ impl Code {
         read: &impl Fn(usize, &mut [E]),
     ) -> Option<Self> {
         let is_whole = columns > 0 && columns.is_multiple_of(PLAIN * E::PER_WORD);
-        if !E::HAS_CODE || !isa.has_bf16_products() || !is_whole {
+        if !E::has_products(isa) || !is_whole {
             return None;
         }
         let mut counts = [0_u32; 256];
@@ -142,7 +142,7 @@ impl Code {
     pub(in crate::cpu) fn correct<E: Element>(
         &self,
         panel: usize,
-        words: &[E::Word],
+        words: &[u32],
         sums: &mut [[f32; LANES]],
     ) {
         let (scale, hole) = (self.scale(), self.hole());
@@ -161,12 +161,12 @@ impl Code {
 }
 
 /// The codes of a pair of panels, or of a part of it.
-pub(in crate::cpu) fn steps<W>(pair: &[W]) -> &[Step<W>] {
+pub(in crate::cpu) fn steps(pair: &[u32]) -> &[Step] {
     pair.as_chunks().0.as_chunks().0.as_chunks().0
 }
 
 /// As [`steps`].
-pub(super) fn steps_mut<W>(pair: &mut [W]) -> &mut [Step<W>] {
+pub(super) fn steps_mut(pair: &mut [u32]) -> &mut [Step] {
     pair.as_chunks_mut().0.as_chunks_mut().0.as_chunks_mut().0
 }
 

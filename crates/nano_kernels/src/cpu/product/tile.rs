@@ -1,20 +1,24 @@
 //! The innermost loop: the sums of a few rows with two panels, kept in registers.
 
-use super::MAX_TILE_ROWS;
+use std::marker::PhantomData;
+
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
+use super::{BLOCK_WORDS, MAX_TILE_ROWS};
 use crate::cpu::LANES;
 use crate::cpu::element::Element;
 use crate::cpu::isa::{Isa, Kernel};
+use crate::cpu::matrix::coded::steps;
 
 /// For each panel and row the sums of the panel's outputs.
-#[derive(Debug, Default)]
-pub(in crate::cpu) struct Sums {
-    pub(in crate::cpu) panels: [[[f32; LANES]; MAX_TILE_ROWS]; 2],
-}
+pub(in crate::cpu) type Sums = [[[f32; LANES]; MAX_TILE_ROWS]; 2];
+/// The words of two panels in a block, decoded.
+pub(super) type Decoded = [[[u32; LANES]; BLOCK_WORDS]; 2];
 
 /// The inputs of a tile, `[num_words, num_rows]`.
 #[derive(Clone, Copy)]
-pub(in crate::cpu) struct TileRows<'a, W> {
-    pub(in crate::cpu) words: &'a [W],
+pub(in crate::cpu) struct TileRows<'a> {
+    pub(in crate::cpu) words: &'a [u32],
     /// From 1 to [`MAX_TILE_ROWS`].
     pub(in crate::cpu) num_rows: usize,
 }
@@ -35,42 +39,79 @@ macro_rules! by_rows {
         }
     };
 }
-pub(super) use by_rows;
 
 /// Words of the two panels that are wanted next, asked for in turns by several tiles.
 #[derive(Clone, Copy)]
-pub struct Ahead<'a, W> {
-    pub(in crate::cpu) panels: [&'a [W]; 2],
-    pub(in crate::cpu) num_turns: usize,
-    pub(in crate::cpu) turn: usize,
+pub(in crate::cpu) struct Ahead<'a> {
+    pub(super) panels: [&'a [u32]; 2],
+    pub(super) num_turns: usize,
+    pub(super) turn: usize,
 }
 
 /// Sums of rows with two panels, `[num_words, LANES]`, added to `sums` if `is_more`, else written
 /// over them.
 pub(in crate::cpu) fn run_tile<E: Element>(
     isa: Isa,
-    rows: TileRows<'_, E::Word>,
-    panels: [&[E::Word]; 2],
-    ahead: Option<Ahead<'_, E::Word>>,
+    rows: TileRows<'_>,
+    panels: [&[u32]; 2],
+    ahead: Option<Ahead<'_>>,
     is_more: bool,
     sums: &mut Sums,
 ) {
     if !is_more {
-        sums.panels.iter_mut().for_each(|sums| sums[..rows.num_rows].fill([0.0; LANES]));
+        for sums in &mut *sums {
+            sums[..rows.num_rows].fill([0.0; LANES]);
+        }
     }
     let panels = panels.map(|panel| panel.as_chunks::<LANES>().0);
     by_rows!(rows, words => {
-        if !E::tile(isa, words, panels, ahead, &mut sums.panels) {
-            isa.run(Plain::<E, _> { rows: words, panels, sums });
+        #[cfg(target_arch = "x86_64")]
+        if E::has_products(isa) {
+            // SAFETY: the processor has the instruction, see `Isa`.
+            return unsafe { avx512::tile(words, panels, ahead, sums) };
         }
+        isa.run(Plain::<E, _> { rows: words, panels, sums, element: PhantomData });
     });
+}
+
+/// The sums of the only tile of a step with a whole coded pair of panels, written over `sums`. They are of
+/// decoded words: [`Code::correct`](crate::cpu::matrix::coded::Code::correct) makes them those of
+/// parameters.
+pub(super) fn run_only_tile(isa: Isa, rows: TileRows<'_>, pair: &[u32], sums: &mut Sums) {
+    assert!(isa.has_bf16_products(), "codes are for processors that multiply them");
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the processor has the instructions, see `Isa`.
+    by_rows!(rows, words => unsafe { avx512::only_tile(words, steps(pair), sums) });
+}
+
+/// As [`run_only_tile`], for the first of several tiles over a block of a pair: leaves the block's words in
+/// `decoded`, and asks for a third of the codes that come `next`.
+pub(super) fn run_first_tile(
+    isa: Isa,
+    rows: TileRows<'_>,
+    block: &[u32],
+    next: &[u32],
+    is_more: bool,
+    sums: &mut Sums,
+    decoded: &mut Decoded,
+) {
+    if !is_more {
+        for sums in &mut *sums {
+            sums[..rows.num_rows].fill([0.0; LANES]);
+        }
+    }
+    assert!(isa.has_bf16_products(), "codes are for processors that multiply them");
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as above.
+    by_rows!(rows, words => unsafe { avx512::first_tile(words, steps(block), next, sums, decoded) });
 }
 
 /// For any set of instructions.
 struct Plain<'a, E: Element, const ROWS: usize> {
-    rows: &'a [[E::Word; ROWS]],
-    panels: [&'a [[E::Word; LANES]]; 2],
+    rows: &'a [[u32; ROWS]],
+    panels: [&'a [[u32; LANES]]; 2],
     sums: &'a mut Sums,
+    element: PhantomData<E>,
 }
 
 impl<E: Element, const ROWS: usize> Kernel for Plain<'_, E, ROWS> {
@@ -84,7 +125,7 @@ impl<E: Element, const ROWS: usize> Kernel for Plain<'_, E, ROWS> {
 impl<E: Element, const ROWS: usize> Plain<'_, E, ROWS> {
     #[inline(always)]
     fn rows_at_once<const FMA: bool, const AT_ONCE: usize>(self) {
-        for (panel, sums) in self.panels.into_iter().zip(&mut self.sums.panels) {
+        for (panel, sums) in self.panels.into_iter().zip(self.sums) {
             for first in (0..ROWS).step_by(AT_ONCE) {
                 // Where fewer are left, the last one is worked out more than once.
                 let rows: [usize; AT_ONCE] = std::array::from_fn(|at| (first + at).min(ROWS - 1));
@@ -100,59 +141,6 @@ impl<E: Element, const ROWS: usize> Plain<'_, E, ROWS> {
                     sums[row] = own;
                 }
             }
-        }
-    }
-}
-
-/// As [`Plain`], by the instruction that multiplies pairs of bfloat16.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(in crate::cpu) fn tile_avx512<const ROWS: usize>(
-    rows: &[[u32; ROWS]],
-    panels: [&[[u32; LANES]]; 2],
-    ahead: Option<Ahead<'_, u32>>,
-    sums: &mut [[[f32; LANES]; MAX_TILE_ROWS]; 2],
-) {
-    use std::arch::x86_64::{
-        __m512bh, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_dpbf16_ps, _mm512_loadu_ps,
-        _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
-    };
-    // SAFETY: both are 512 bits, of which any are a value.
-    let pairs = |words: __m512i| unsafe { std::mem::transmute::<__m512i, __m512bh>(words) };
-    let mut own = [[_mm512_setzero_ps(); ROWS]; 2];
-    for (own, sums) in own.iter_mut().zip(&*sums) {
-        for (own, sums) in own.iter_mut().zip(sums) {
-            // SAFETY: an array of 16 sums is 512 bits.
-            *own = unsafe { _mm512_loadu_ps(sums.as_ptr()) };
-        }
-    }
-    let [next_first, next_second] = ahead.map_or([&[][..]; 2], |ahead| ahead.panels);
-    let mut wait = ahead.map_or(usize::MAX, |ahead| ahead.turn);
-    let num_turns = ahead.map_or(1, |ahead| ahead.num_turns);
-    for (step, ((row_words, first), second)) in
-        rows.iter().zip(panels[0]).zip(panels[1]).enumerate()
-    {
-        if wait == 0 {
-            wait = num_turns;
-            for next in [next_first, next_second] {
-                // Advice: an address that is not there does no harm.
-                _mm_prefetch::<_MM_HINT_T1>(next.as_ptr().wrapping_add(step * LANES).cast());
-            }
-        }
-        wait -= 1;
-        // SAFETY: an array of 16 words is 512 bits.
-        let words =
-            [first, second].map(|it| pairs(unsafe { _mm512_loadu_si512(it.as_ptr().cast()) }));
-        for row in 0..ROWS {
-            let row_word = pairs(_mm512_set1_epi32(row_words[row].cast_signed()));
-            own[0][row] = _mm512_dpbf16_ps(own[0][row], row_word, words[0]);
-            own[1][row] = _mm512_dpbf16_ps(own[1][row], row_word, words[1]);
-        }
-    }
-    for (sums, own) in sums.iter_mut().zip(own) {
-        for (sums, own) in sums.iter_mut().zip(own) {
-            // SAFETY: as above.
-            unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), own) };
         }
     }
 }
