@@ -17,7 +17,7 @@ use super::element::Element;
 use super::exp::silu;
 use super::isa::{Isa, Kernel};
 use super::matrix::PackedMatrix;
-use super::matrix::coded::{CODED, Code, PLAIN};
+use super::matrix::coded::{CODED, PLAIN};
 use super::norm::Norm;
 use super::pool::Pool;
 use super::shared::SharedMut;
@@ -164,36 +164,27 @@ impl<E: Element> Kernel for Narrow<'_, E> {
     }
 }
 
-/// See [`Code::correct`].
-struct Correct<'a, E: Element> {
-    code: &'a Code,
-    panel: usize,
+/// Makes sums of a pair of panels with rows, whose words are given, those of parameters, and writes
+/// `silu(gate) * up` over the first panel's.
+struct Finish<'a, E: Element> {
+    weight: &'a PackedMatrix<E>,
+    pair: usize,
     words: &'a [u32],
-    sums: &'a mut [[f32; LANES]],
-    element: PhantomData<E>,
+    sums: [&'a mut [[f32; LANES]]; 2],
 }
 
-impl<E: Element> Kernel for Correct<'_, E> {
+impl<E: Element> Kernel for Finish<'_, E> {
     #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        self.code.correct::<E>(self.panel, self.words, self.sums);
-    }
-}
-
-/// Writes `silu(gate) * up` over the sums of the first panel.
-struct Gate<'a> {
-    sums: &'a mut Sums,
-    num_rows: usize,
-}
-
-impl Kernel for Gate<'_> {
-    #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        let [gates, ups] = self.sums;
-        for (gates, ups) in gates.iter_mut().zip(ups).take(self.num_rows) {
-            for (gate, up) in gates.iter_mut().zip(ups) {
-                *gate = silu::<FMA>(*gate) * *up;
+    fn run<const FMA: bool>(mut self) {
+        if let Some(code) = self.weight.code() {
+            for (panel, sums) in (2 * self.pair..).zip(&mut self.sums) {
+                code.correct::<E>(panel, self.words, sums);
             }
+        }
+        if self.weight.is_gated() {
+            let [gates, ups] = self.sums;
+            let sums = gates.as_flattened_mut().iter_mut().zip(ups.as_flattened());
+            sums.for_each(|(gate, up)| *gate = silu::<FMA>(*gate) * up);
         }
     }
 }
@@ -343,16 +334,9 @@ impl<E: Element> Product<'_, E> {
 
     /// Sums of a pair's panels, ready, become output.
     fn finish(&self, pair: usize, (first_row, num_rows): (usize, usize), sums: &mut Sums) {
-        if let Some(code) = self.weight.code() {
-            let words = self.rows.tile(first_row, num_rows);
-            for (panel, sums) in (2 * pair..).zip(&mut *sums) {
-                let (sums, element) = (&mut sums[..num_rows], PhantomData::<E>);
-                self.isa.run(Correct { code, panel, words, sums, element });
-            }
-        }
-        if self.weight.is_gated() {
-            self.isa.run(Gate { sums, num_rows });
-        }
+        let words = self.rows.tile(first_row, num_rows);
+        let of_rows = sums.each_mut().map(|sums| &mut sums[..num_rows]);
+        self.isa.run(Finish { weight: self.weight, pair, words, sums: of_rows });
         let pair_columns = if self.weight.is_gated() { LANES } else { 2 * LANES };
         let columns = pair * pair_columns..self.width.min((pair + 1) * pair_columns);
         for (sums, first) in sums.iter().zip(columns.clone().step_by(LANES)) {
