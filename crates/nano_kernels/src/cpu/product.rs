@@ -254,6 +254,7 @@ impl<E: Element> Product<'_, E> {
             let num_tiles =
                 tiles.iter_mut().zip(&mut groups).map(|(place, it)| *place = it).count();
             let tiles = &tiles[..num_tiles];
+            sums[..num_tiles].fill(Sums::default());
             for start in (0..num_words).step_by(block_words) {
                 let words = start..num_words.min(start + block_words);
                 if is_coded {
@@ -297,7 +298,7 @@ impl<E: Element> Product<'_, E> {
         for (turn, (tile, sums)) in tiles.iter().zip(sums).enumerate() {
             let rows = self.tile(*tile, words.clone());
             let ahead = asks.then_some(Ahead { panels: next, num_turns: tiles.len(), turn });
-            run_tile::<E>(self.isa, rows, block, ahead, words.start > 0, sums);
+            run_tile::<E>(self.isa, rows, block, ahead, sums);
         }
     }
 
@@ -316,10 +317,9 @@ impl<E: Element> Product<'_, E> {
         };
         let (next_pair, next_words) = self.next(pair, &words);
         let (block, next) = (codes(pair, words.clone()), codes(next_pair, next_words));
-        let is_more = words.start > 0;
         let [first_sums, other_sums @ ..] = sums;
         let rows = self.tile(tiles[0], words.clone());
-        run_first_tile(self.isa, rows, block, next, is_more, first_sums, decoded);
+        run_first_tile(self.isa, rows, block, next, first_sums, decoded);
         let panels = decoded.each_ref().map(|panel| panel[..words.len()].as_flattened());
         // The first tile has asked for a third. The others ask in half of their steps for the rest, and
         // in the other half for it again and for what lies behind: with 16 rows that is 15 % quicker
@@ -328,7 +328,7 @@ impl<E: Element> Product<'_, E> {
         let (next, num_turns) = (rest.split_at(rest.len() / 2).into(), tiles.len() - 1);
         for (turn, (tile, sums)) in tiles[1..].iter().zip(other_sums).enumerate() {
             let ahead = Some(Ahead { panels: next, num_turns, turn });
-            run_tile::<E>(self.isa, self.tile(*tile, words.clone()), panels, ahead, is_more, sums);
+            run_tile::<E>(self.isa, self.tile(*tile, words.clone()), panels, ahead, sums);
         }
     }
 

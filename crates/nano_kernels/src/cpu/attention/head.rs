@@ -180,7 +180,7 @@ impl<E: Element> Attend<'_, '_, E> {
             let query = &self.head.query[first * num_words..][..tile_rows * num_words];
             let mut sums = Sums::default();
             let rows = TileRows { words: query, num_rows: tile_rows };
-            run_tile::<E>(self.isa, rows, [first_panel, second_panel], None, false, &mut sums);
+            run_tile::<E>(self.isa, rows, [first_panel, second_panel], None, &mut sums);
             let [low, high] = &sums;
             let weights = self.head.weights[first..][..tile_rows].iter_mut();
             for (weights, (low, high)) in weights.zip(low.iter().zip(high)) {

@@ -48,21 +48,14 @@ pub(in crate::cpu) struct Ahead<'a> {
     pub(super) turn: usize,
 }
 
-/// Sums of rows with two panels, `[num_words, LANES]`, added to `sums` if `is_more`, else written
-/// over them.
+/// Adds sums of rows with two panels, `[num_words, LANES]`, to `sums`.
 pub(in crate::cpu) fn run_tile<E: Element>(
     isa: Isa,
     rows: TileRows<'_>,
     panels: [&[u32]; 2],
     ahead: Option<Ahead<'_>>,
-    is_more: bool,
     sums: &mut Sums,
 ) {
-    if !is_more {
-        for sums in &mut *sums {
-            sums[..rows.num_rows].fill([0.0; LANES]);
-        }
-    }
     let panels = panels.map(|panel| panel.as_chunks::<LANES>().0);
     by_rows!(rows, words => {
         #[cfg(target_arch = "x86_64")]
@@ -84,22 +77,16 @@ pub(super) fn run_only_tile(isa: Isa, rows: TileRows<'_>, pair: &[u32], sums: &m
     by_rows!(rows, words => unsafe { avx512::only_tile(words, steps(pair), sums) });
 }
 
-/// As [`run_only_tile`], for the first of several tiles over a block of a pair: leaves the block's words in
-/// `decoded`, and asks for a third of the codes that come `next`.
+/// As [`run_only_tile`], added by the first of several tiles over a block of a pair: leaves the block's
+/// words in `decoded`, and asks for a third of the codes that come `next`.
 pub(super) fn run_first_tile(
     isa: Isa,
     rows: TileRows<'_>,
     block: &[u32],
     next: &[u32],
-    is_more: bool,
     sums: &mut Sums,
     decoded: &mut Decoded,
 ) {
-    if !is_more {
-        for sums in &mut *sums {
-            sums[..rows.num_rows].fill([0.0; LANES]);
-        }
-    }
     assert!(isa.has_bf16_products(), "codes are for processors that multiply them");
     #[cfg(target_arch = "x86_64")]
     // SAFETY: as above.
