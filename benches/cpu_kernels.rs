@@ -10,7 +10,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use half::bf16;
 use nano_kernels::cpu::attention::{AttentionInput, KvShape, Scratch, Tile, paged_attention};
 use nano_kernels::cpu::matrix::PackedMatrix;
-use nano_kernels::cpu::memory::{Arena, Memory};
+use nano_kernels::cpu::memory::Arena;
 use nano_kernels::cpu::norm::Norm;
 use nano_kernels::cpu::product::{PackedRows, Store, product};
 use nano_kernels::cpu::sampling::sample;
@@ -122,7 +122,7 @@ fn decode_attention(criterion: &mut Criterion) {
     for context in [128, 1024, 8192] {
         let blocks = context / shape.block_size;
         let num_blocks = num_sequences * blocks;
-        let mut cache = Memory::zeroed(num_blocks * shape.block_len::<bf16>()).unwrap();
+        let mut cache = Arena::default().zeroed(num_blocks * shape.block_len::<bf16>()).unwrap();
         cache.as_mut_slice().fill(0x3C00_3C00);
         // Neighbours in a table are far apart in the pool.
         let block_tables: Vec<u32> = (0..num_sequences)

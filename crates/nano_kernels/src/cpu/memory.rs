@@ -22,14 +22,6 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Zeros, at the start of a page.
-    ///
-    /// # Errors
-    /// The system's, if it has no such range.
-    pub fn zeroed(len: usize) -> std::io::Result<Self> {
-        Ok(Self { map: map(num_bytes(len)?)?, start: 0, len })
-    }
-
     /// All of it.
     #[inline]
     pub fn as_slice(&self) -> &[u32] {

@@ -96,8 +96,9 @@ impl<E: Element> CpuBackend<E> {
             head_dim: spec.head_dim,
         };
         let layer_len = num_blocks as usize * shape.block_len::<E>();
+        let mut arena = Arena::default();
         let len = layer_len * spec.layers.len();
-        let cache = Memory::zeroed(len).map_err(|error| {
+        let cache = arena.zeroed(len).map_err(|error| {
             let bytes = len * size_of::<u32>();
             // The number may be the default.
             let reason = format!(
@@ -109,7 +110,7 @@ impl<E: Element> CpuBackend<E> {
         Ok(Self {
             spec,
             pool,
-            arena: Arena::default(),
+            arena,
             shape,
             cache,
             layer_len,
