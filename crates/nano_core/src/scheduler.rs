@@ -20,7 +20,7 @@ use crate::executor::Capacity;
 use crate::ids::{RequestId, SequenceId};
 use crate::kv_cache::KvCacheManager;
 use crate::request::Request;
-use crate::sequence::{InFlightToken, Sequence};
+use crate::sequence::Sequence;
 
 pub use pace::Pace;
 
@@ -250,9 +250,7 @@ impl Scheduler {
     /// Tokens of `sequence` that this step can take.
     fn num_tokens_for(&self, sequence: &Sequence, step: &ScheduleOutput) -> u32 {
         // A token in flight can be named only by the step right after the one that samples it.
-        let unnameable =
-            sequence.num_in_flight_tokens > 0 && sequence.newest_in_flight.step != self.step;
-        if unnameable {
+        if sequence.num_in_flight_tokens > 0 && sequence.last_step != self.step {
             return 0;
         }
         let mut budget = self.config.max_num_batched_tokens - step.num_tokens;
@@ -355,7 +353,7 @@ fn push_scheduled(step: &mut ScheduleOutput, sequence: &mut Sequence, num_tokens
     let end = first + num_tokens;
     let reaches_end = end == sequence.num_tokens();
     let tokens = if sequence.num_in_flight_tokens > 0 {
-        TokenSource::PreviousStep { row: sequence.newest_in_flight.row }
+        TokenSource::PreviousStep { row: sequence.last_row }
     } else {
         TokenSource::Host(extend_range(
             &mut step.token_ids,
@@ -384,10 +382,9 @@ fn push_scheduled(step: &mut ScheduleOutput, sequence: &mut Sequence, num_tokens
         step.num_prompt_tokens += num_tokens;
     }
     sequence.num_computed_tokens = end;
-    sequence.last_step = step.step;
+    (sequence.last_step, sequence.last_row) = (step.step, row);
     if logit_rows == LogitRows::Last {
         sequence.num_in_flight_tokens += 1;
-        sequence.newest_in_flight = InFlightToken { step: step.step, row };
     }
 }
 

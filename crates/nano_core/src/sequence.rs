@@ -5,15 +5,6 @@ use crate::kv_cache::BlockTable;
 use crate::request::Request;
 use crate::step::FinishReason;
 
-/// A sampled token that the host has not seen yet, as the step after it names it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InFlightToken {
-    /// The step that samples it.
-    pub step: u64,
-    /// The sequence's index in that step.
-    pub row: u32,
-}
-
 /// Tokens, counters and blocks of one request.
 ///
 /// Of its `num_tokens` tokens the first `num_computed_tokens` have keys and values in the cache,
@@ -30,9 +21,10 @@ pub struct Sequence {
     pub(crate) num_computed_tokens: u32,
     /// Sampled tokens that the host has not seen.
     pub(crate) num_in_flight_tokens: u32,
-    pub(crate) newest_in_flight: InFlightToken,
-    /// The last step that names the sequence's blocks.
+    /// The last step that names the sequence's blocks; it samples the newest token in flight, if any is.
     pub(crate) last_step: u64,
+    /// The sequence's index in that step.
+    pub(crate) last_row: u32,
     pub(crate) block_table: BlockTable,
     /// For a request of logits: how many rows were delivered.
     pub(crate) num_logit_rows: u32,
@@ -49,8 +41,8 @@ impl Sequence {
             tokens,
             num_computed_tokens: 0,
             num_in_flight_tokens: 0,
-            newest_in_flight: InFlightToken { step: 0, row: 0 },
             last_step: 0,
+            last_row: 0,
             block_table: BlockTable::new(),
             num_logit_rows: 0,
         }
