@@ -21,15 +21,14 @@ const NUM_LOOKS: u32 = 1 << 12;
 const OPEN: u64 = 1 << 31;
 const NEXT_JOB: u64 = 1 << 32;
 
-/// A job: a function of a task's number.
-type Job = &'static (dyn Fn(usize) + Sync);
+/// A job: a function of a task's number, and the number of tasks.
+type Job = (&'static (dyn Fn(usize) + Sync), usize);
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Shared {
     /// See [`OPEN`].
     state: AtomicU64,
     next_task: AtomicUsize,
-    num_tasks: AtomicUsize,
     job: UnsafeCell<Option<Job>>,
     /// The last task's, for the caller of the job.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -54,15 +53,7 @@ pub struct Pool {
 impl Pool {
     /// A pool of `num_threads`, the caller included. Fewer, if the system gives no more.
     pub fn new(num_threads: NonZero<usize>, isa: Isa) -> Self {
-        let shared = Arc::new(Shared {
-            state: AtomicU64::new(0),
-            next_task: AtomicUsize::new(0),
-            num_tasks: AtomicUsize::new(0),
-            job: UnsafeCell::new(None),
-            panic: Mutex::default(),
-            is_closed: AtomicBool::new(false),
-            num_sleepers: AtomicUsize::new(0),
-        });
+        let shared = Arc::<Shared>::default();
         let spawn = |index| {
             let shared = Arc::clone(&shared);
             let name = format!("nano-cpu-{index}");
@@ -114,8 +105,7 @@ impl Pool {
         };
         // SAFETY: `self` is borrowed exclusively, so no other job is open, and the loop at the end
         // of the last one saw the last worker leave: nobody reads `job` now.
-        unsafe { *shared.job.get() = Some(job) };
-        shared.num_tasks.store(num_tasks, Ordering::Relaxed);
+        unsafe { *shared.job.get() = Some((job, num_tasks)) };
         shared.next_task.store(0, Ordering::Relaxed);
         // One total order with the sleeper's count: either it sees this job or is seen asleep.
         shared.state.fetch_add(NEXT_JOB + OPEN, Ordering::SeqCst);
@@ -157,8 +147,7 @@ impl Shared {
     fn claim_tasks(&self) {
         // SAFETY: the job is open, or was when this thread joined; it is not written until this
         // thread has left, and lives as long.
-        let Some(job) = (unsafe { *self.job.get() }) else { return };
-        let num_tasks = self.num_tasks.load(Ordering::Relaxed);
+        let Some((job, num_tasks)) = (unsafe { *self.job.get() }) else { return };
         let run = || loop {
             let task = self.next_task.fetch_add(1, Ordering::Relaxed);
             if task >= num_tasks {
