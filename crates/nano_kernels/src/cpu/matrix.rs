@@ -68,32 +68,29 @@ impl<E: Element> PackedMatrix<E> {
     ) -> std::io::Result<Option<Self>> {
         let num_pairs = if is_gated { rows / 2 } else { rows.div_ceil(2) }.div_ceil(LANES);
         let pair_len = pair_len(code.as_ref(), columns.div_ceil(E::PER_WORD));
-        let words = arena.zeroed(num_pairs * pair_len)?;
-        let mut matrix = Self { words, rows, columns, is_gated, code: None, element: PhantomData };
-        let rows_of: Vec<_> = (0..num_pairs).map(|pair| matrix.rows_of(pair)).collect();
-        let pairs = matrix.words.as_mut_slice().chunks_exact_mut(pair_len.max(1));
+        let mut words = arena.zeroed(num_pairs * pair_len)?;
+        let pairs = words.as_mut_slice().chunks_exact_mut(pair_len.max(1));
         let mut pairs: Vec<_> = pairs.map(|pair| (pair, [Vec::new(), Vec::new()])).collect();
         let base = code.as_ref().map(Code::base);
         let num_patches = AtomicUsize::new(0);
         let is_worth_it =
             || coded::is_worth_it(num_patches.load(Ordering::Relaxed), rows * columns);
         pool.each(&mut pairs, |pair, (words, patches)| {
-            for panel in 0..2 {
+            for (panel, rows) in panel_rows(rows, is_gated, pair).into_iter().enumerate() {
                 if is_worth_it() {
-                    let rows = &rows_of[pair][panel];
                     patches[panel] = pack_panel(rows, columns, base, read, panel, words);
                     num_patches.fetch_add(patches[panel].len(), Ordering::Relaxed);
                 }
             }
         });
         if !is_worth_it() {
-            arena.take_back(matrix.words);
+            arena.take_back(words);
             return Ok(None);
         }
         if let Some(code) = &mut code {
             code.set_patches(pairs.into_iter().flat_map(|(_, patches)| patches));
         }
-        Ok(Some(Self { code, ..matrix }))
+        Ok(Some(Self { words, rows, columns, is_gated, code, element: PhantomData }))
     }
 
     /// Whether it is made of gate and up.
@@ -101,21 +98,9 @@ impl<E: Element> PackedMatrix<E> {
         self.is_gated
     }
 
-    /// The rows of a pair's panels, those of a panel neighbours.
-    fn rows_of(&self, pair: usize) -> [Range<usize>; 2] {
-        let panel_rows = |end: usize, first: usize| first.min(end)..end.min(first + LANES);
-        if self.is_gated {
-            let half = self.rows / 2;
-            let gate = panel_rows(half, pair * LANES);
-            [gate.clone(), half + gate.start..half + gate.end]
-        } else {
-            [0, 1].map(|panel| panel_rows(self.rows, (2 * pair + panel) * LANES))
-        }
-    }
-
-    /// Outputs.
-    pub fn rows(&self) -> usize {
-        self.rows
+    /// Outputs of a product.
+    pub fn width(&self) -> usize {
+        if self.is_gated { self.rows / 2 } else { self.rows }
     }
 
     /// Inputs.
@@ -183,6 +168,17 @@ impl<E: Element> PackedMatrix<E> {
     }
 }
 
+/// The rows of a pair's panels, those of a panel neighbours.
+fn panel_rows(rows: usize, is_gated: bool, pair: usize) -> [Range<usize>; 2] {
+    let panel_rows = |end: usize, first: usize| first.min(end)..end.min(first + LANES);
+    if is_gated {
+        let gate = panel_rows(rows / 2, pair * LANES);
+        [gate.clone(), rows / 2 + gate.start..rows / 2 + gate.end]
+    } else {
+        [0, 1].map(|panel| panel_rows(rows, (2 * pair + panel) * LANES))
+    }
+}
+
 /// Words that a pair of panels takes.
 fn pair_len(code: Option<&Code>, num_words: usize) -> usize {
     2 * LANES * if code.is_some() { num_words / PLAIN * CODED } else { num_words }
@@ -190,7 +186,7 @@ fn pair_len(code: Option<&Code>, num_words: usize) -> usize {
 
 /// Writes the words of some rows, or their codes if there is a base, as one panel of a pair.
 fn pack_panel<E: Element>(
-    rows: &Range<usize>,
+    rows: Range<usize>,
     columns: usize,
     base: Option<u32>,
     read: &(impl Fn(usize, &mut [E]) + Sync),
@@ -202,7 +198,7 @@ fn pack_panel<E: Element>(
     let len = columns.div_ceil(E::PER_WORD) * LANES;
     let mut plain = vec![0; if base.is_some() { len } else { 0 }];
     let target = if base.is_some() { &mut plain[..] } else { &mut pair[panel * len..][..len] };
-    for (lane, row) in rows.clone().enumerate() {
+    for (lane, row) in rows.enumerate() {
         read(row, &mut elements[..columns]);
         if let Some(base) = base {
             coded::find_patches(lane as u32, &elements, base, &mut patches);

@@ -189,8 +189,8 @@ impl<E: Element> Kernel for Finish<'_, E> {
     }
 }
 
-/// `output = rows · weightᵀ`, or added to it: `[num_rows, weight.rows()]`. With a gated matrix the
-/// sums are `silu(gate) * up`: `[num_rows, weight.rows() / 2]`.
+/// `output = rows · weightᵀ`, or added to it: `[num_rows, weight.width()]`. With a gated matrix the
+/// sums are `silu(gate) * up`.
 ///
 /// # Panics
 /// If the sizes do not match.
@@ -201,11 +201,10 @@ pub fn product<E: Element>(
     store: Store,
     output: &mut [f32],
 ) {
-    let width = if weight.is_gated() { weight.rows() / 2 } else { weight.rows() };
-    let sizes = (rows.num_rows * width, rows.columns);
+    let sizes = (rows.num_rows * weight.width(), rows.columns);
     assert_eq!((output.len(), weight.columns()), sizes);
     let output = SharedMut::new(output);
-    let product = Product { isa: pool.isa(), rows, weight, store, width, output };
+    let product = Product { isa: pool.isa(), rows, weight, store, output };
     let num_threads = pool.num_threads();
     pool.run(ROUNDS * num_threads, &|task| {
         let pairs = task_pairs(task, num_threads, weight.num_pairs());
@@ -226,8 +225,6 @@ struct Product<'a, E: Element> {
     rows: &'a PackedRows<E>,
     weight: &'a PackedMatrix<E>,
     store: Store,
-    /// Outputs of a row.
-    width: usize,
     output: SharedMut<'a, f32>,
 }
 
@@ -338,11 +335,12 @@ impl<E: Element> Product<'_, E> {
         let of_rows = sums.each_mut().map(|sums| &mut sums[..num_rows]);
         self.isa.run(Finish { weight: self.weight, pair, words, sums: of_rows });
         let pair_columns = if self.weight.is_gated() { LANES } else { 2 * LANES };
-        let columns = pair * pair_columns..self.width.min((pair + 1) * pair_columns);
+        let width = self.weight.width();
+        let columns = pair * pair_columns..width.min((pair + 1) * pair_columns);
         for (sums, first) in sums.iter().zip(columns.clone().step_by(LANES)) {
             let len = LANES.min(columns.end - first);
             for (row, sums) in sums[..num_rows].iter().enumerate() {
-                let place = (first_row + row) * self.width + first;
+                let place = (first_row + row) * width + first;
                 // SAFETY: the columns of a pair of panels are one task's.
                 let output = unsafe { self.output.slice(place, len) };
                 store_sums(self.store, sums, output);

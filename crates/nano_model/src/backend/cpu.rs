@@ -273,8 +273,7 @@ impl<E: Element> Backend for CpuBackend<E> {
         let CpuWeight::Norm(norm) = norm else { unreachable!("a matrix where a norm is") };
         let norm = Norm { weight: norm, eps: self.spec.rms_norm_eps };
         let matrix = weight.matrix();
-        let width = if matrix.is_gated() { matrix.rows() / 2 } else { matrix.rows() };
-        let mut output = self.rows(hidden.values.len() / matrix.columns(), width);
+        let mut output = self.rows(hidden.values.len() / matrix.columns(), matrix.width());
         self.rows.pack(&mut self.pool, &hidden.values, matrix.columns(), Some(norm));
         product(&mut self.pool, &self.rows, matrix, Store::Write, &mut output.values);
         Ok(output)
