@@ -58,11 +58,20 @@ pub enum Store {
     Add,
 }
 
-/// The tiles of `num_rows`, `(first_row, num_rows)`: as few as can be, as even as can be.
+/// Tiles of `num_rows`: as few as can be.
+fn num_tiles(num_rows: usize) -> usize {
+    num_rows.div_ceil(MAX_TILE_ROWS)
+}
+
+/// The first row and the number of rows of one of them: as even as can be.
+fn tile(num_rows: usize, index: usize) -> (usize, usize) {
+    let bound = |index: usize| index * num_rows / num_tiles(num_rows);
+    (bound(index), bound(index + 1) - bound(index))
+}
+
+/// All of them.
 pub(super) fn tiles(num_rows: usize) -> impl Iterator<Item = (usize, usize)> {
-    let num_tiles = num_rows.div_ceil(MAX_TILE_ROWS);
-    let bound = move |tile: usize| tile * num_rows / num_tiles.max(1);
-    (0..num_tiles).map(move |tile| (bound(tile), bound(tile + 1) - bound(tile)))
+    (0..num_tiles(num_rows)).map(move |index| tile(num_rows, index))
 }
 
 impl<E: Element> PackedRows<E> {
@@ -77,18 +86,19 @@ impl<E: Element> PackedRows<E> {
         self.words.resize(self.num_rows * self.num_words, 0);
         let (isa, num_rows, num_words) = (pool.isa(), self.num_rows, self.num_words);
         let words = SharedMut::new(&mut self.words);
-        pool.run(num_rows.div_ceil(MAX_TILE_ROWS), &|task| {
-            for (first, tile_rows) in tiles(num_rows).skip(task).take(1) {
-                // SAFETY: a tile is one task's.
-                let tile = unsafe { words.slice(first * num_words, tile_rows * num_words) };
-                let rows = &rows[first * columns..][..tile_rows * columns];
-                pack_tile::<E>(isa, rows, columns, norm, tile);
-            }
+        pool.run(num_tiles(num_rows), &|task| {
+            let (first, tile_rows) = tile(num_rows, task);
+            // SAFETY: a tile is one task's.
+            let tile = unsafe { words.slice(first * num_words, tile_rows * num_words) };
+            let rows = &rows[first * columns..][..tile_rows * columns];
+            pack_tile::<E>(isa, rows, columns, norm, tile);
         });
     }
 
-    fn tile(&self, first: usize, tile_rows: usize) -> &[u32] {
-        &self.words[first * self.num_words..][..tile_rows * self.num_words]
+    /// Some words of a tile.
+    fn tile(&self, (first, num_rows): (usize, usize), words: Range<usize>) -> TileRows<'_> {
+        let start = first * self.num_words + words.start * num_rows;
+        TileRows { words: &self.words[start..][..words.len() * num_rows], num_rows }
     }
 }
 
@@ -203,12 +213,13 @@ pub fn product<E: Element>(
 ) {
     let sizes = (rows.num_rows * weight.width(), rows.columns);
     assert_eq!((output.len(), weight.columns()), sizes);
+    let has_blocks = weight.code().is_some() || BLOCK_ROWS.contains(&rows.num_rows);
     let output = SharedMut::new(output);
-    let product = Product { isa: pool.isa(), rows, weight, store, output };
+    let product = Product { isa: pool.isa(), rows, weight, has_blocks, store, output };
     let num_threads = pool.num_threads();
     pool.run(ROUNDS * num_threads, &|task| {
         let pairs = task_pairs(task, num_threads, weight.num_pairs());
-        if weight.code().is_some() && (1..=MAX_TILE_ROWS).contains(&rows.num_rows) {
+        if weight.code().is_some() && num_tiles(rows.num_rows) == 1 {
             let mut sums = Sums::default();
             pairs.for_each(|pair| product.only_tile(pair, &mut sums));
         } else {
@@ -224,6 +235,8 @@ struct Product<'a, E: Element> {
     isa: Isa,
     rows: &'a PackedRows<E>,
     weight: &'a PackedMatrix<E>,
+    /// Whether panels are read block by block, and the next one is asked for.
+    has_blocks: bool,
     store: Store,
     output: SharedMut<'a, f32>,
 }
@@ -232,7 +245,7 @@ impl<E: Element> Product<'_, E> {
     /// The outputs of a coded pair of panels for rows that are one tile.
     fn only_tile(&self, pair: usize, sums: &mut Sums) {
         let tile = (0, self.rows.num_rows);
-        let rows = self.tile(tile, 0..self.rows.num_words);
+        let rows = self.rows.tile(tile, 0..self.rows.num_words);
         run_only_tile(self.isa, rows, self.weight.pair(pair), sums);
         self.finish(pair, tile, sums);
     }
@@ -242,32 +255,17 @@ impl<E: Element> Product<'_, E> {
     /// stream to read ahead in.
     fn tiles(&self, pair: usize, sums: &mut [Sums; MAX_TILES], decoded: &mut Decoded) {
         let (num_rows, num_words) = (self.rows.num_rows, self.rows.num_words);
-        let is_coded = self.weight.code().is_some();
-        let has_blocks = is_coded || BLOCK_ROWS.contains(&num_rows);
-        let block_words = if has_blocks { BLOCK_WORDS } else { num_words.max(1) };
-        let mut groups = tiles(num_rows).peekable();
-        while groups.peek().is_some() {
-            let mut tiles = [(0, 0); MAX_TILES];
-            let num_tiles =
-                tiles.iter_mut().zip(&mut groups).map(|(place, it)| *place = it).count();
-            let tiles = &tiles[..num_tiles];
-            sums[..num_tiles].fill(Sums::default());
+        let block_words = if self.has_blocks { BLOCK_WORDS } else { num_words.max(1) };
+        for first in (0..num_tiles(num_rows)).step_by(MAX_TILES) {
+            let tiles: [_; MAX_TILES] = std::array::from_fn(|at| tile(num_rows, first + at));
+            let tiles = &tiles[..MAX_TILES.min(num_tiles(num_rows) - first)];
+            sums[..tiles.len()].fill(Sums::default());
             for start in (0..num_words).step_by(block_words) {
                 let words = start..num_words.min(start + block_words);
-                if is_coded {
-                    self.coded_block(pair, words, tiles, sums, decoded);
-                } else {
-                    self.plain_block(pair, words, tiles, sums, has_blocks);
-                }
+                self.block(pair, words, tiles, sums, decoded);
             }
             tiles.iter().zip(&mut *sums).for_each(|(tile, sums)| self.finish(pair, *tile, sums));
         }
-    }
-
-    /// The inputs of a tile, some words of them.
-    fn tile(&self, (first, num_rows): (usize, usize), words: Range<usize>) -> TileRows<'_> {
-        let tile = self.rows.tile(first, num_rows);
-        TileRows { words: &tile[words.start * num_rows..words.end * num_rows], num_rows }
     }
 
     /// Where the block behind one lies, if it is not the last.
@@ -278,60 +276,50 @@ impl<E: Element> Product<'_, E> {
         if behind.is_empty() { (last.min(pair + 1), 0..words.len()) } else { (pair, behind) }
     }
 
-    fn plain_block(
+    /// Adds a block of a pair to the sums of a few tiles. Of codes, the first tile decodes for the others.
+    fn block(
         &self,
         pair: usize,
         words: Range<usize>,
         tiles: &[(usize, usize)],
         sums: &mut [Sums],
-        asks: bool,
-    ) {
-        let panels = |pair: usize, words: Range<usize>| {
-            let panels = self.weight.pair(pair).split_at(self.rows.num_words * LANES);
-            <[_; 2]>::from(panels).map(|panel| &panel[words.start * LANES..words.end * LANES])
-        };
-        let (next_pair, next_words) = self.next(pair, &words);
-        let (block, next) = (panels(pair, words.clone()), panels(next_pair, next_words));
-        for (turn, (tile, sums)) in tiles.iter().zip(sums).enumerate() {
-            let rows = self.tile(*tile, words.clone());
-            let ahead = asks.then_some(Ahead { panels: next, num_turns: tiles.len(), turn });
-            run_tile::<E>(self.isa, rows, block, ahead, sums);
-        }
-    }
-
-    /// As [`plain_block`](Self::plain_block); the first tile decodes for the others.
-    fn coded_block(
-        &self,
-        pair: usize,
-        words: Range<usize>,
-        tiles: &[(usize, usize)],
-        sums: &mut [Sums; MAX_TILES],
         decoded: &mut Decoded,
     ) {
-        let place = |word: usize| 2 * LANES * (word / PLAIN * CODED);
-        let codes = |pair: usize, words: Range<usize>| {
-            &self.weight.pair(pair)[place(words.start)..place(words.end)]
-        };
         let (next_pair, next_words) = self.next(pair, &words);
-        let (block, next) = (codes(pair, words.clone()), codes(next_pair, next_words));
-        let [first_sums, other_sums @ ..] = sums;
-        let rows = self.tile(tiles[0], words.clone());
-        run_first_tile(self.isa, rows, block, next, first_sums, decoded);
-        let panels = decoded.each_ref().map(|panel| panel[..words.len()].as_flattened());
-        // The first tile has asked for a third. The others ask in half of their steps for the rest, and
-        // in the other half for it again and for what lies behind: with 16 rows that is 15 % quicker
-        // than asking once in all steps.
-        let rest = &next[next.len() / 3..];
-        let (next, num_turns) = (rest.split_at(rest.len() / 2).into(), tiles.len() - 1);
-        for (turn, (tile, sums)) in tiles[1..].iter().zip(other_sums).enumerate() {
-            let ahead = Some(Ahead { panels: next, num_turns, turn });
-            run_tile::<E>(self.isa, self.tile(*tile, words.clone()), panels, ahead, sums);
+        let mut tiles = tiles.iter().zip(sums);
+        let (panels, next) = if self.weight.code().is_some() {
+            let place = |word: usize| 2 * LANES * (word / PLAIN * CODED);
+            let codes = |pair: usize, words: Range<usize>| {
+                &self.weight.pair(pair)[place(words.start)..place(words.end)]
+            };
+            let (block, next) = (codes(pair, words.clone()), codes(next_pair, next_words));
+            if let Some((tile, sums)) = tiles.next() {
+                let rows = self.rows.tile(*tile, words.clone());
+                run_first_tile(self.isa, rows, block, next, sums, decoded);
+            }
+            let panels = decoded.each_ref().map(|panel| panel[..words.len()].as_flattened());
+            // The first tile has asked for a third. The others ask in half of their steps for the rest,
+            // and in the other half for it again and for what lies behind: with 16 rows that is 15 %
+            // quicker than asking once in all steps.
+            let rest = &next[next.len() / 3..];
+            (panels, rest.split_at(rest.len() / 2).into())
+        } else {
+            let panels = |pair: usize, words: Range<usize>| {
+                let panels = self.weight.pair(pair).split_at(self.rows.num_words * LANES);
+                <[_; 2]>::from(panels).map(|panel| &panel[words.start * LANES..words.end * LANES])
+            };
+            (panels(pair, words.clone()), panels(next_pair, next_words))
+        };
+        let num_turns = tiles.len();
+        for (turn, (tile, sums)) in tiles.enumerate() {
+            let ahead = self.has_blocks.then_some(Ahead { panels: next, num_turns, turn });
+            run_tile::<E>(self.isa, self.rows.tile(*tile, words.clone()), panels, ahead, sums);
         }
     }
 
     /// Sums of a pair's panels, ready, become output.
-    fn finish(&self, pair: usize, (first_row, num_rows): (usize, usize), sums: &mut Sums) {
-        let words = self.rows.tile(first_row, num_rows);
+    fn finish(&self, pair: usize, tile: (usize, usize), sums: &mut Sums) {
+        let TileRows { words, num_rows } = self.rows.tile(tile, 0..self.rows.num_words);
         let of_rows = sums.each_mut().map(|sums| &mut sums[..num_rows]);
         self.isa.run(Finish { weight: self.weight, pair, words, sums: of_rows });
         let pair_columns = if self.weight.is_gated() { LANES } else { 2 * LANES };
@@ -340,7 +328,7 @@ impl<E: Element> Product<'_, E> {
         for (sums, first) in sums.iter().zip(columns.clone().step_by(LANES)) {
             let len = LANES.min(columns.end - first);
             for (row, sums) in sums[..num_rows].iter().enumerate() {
-                let place = (first_row + row) * width + first;
+                let place = (tile.0 + row) * width + first;
                 // SAFETY: the columns of a pair of panels are one task's.
                 let output = unsafe { self.output.slice(place, len) };
                 store_sums(self.store, sums, output);
