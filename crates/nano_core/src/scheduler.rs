@@ -47,21 +47,16 @@ impl SchedulerConfig {
     /// # Errors
     /// [`Error::InvalidConfig`] names the first one that is 0.
     pub fn validate(&self) -> Result<()> {
-        let limits = [
-            ("max_num_seqs", self.max_num_seqs),
-            ("max_num_batched_tokens", self.max_num_batched_tokens),
-        ];
-        for (name, limit) in limits {
-            if limit == 0 {
-                let (range, value) = ("at least 1", limit.to_string());
-                return Err(Error::InvalidConfig { name, range, value });
-            }
-        }
-        if self.max_itl == Some(Duration::ZERO) {
-            let (name, range, value) = ("max_itl_ms", "above 0", "0".to_owned());
-            return Err(Error::InvalidConfig { name, range, value });
-        }
-        Ok(())
+        let (name, range) = if self.max_num_seqs == 0 {
+            ("max_num_seqs", "at least 1")
+        } else if self.max_num_batched_tokens == 0 {
+            ("max_num_batched_tokens", "at least 1")
+        } else if self.max_itl == Some(Duration::ZERO) {
+            ("max_itl_ms", "above 0")
+        } else {
+            return Ok(());
+        };
+        Err(Error::InvalidConfig { name, range, value: "0".to_owned() })
     }
 }
 
