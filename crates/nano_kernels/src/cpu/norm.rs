@@ -1,7 +1,7 @@
 //! Root-mean-square normalisation, applied while rows are packed.
 
 use super::LANES;
-use super::isa::mul_add;
+use super::isa::{Kernel, mul_add};
 
 /// How rows are normed: `row * weight / sqrt(mean(row²) + eps)`.
 #[derive(Clone, Copy, Debug)]
@@ -12,12 +12,18 @@ pub struct Norm<'a> {
     pub eps: f32,
 }
 
-impl Norm<'_> {
-    /// What all elements of a row are multiplied by, beside their weights.
+/// What all elements of a row are multiplied by, beside their weights.
+pub(super) struct Scale<'a> {
+    pub(super) row: &'a [f32],
+    pub(super) eps: f32,
+    pub(super) output: &'a mut f32,
+}
+
+impl Kernel for Scale<'_> {
     #[inline(always)]
-    pub(super) fn scale<const FMA: bool>(&self, row: &[f32]) -> f32 {
+    fn run<const FMA: bool>(self) {
         let mut lanes = [0.0_f32; LANES];
-        let (chunks, rest) = row.as_chunks::<LANES>();
+        let (chunks, rest) = self.row.as_chunks::<LANES>();
         for chunk in chunks {
             for lane in 0..LANES {
                 lanes[lane] = mul_add::<FMA>(chunk[lane], chunk[lane], lanes[lane]);
@@ -27,6 +33,6 @@ impl Norm<'_> {
             *lane = mul_add::<FMA>(*x, *x, *lane);
         }
         let square: f32 = lanes.iter().sum();
-        (square / row.len() as f32 + self.eps).sqrt().recip()
+        *self.output = (square / self.row.len() as f32 + self.eps).sqrt().recip();
     }
 }

@@ -18,7 +18,7 @@ use super::exp::silu;
 use super::isa::{Isa, Kernel};
 use super::matrix::PackedMatrix;
 use super::matrix::coded::{CODED, PLAIN};
-use super::norm::Norm;
+use super::norm::{Norm, Scale};
 use super::pool::Pool;
 use super::shared::SharedMut;
 use tile::{Ahead, Decoded, Sums, TileRows, run_first_tile, run_only_tile, run_tile};
@@ -117,7 +117,7 @@ fn pack_tile<E: Element>(
     for (index, row) in rows.chunks_exact(columns).enumerate() {
         let mut scale = 1.0;
         if let Some(norm) = norm {
-            isa.run(Scale { row, norm, output: &mut scale });
+            isa.run(Scale { row, eps: norm.eps, output: &mut scale });
         }
         let blocks = tile.chunks_mut(PACK_WORDS * tile_rows);
         for (block, (tile, row)) in blocks.zip(row.chunks(PACK_WORDS * E::PER_WORD)).enumerate() {
@@ -131,19 +131,6 @@ fn pack_tile<E: Element>(
             let places = tile.iter_mut().skip(index).step_by(tile_rows);
             places.zip(&*words).for_each(|(place, word)| *place = *word);
         }
-    }
-}
-
-struct Scale<'a> {
-    row: &'a [f32],
-    norm: Norm<'a>,
-    output: &'a mut f32,
-}
-
-impl Kernel for Scale<'_> {
-    #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        *self.output = self.norm.scale::<FMA>(self.row);
     }
 }
 
