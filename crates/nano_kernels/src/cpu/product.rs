@@ -180,8 +180,11 @@ impl<E: Element> Kernel for Finish<'_, E> {
         }
         if self.weight.is_gated() {
             let [gates, ups] = self.sums;
-            let sums = gates.as_flattened_mut().iter_mut().zip(ups.as_flattened());
-            sums.for_each(|(gate, up)| *gate = silu::<FMA>(*gate) * up);
+            for (gates, ups) in gates.iter_mut().zip(ups) {
+                for (gate, up) in gates.iter_mut().zip(ups) {
+                    *gate = silu::<FMA>(*gate) * *up;
+                }
+            }
         }
     }
 }
@@ -312,13 +315,13 @@ impl<E: Element> Product<'_, E> {
         let pair_columns = if self.weight.is_gated() { LANES } else { 2 * LANES };
         let width = self.weight.width();
         let columns = pair * pair_columns..width.min((pair + 1) * pair_columns);
-        for (sums, first) in sums.iter().zip(columns.clone().step_by(LANES)) {
-            let len = LANES.min(columns.end - first);
-            for (row, sums) in sums[..num_rows].iter().enumerate() {
+        for row in 0..num_rows {
+            for (sums, first) in sums.iter().zip(columns.clone().step_by(LANES)) {
+                let len = LANES.min(columns.end - first);
                 let place = (tile.0 + row) * width + first;
                 // SAFETY: the columns of a pair of panels are one task's.
                 let output = unsafe { self.output.slice(place, len) };
-                store_sums(self.store, sums, output);
+                store_sums(self.store, &sums[row], output);
             }
         }
     }

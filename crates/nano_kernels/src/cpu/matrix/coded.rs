@@ -146,7 +146,7 @@ impl Code {
         sums: &mut [[f32; LANES]],
     ) {
         let (scale, hole) = (self.scale(), self.hole());
-        for sum in sums.iter_mut().flatten() {
+        for sum in sums.as_flattened_mut() {
             *sum *= scale;
         }
         for patch in self.patches(panel) {
