@@ -50,12 +50,7 @@ pub trait Element: Copy + Default + Debug + Send + Sync + 'static {
     }
 
     /// `sum` and the products of two words' elements, in their order.
-    #[inline(always)]
-    fn dot<const FMA: bool>(sum: f32, a: u32, b: u32) -> f32 {
-        let wide = |word: u32, index: usize| Self::of_word(word, index).widen();
-        let add = |sum, index| mul_add::<FMA>(wide(a, index), wide(b, index), sum);
-        (0..Self::PER_WORD).fold(sum, add)
-    }
+    fn dot<const FMA: bool>(sum: f32, a: u32, b: u32) -> f32;
 }
 
 impl Element for f32 {
@@ -83,6 +78,11 @@ impl Element for f32 {
 
     fn has_products(_isa: Isa) -> bool {
         false
+    }
+
+    #[inline(always)]
+    fn dot<const FMA: bool>(sum: f32, a: u32, b: u32) -> f32 {
+        mul_add::<FMA>(Self::of_bits(a), Self::of_bits(b), sum)
     }
 }
 
@@ -115,6 +115,13 @@ impl Element for bf16 {
 
     fn has_products(isa: Isa) -> bool {
         isa.has_bf16_products()
+    }
+
+    #[inline(always)]
+    fn dot<const FMA: bool>(sum: f32, a: u32, b: u32) -> f32 {
+        let wide = |word: u32| [f32::from_bits(word << 16), f32::from_bits(word & 0xFFFF_0000)];
+        let (a, b) = (wide(a), wide(b));
+        mul_add::<FMA>(a[1], b[1], mul_add::<FMA>(a[0], b[0], sum))
     }
 }
 
