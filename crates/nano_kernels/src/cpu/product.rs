@@ -43,6 +43,8 @@ const ROUNDS: usize = 4;
 #[derive(Debug, Default)]
 pub struct PackedRows<E: Element> {
     words: Vec<u32>,
+    /// See [`tiles`].
+    tiles: Vec<(usize, usize)>,
     num_rows: usize,
     columns: usize,
     num_words: usize,
@@ -58,20 +60,11 @@ pub enum Store {
     Add,
 }
 
-/// Tiles of `num_rows`: as few as can be.
-fn num_tiles(num_rows: usize) -> usize {
-    num_rows.div_ceil(MAX_TILE_ROWS)
-}
-
-/// The first row and the number of rows of one of them: as even as can be.
-fn tile(num_rows: usize, index: usize) -> (usize, usize) {
-    let bound = |index: usize| index * num_rows / num_tiles(num_rows);
-    (bound(index), bound(index + 1) - bound(index))
-}
-
-/// All of them.
+/// The tiles of `num_rows`, `(first_row, num_rows)`: as few as can be, as even as can be.
 pub(super) fn tiles(num_rows: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..num_tiles(num_rows)).map(move |index| tile(num_rows, index))
+    let num_tiles = num_rows.div_ceil(MAX_TILE_ROWS);
+    let bound = move |tile: usize| tile * num_rows / num_tiles.max(1);
+    (0..num_tiles).map(move |tile| (bound(tile), bound(tile + 1) - bound(tile)))
 }
 
 impl<E: Element> PackedRows<E> {
@@ -85,9 +78,11 @@ impl<E: Element> PackedRows<E> {
         self.num_words = columns.div_ceil(E::PER_WORD);
         self.words.resize(self.num_rows * self.num_words, 0);
         let (isa, num_rows, num_words) = (pool.isa(), self.num_rows, self.num_words);
-        let words = SharedMut::new(&mut self.words);
-        pool.run(num_tiles(num_rows), &|task| {
-            let (first, tile_rows) = tile(num_rows, task);
+        self.tiles.clear();
+        self.tiles.extend(tiles(num_rows));
+        let (tiles, words) = (&self.tiles, SharedMut::new(&mut self.words));
+        pool.run(tiles.len(), &|task| {
+            let (first, tile_rows) = tiles[task];
             // SAFETY: a tile is one task's.
             let tile = unsafe { words.slice(first * num_words, tile_rows * num_words) };
             let rows = &rows[first * columns..][..tile_rows * columns];
@@ -209,7 +204,7 @@ pub fn product<E: Element>(
     let num_threads = pool.num_threads();
     pool.run(ROUNDS * num_threads, &|task| {
         let pairs = task_pairs(task, num_threads, weight.num_pairs());
-        if weight.code().is_some() && num_tiles(rows.num_rows) == 1 {
+        if weight.code().is_some() && rows.tiles.len() == 1 {
             let mut sums = Sums::default();
             pairs.for_each(|pair| product.only_tile(pair, &mut sums));
         } else {
@@ -244,12 +239,13 @@ impl<E: Element> Product<'_, E> {
     /// tiles go over it, and meanwhile they ask for the next one: between them the processor sees no
     /// stream to read ahead in.
     fn tiles(&self, pair: usize, sums: &mut [Sums; MAX_TILES], decoded: &mut Decoded) {
-        let (num_rows, num_words) = (self.rows.num_rows, self.rows.num_words);
+        let num_words = self.rows.num_words;
         let block_words = if self.has_blocks { BLOCK_WORDS } else { num_words.max(1) };
-        for first in (0..num_tiles(num_rows)).step_by(MAX_TILES) {
-            let tiles: [_; MAX_TILES] = std::array::from_fn(|at| tile(num_rows, first + at));
-            let tiles = &tiles[..MAX_TILES.min(num_tiles(num_rows) - first)];
-            sums[..tiles.len()].fill(Sums::default());
+        for tiles in self.rows.tiles.chunks(MAX_TILES) {
+            for ([first, second], (_, num_rows)) in sums.iter_mut().zip(tiles) {
+                first[..*num_rows].fill([0.0; LANES]);
+                second[..*num_rows].fill([0.0; LANES]);
+            }
             for start in (0..num_words).step_by(block_words) {
                 let words = start..num_words.min(start + block_words);
                 self.block(pair, words, tiles, sums, decoded);
