@@ -200,9 +200,10 @@ class Engine:
         # None: silent when stderr is no terminal.
         disable = None if use_tqdm else True
         try:
-            for pair in zip(many, params, strict=True):
-                streams.append(self.stream(*pair))
-            with tqdm(total=len(streams), desc="prompts", unit="prompt", disable=disable) as bar:
+            # It imports more, where Python can lose a Ctrl-C: before there is a request to interrupt.
+            with tqdm(total=len(many), desc="prompts", unit="prompt", disable=disable) as bar:
+                for pair in zip(many, params, strict=True):
+                    streams.append(self.stream(*pair))
                 for stream in streams:
                     output = stream.collect()
                     num_tokens += len(output.outputs[0].token_ids)
