@@ -103,14 +103,20 @@ fn a_missing_tensor_is_named() {
 }
 
 #[test]
-fn a_layer_beyond_the_configs_is_named_and_other_tensors_too_many_are_not_missed() {
+fn what_would_be_left_out_is_named_and_what_changes_nothing_is_not_missed() {
     let dir = model();
     let with = |name: &str| {
         let mut shapes = shapes();
         shapes.push((name.to_owned(), vec![3]));
         write_safetensors(&dir.path().join("model.safetensors"), &shapes);
     };
-    for extra in ["model.layers.2.mlp.up_proj.weight", "model.layers.10.self_attn.inv_freq"] {
+    for extra in [
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.10.self_attn.inv_freq",
+        "model.layers.1.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.q_norm.weight",
+        "lm_head.bias",
+    ] {
         with(extra);
         refused(dir.path(), "tensor_unexpected", &[extra, "num_hidden_layers is 2"]);
     }
@@ -138,8 +144,12 @@ fn a_shard_that_is_missing_or_elsewhere_is_named() {
     std::fs::remove_file(dir.path().join("model-00002-of-00002.safetensors")).unwrap();
     refused(dir.path(), "model_file_invalid", &["model-00002-of-00002.safetensors"]);
     let index = dir.path().join("model.safetensors.index.json");
-    write_json(&index, &json!({"weight_map": {"model.norm.weight": "../other.safetensors"}}));
-    refused(dir.path(), "model_file_invalid", &["../other.safetensors"]);
+    let outside = sharded();
+    let name = outside.path().file_name().unwrap().to_str().unwrap();
+    let elsewhere = format!("../{name}/model-00001-of-00002.safetensors");
+    assert!(dir.path().join(&elsewhere).exists());
+    write_json(&index, &json!({"weight_map": {"model.norm.weight": elsewhere}}));
+    refused(dir.path(), "model_file_invalid", &[&elsewhere, "not beside it"]);
     write_json(&index, &json!({"weights": {}}));
     refused(dir.path(), "model_file_invalid", &["weight_map"]);
 }

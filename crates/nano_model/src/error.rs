@@ -70,12 +70,12 @@ pub enum Error {
         /// The type in the file.
         dtype: String,
     },
-    /// The checkpoint has more layers than the config says.
+    /// The checkpoint has more layers than the config says, or a parameter that a layer has not.
     #[error(
-        "tensor {name} is of a layer that config.json does not have: its num_hidden_layers is \
-         {num_layers}"
+        "tensor {name} is no part of the model that config.json describes, whose num_hidden_layers \
+         is {num_layers}: without it the model would be another one"
     )]
-    ExtraLayer {
+    UnexpectedTensor {
         /// The tensor's name.
         name: String,
         /// Layers are numbered below this.
@@ -133,13 +133,13 @@ impl Error {
             Self::MissingTensor { .. } => "tensor_missing",
             Self::TensorShape { .. } => "tensor_misshapen",
             Self::TensorDtype { .. } => "tensor_dtype_unsupported",
-            Self::ExtraLayer { .. } => "tensor_unexpected",
+            Self::UnexpectedTensor { .. } => "tensor_unexpected",
             Self::BadOption { .. } => "invalid_config",
             Self::NoMemory { .. } => "out_of_memory",
             Self::Cuda(CudaError::NoDevice(_)) => "no_cuda_device",
             Self::Cuda(_) => "cuda_failed",
             Self::GpuMemory { .. } => "gpu_out_of_memory",
-            Self::Stopped => "stopped",
+            Self::Stopped => "engine_closed",
         }
     }
 }

@@ -258,8 +258,7 @@ impl CacheRoom {
         );
         if !config.unsupported_generation.is_empty() {
             tracing::warn!(
-                "{} asks for {}, which is not supported yet: requests without parameters of their \
-                 own run without it",
+                "{} asks for {}: not supported yet, requests run without",
                 config.dir.join("generation_config.json").display(),
                 config.unsupported_generation.join(", "),
             );
@@ -360,7 +359,7 @@ pub fn load_decoder<B: Backend>(
     backend: &mut B,
 ) -> Result<Decoder<B>> {
     if let Source::Checkpoint(map) = source {
-        map.check_layers(spec.layers.len())?;
+        map.check_names(spec.layers.len())?;
     }
     let hidden = spec.hidden_size;
     let query_size = spec.num_heads * spec.head_dim;

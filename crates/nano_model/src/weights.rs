@@ -14,6 +14,20 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use crate::config::{CheckpointDtype, read_json};
 use crate::error::{Error, Result};
 
+/// What a layer may have, after `model.layers.0.` and so on.
+const LAYER_TENSORS: [&str; 10] = [
+    "input_layernorm.weight",
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.o_proj.weight",
+    "self_attn.rotary_emb.inv_freq",
+    "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+];
+
 /// Where a tensor lies.
 #[derive(Clone, Debug)]
 struct Entry {
@@ -96,19 +110,22 @@ impl WeightMap {
         Ok(TensorBytes { dtype, bytes: &self.shards[entry.shard][entry.start..entry.end] })
     }
 
-    /// Refuses layers from `num_layers` on, of which a model would be cut off without a word. Other
-    /// tensors that nobody asks for, such as rotary frequencies, are allowed.
+    /// Refuses what a model of `num_layers` layers would leave out without a word: layers from there
+    /// on, biases, and parts of a layer that it does not have. Other tensors that nobody asks for,
+    /// such as rotary frequencies or an output matrix that is the embedding, are allowed.
     ///
     /// # Errors
-    /// Names the first such tensor by name, and the limit.
-    pub fn check_layers(&self, num_layers: usize) -> Result<()> {
-        let is_extra = |name: &&String| {
-            let rest = name.strip_prefix("model.layers.");
-            let index = rest.and_then(|rest| rest.split_once('.')?.0.parse::<usize>().ok());
-            index.is_some_and(|index| index >= num_layers)
+    /// Names the first such tensor by name.
+    pub fn check_names(&self, num_layers: usize) -> Result<()> {
+        let is_unexpected = |name: &&String| {
+            let rest = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+            rest.map_or(name.strip_suffix(".bias").is_some(), |(index, part)| {
+                index.parse::<usize>().map_or(true, |index| index >= num_layers)
+                    || !LAYER_TENSORS.contains(&part)
+            })
         };
-        match self.entries.keys().filter(is_extra).min() {
-            Some(name) => Err(Error::ExtraLayer { name: name.clone(), num_layers }),
+        match self.entries.keys().filter(is_unexpected).min() {
+            Some(name) => Err(Error::UnexpectedTensor { name: name.clone(), num_layers }),
             None => Ok(()),
         }
     }
