@@ -1,5 +1,7 @@
 """The engine against transformers on the same files: logits within 1e-4 in f32, the same tokens."""
 
+import shutil
+
 import pytest
 import random_models
 import torch
@@ -8,6 +10,7 @@ from nano_batch import SamplingParams
 from random_models import (
     GPU_MODELS,
     MODELS,
+    edit_config,
     random_tokens,
     reference,
     reference_greedy,
@@ -163,7 +166,29 @@ def test_what_the_model_asks_for_in_vain_is_told_once(caplog, open_engine, tmp_p
     )
     open_engine(directory)
     (message,) = [it.message for it in caplog.records if "generation_config" in it.message]
-    assert "asks for min_length 9, repetition_penalty 1.1, which is not supported" in message
+    assert "asks for min_length 9, repetition_penalty 1.1: not supported yet" in message
+
+
+def test_what_a_checkpoint_loses_is_told(caplog, open_engine, tmp_path, embedded_model):
+    directory = random_models.write(MODELS["v0.2"], tmp_path)
+    shutil.copy(embedded_model / "tokenizer.json", directory)
+    edit_config(directory, lambda config: config.update(torch_dtype="float16"))
+    open_engine(directory, dtype="float32")
+    (of_tokenizer,) = [it.message for it in caplog.records if it.levelname == "WARNING"]
+    assert "the tokenizer has 4096 tokens, but the model's vocab_size is 151" in of_tokenizer
+    caplog.clear()
+    open_engine(directory, dtype="auto")
+    told = [it.message for it in caplog.records if it.levelname == "WARNING"]
+    assert any("float16 is rounded to bfloat16" in message for message in told)
+
+
+def test_logits_are_the_readers_own_memory(open_engine, tmp_path):
+    engine = open_engine(random_models.write(MODELS["v0.2"], tmp_path))
+    first, second = (engine.logits(random_tokens(10, 151, 0)) for _ in range(2))
+    engine.close()
+    first -= first.max(axis=-1, keepdims=True)
+    assert first.max() == 0
+    assert second.max() > 0
 
 
 def test_dummy_weights_need_no_weight_files(open_engine, tmp_path):

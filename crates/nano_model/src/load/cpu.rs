@@ -35,6 +35,11 @@ pub(super) fn load(
         (None, Source::Checkpoint(map)) => map.dtype(),
         (named, _) => named,
     };
+    if (options.dtype, unasked) == (None, Some(CheckpointDtype::Float16)) {
+        tracing::warn!(
+            "the checkpoint's float16 is rounded to bfloat16; dtype=\"float32\" keeps all of it"
+        );
+    }
     match (options.dtype, unasked) {
         (Some(Dtype::Float32), _) | (None, Some(CheckpointDtype::Float32)) => {
             load_as::<f32>(config, &source, Dtype::Float32, options, pool)
