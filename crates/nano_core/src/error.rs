@@ -90,6 +90,9 @@ pub enum Error {
         /// What the executor said.
         message: String,
     },
+    /// The forward pass was told to end: the engine is being closed.
+    #[error("the step was stopped")]
+    Stopped,
 }
 
 impl Error {
@@ -104,6 +107,7 @@ impl Error {
             Self::NeverFits { .. } => "kv_cache_too_small",
             Self::LogitsNotFinite { .. } => "logits_not_finite",
             Self::ExecutorFailed { .. } => "executor_failed",
+            Self::Stopped => "engine_closed",
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, Sender};
 use nano_core::error::panic_message;
 use nano_core::scheduler::SchedulerStats;
-use nano_core::{EngineCore, Request, RequestId, Result};
+use nano_core::{EngineCore, Error, Request, RequestId, Result};
 use parking_lot::Mutex;
 
 use crate::output_thread::Output;
@@ -33,12 +33,8 @@ pub(crate) struct Channels {
 /// typed error: the executor's state is unknown after it, so the engine ends.
 pub(crate) fn run(mut core: EngineCore, channels: &Channels) {
     let ended = catch_unwind(AssertUnwindSafe(|| serve(&mut core, channels)));
-    // A step that was stopped is no failure, and nobody hears of one any more.
-    if channels.commands.try_iter().any(|command| matches!(command, Command::Close)) {
-        return;
-    }
     let message = match ended {
-        Ok(Ok(())) => return,
+        Ok(Ok(()) | Err(Error::Stopped)) => return,
         Ok(Err(error)) => error.to_string(),
         Err(panic) => format!("a step panicked: {}", panic_message(panic.as_ref())),
     };

@@ -37,7 +37,7 @@ pub struct Decoder<B: Backend> {
     pub norm: B::Weight,
     /// `[vocab_size, hidden_size]`; `None` when it is the embedding.
     pub lm_head: Option<B::Weight>,
-    /// Set, it ends a step before its next layer.
+    /// Set, it ends a step before its next layer, or before the logits.
     pub stop: Arc<AtomicBool>,
 }
 
@@ -54,9 +54,7 @@ pub fn forward<B: Backend>(
 ) -> Result<B::Hidden> {
     let mut hidden = backend.embed(&model.embedding, step)?;
     for (index, layer) in model.layers.iter().enumerate() {
-        if model.stop.load(Ordering::Acquire) {
-            return Err(Error::Stopped);
-        }
+        go_on(model)?;
         let qkv = backend.norm_product(&hidden, &layer.attention_norm, &layer.qkv)?;
         let query = backend.rope_write_kv(index, qkv, step)?;
         let mut context = backend.paged_attention(index, query, step)?;
@@ -69,6 +67,11 @@ pub fn forward<B: Backend>(
         let gated = backend.norm_gated_product(&hidden, &layer.mlp_norm, &layer.gate_up)?;
         hidden = backend.product_add(&gated, &layer.down, hidden)?;
     }
+    go_on(model)?;
     let lm_head = model.lm_head.as_ref().unwrap_or(&model.embedding);
     backend.logits(&hidden, &model.norm, lm_head, step)
+}
+
+fn go_on<B: Backend>(model: &Decoder<B>) -> Result<()> {
+    if model.stop.load(Ordering::Acquire) { Err(Error::Stopped) } else { Ok(()) }
 }

@@ -108,7 +108,7 @@ impl<E: Element> CpuExecutor<E> {
     }
 }
 
-/// How a sequence's next token is chosen. What is outside of float32's range stays on its side of it.
+/// How a sequence's next token is chosen: nothing becomes infinite, or a `top_p` zero.
 fn sampling_of(scheduled: &ScheduledSequence) -> Sampling {
     let params = &scheduled.params;
     Sampling {
@@ -154,5 +154,8 @@ impl<E: Element> Executor for CpuExecutor<E> {
 }
 
 fn failed(error: &Error) -> CoreError {
-    CoreError::ExecutorFailed { message: error.to_string() }
+    match error {
+        Error::Stopped => CoreError::Stopped,
+        _ => CoreError::ExecutorFailed { message: error.to_string() },
+    }
 }
