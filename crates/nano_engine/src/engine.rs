@@ -106,6 +106,14 @@ impl Engine {
             return Err(Error::EngineFailed { message });
         };
         let model = loaded?;
+        let num_texts = tokenizer.as_ref().map_or(0, Tokenizer::vocab_size);
+        if num_texts > model.request_limits.vocab_size as usize {
+            tracing::warn!(
+                "the tokenizer has {num_texts} tokens, but the model's vocab_size is {}: texts with \
+                 others will be refused",
+                model.request_limits.vocab_size
+            );
+        }
         let abort = commands.clone();
         let output_main = move || output_thread::run(&output_receiver, &abort);
         let output = thread::Builder::new().name("nano-output".into()).spawn(output_main)?;
@@ -146,15 +154,6 @@ impl Engine {
     /// # Errors
     /// As [`submit`](Self::submit), and more logits than there is memory for.
     pub fn logits(&self, token_ids: Vec<TokenId>) -> Result<RequestStream> {
-        let num_tokens = token_ids.len();
-        // Twice: where they are gathered, and where their reader copies them to.
-        let token_bytes = 2.0 * f64::from(self.model.request_limits.vocab_size) * 4.0;
-        let gib = |bytes: f64| bytes / f64::from(1 << 30);
-        let needed_gib = gib(num_tokens as f64 * token_bytes);
-        let free_gib = gib(available_bytes() as f64);
-        if needed_gib > free_gib {
-            return Err(Error::LogitsTooLarge { num_tokens, needed_gib, free_gib });
-        }
         let text = TextOptions::default();
         self.submit_kind(token_ids, RequestKind::Logits, None, &text)
     }
@@ -171,7 +170,11 @@ impl Engine {
         // Held until both threads know the request: an id is one that can be aborted.
         let mut next_request = self.next_request.lock();
         let id = RequestId(*next_request);
+        let is_logits = kind == RequestKind::Logits;
         let request = Request::new(id, prompt.clone(), kind, &self.model.request_limits)?;
+        if is_logits {
+            self.check_logits(prompt.len())?;
+        }
         *next_request += 1;
         let mailbox = Arc::new(Mailbox::new());
         let registered = Registered {
@@ -187,6 +190,18 @@ impl Engine {
         // A failed engine takes no command; the output thread has the reason and ends the stream.
         let _ = self.commands.send(Command::Submit(request));
         Ok(RequestStream::new(id, prompt, mailbox, self.outputs.clone()))
+    }
+
+    /// Twice: the list of them moves as it grows.
+    fn check_logits(&self, num_tokens: usize) -> Result<()> {
+        let token_bytes = 2.0 * f64::from(self.model.request_limits.vocab_size) * 4.0;
+        let gib = |bytes: f64| bytes / f64::from(1 << 30);
+        let needed_gib = gib(num_tokens as f64 * token_bytes);
+        let free_gib = gib(available_bytes() as f64);
+        if needed_gib > free_gib {
+            return Err(Error::LogitsTooLarge { num_tokens, needed_gib, free_gib });
+        }
+        Ok(())
     }
 
     /// A prompt's tokens, with the special ones that the tokenizer says.
@@ -254,7 +269,7 @@ impl Engine {
     }
 
     /// Ends every stream with [`Error::EngineClosed`] at once, then waits up to two seconds for the
-    /// step in flight, which on the CPU ends with its layer, and gives all memory back. A step that
+    /// step in flight, which on the CPU ends with its layer or its logits, and gives all memory back. A step that
     /// takes longer is left to itself, and its thread gives the memory back when it ends. Calling it
     /// again does nothing.
     pub fn close(&self) {

@@ -1,12 +1,13 @@
 //! The answer to one request, as Python reads it.
 
+use std::ffi::c_int;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Instant;
 
 use nano_engine::{Delta, Error, Finish, StopReason};
+use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::PyByteArray;
 
 use crate::error::to_py;
 use crate::signals::interval;
@@ -75,15 +76,33 @@ impl RequestStream {
         self.0.abort();
     }
 
-    /// All logits of a request of logits, `[num_tokens, vocab_size]` as little-endian float32.
-    fn collect_logits<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyByteArray>> {
-        let logits = self.take_all(py)?.logits;
-        PyByteArray::new_with(py, logits.len() * size_of::<f32>(), |bytes| {
-            for (to, from) in bytes.chunks_exact_mut(size_of::<f32>()).zip(&logits) {
-                to.copy_from_slice(&from.to_le_bytes());
-            }
-            Ok(())
-        })
+    /// All logits of a request of logits, `[num_tokens, vocab_size]`.
+    fn collect_logits(&self, py: Python<'_>) -> PyResult<Logits> {
+        Ok(Logits(self.take_all(py)?.logits))
+    }
+}
+
+/// Float32 numbers that Python reads and writes where they lie: gigabytes, at times, whose copy would
+/// hold the GIL.
+#[pyclass(module = "nano_batch._native")]
+pub(crate) struct Logits(Vec<f32>);
+
+#[pymethods]
+impl Logits {
+    /// # Safety
+    /// Python's: `view` is one to fill.
+    unsafe fn __getbuffer__(
+        slf: &Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        let mut logits = slf.borrow_mut();
+        let len = size_of_val(&logits.0[..]) as ffi::Py_ssize_t;
+        let start = logits.0.as_mut_ptr().cast();
+        // SAFETY: the view holds on to the object, whose numbers nothing in Rust touches or moves
+        // until it is dropped.
+        let filled = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), start, len, 0, flags) };
+        if filled == 0 { Ok(()) } else { Err(PyErr::fetch(slf.py())) }
     }
 }
 
