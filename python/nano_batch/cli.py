@@ -60,7 +60,7 @@ _SAMPLING: dict[str, dict[str, Any]] = {
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0, 1 on failure, 2 on wrong flags or values."""
+    """Run one command and exit: 0, 1 on failure, 2 on wrong flags or values, 130 on Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What a terminal has no character for is still to be read.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     )
     try:
         sys.exit(args.run(args))
+    except KeyboardInterrupt:
+        sys.exit(_EXIT_INTERRUPTED)
     except OSError as error:
         # Whoever read our output has seen enough, or its device is full: the latter is told once,
         # and nothing when the interpreter flushes.

@@ -1,13 +1,15 @@
 """The engine as Python holds it."""
 
-from __future__ import annotations
-
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from numbers import Integral
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from tqdm import tqdm
 
 from nano_batch import _native
 from nano_batch.checks import check_choice, check_flag, check_integer, check_number
@@ -16,12 +18,9 @@ from nano_batch.exceptions import InvalidRequestError, ModelLoadError, NanoBatch
 from nano_batch.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
 from nano_batch.sampling_params import SamplingParams
 
-if TYPE_CHECKING:
-    import numpy as np
-
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "austen"
 
-Prompt: TypeAlias = "str | Sequence[int] | np.ndarray | Mapping[str, Any]"
+Prompt: TypeAlias = str | Sequence[int] | np.ndarray | Mapping[str, Any]
 _T = TypeVar("_T")
 
 
@@ -35,7 +34,7 @@ class Engine:
         device: "cpu", "cuda", "cuda:1" and so on, or "auto": the first GPU if it can run the model
             as asked, else the CPU. A GPU with too little free memory is an error then too: the CPU
             instead would be many times slower without a word.
-        dtype: "auto" (the checkpoint's; bfloat16 on a GPU), "float32" or "bfloat16".
+        dtype: "float32", "bfloat16" or "auto": the checkpoint's, bfloat16 for float16 or on a GPU.
         max_model_len: Tokens of prompt and output together; None is the config's limit, lowered
             to what the KV cache can hold.
         gpu_memory_utilization: Share of a GPU's memory that may be in use, with the KV cache
@@ -118,7 +117,8 @@ class Engine:
         }
         for name, count in counts.items():
             if count is not None:
-                check_integer(name, count, 1, 2**32 - 1, code)
+                most = 1024 if name == "num_threads" else 2**32 - 1
+                check_integer(name, count, 1, most, code)
         check_integer("seed", seed, -(2**63), 2**63 - 1, code)
         if not 0 < check_number("gpu_memory_utilization", gpu_memory_utilization) <= 1:
             message = (
@@ -183,8 +183,6 @@ class Engine:
         Whatever is raised, Ctrl-C included, aborts all of its requests.
 
         """
-        from tqdm import tqdm
-
         many = _prompts(prompts)
         params: list[SamplingParams | None]
         if isinstance(sampling_params, Sequence):
@@ -197,21 +195,27 @@ class Engine:
         streams = []
         outputs = []
         num_tokens = 0
-        # None: silent when stderr is no terminal.
-        disable = None if use_tqdm else True
+        bar: Any = nullcontext()
+        if use_tqdm and sys.stderr is not None and sys.stderr.isatty():
+            # It imports more, where Python can lose a Ctrl-C, and has locks, which a fork may find
+            # held: not beside a request, and not where nobody sees it.
+            bar = tqdm(total=len(many), desc="prompts", unit="prompt")
         try:
-            # It imports more, where Python can lose a Ctrl-C: before there is a request to interrupt.
-            with tqdm(total=len(many), desc="prompts", unit="prompt", disable=disable) as bar:
+            with bar:
                 for pair in zip(many, params, strict=True):
                     streams.append(self.stream(*pair))
                 for stream in streams:
                     output = stream.collect()
                     num_tokens += len(output.outputs[0].token_ids)
                     outputs.append(output)
-                    bar.update()
-                    speed = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
-                    bar.set_postfix_str(f"{speed:.1f} tok/s", refresh=False)
-        except BaseException:
+                    if isinstance(bar, tqdm):
+                        bar.update()
+                        speed = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
+                        bar.set_postfix_str(f"{speed:.1f} tok/s", refresh=False)
+        except BaseException as error:
+            if len(many) > 1 and isinstance(error, Exception):
+                index = len(streams) if len(streams) < len(many) else len(outputs)
+                error.add_note(f"prompts[{index}]")
             # The exception's traceback keeps the streams for as long as somebody keeps it.
             for stream in streams:
                 stream._native.abort()
@@ -220,7 +224,7 @@ class Engine:
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> RequestStream:
+    ) -> "RequestStream":
         """Run one prompt and iterate over what is new; dropping the iterator aborts the request.
 
         Raises:
@@ -251,11 +255,9 @@ class Engine:
                 free memory of the host.
 
         """
-        import numpy as np
-
         native = self._native.submit_logits(_plain_token_ids(token_ids))
         try:
-            flat = np.frombuffer(native.collect_logits(), dtype="<f4")
+            flat = np.frombuffer(memoryview(native.collect_logits()), dtype=np.float32)
         except BaseException:
             native.abort()
             raise
@@ -326,14 +328,14 @@ class Engine:
     def close(self) -> None:
         """End every request at once, stop the threads and give the memory back.
 
-        It waits up to two seconds for the step that runs, which on the CPU ends with its layer. One
-        that takes longer is left to itself: its threads and memory go when it ends. Handlers of the
-        log get two seconds for each record as well.
+        It waits up to two seconds for the step that runs, which on the CPU ends with its layer or
+        with its logits. One that takes longer is left to itself: its threads and memory go when it
+        ends. Handlers of the log get two seconds for each record as well.
         """
         self._native.close()
         self._close.detach()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> "Engine":
         """Return the engine."""
         return self
 
@@ -388,7 +390,7 @@ class RequestStream(Iterator[RequestOutput]):
             self._engine = None
             raise
 
-    def _output(self, delta: _native._Delta) -> RequestOutput:
+    def _output(self, delta: "_native._Delta") -> RequestOutput:
         token_ids, text, finish_reason, stop_reason, first_token_s, last_token_s = delta
         if finish_reason is not None:
             self._engine = None
@@ -453,7 +455,7 @@ def _prompts(prompts: Any) -> list[Any]:
         message = f"prompts are a text, token ids, a dict or a list of these, got {prompts!r}"
         raise InvalidRequestError(message, "invalid_prompt")
     many = list(prompts)
-    return [prompts] if many and isinstance(many[0], int | Integral) else many
+    return [prompts] if many and isinstance(many[0], int | np.integer) else many
 
 
 def _plain_prompt(prompt: Prompt) -> str | list[int]:
@@ -479,10 +481,10 @@ def _plain_token_ids(token_ids: Any) -> list[int]:
         message = f"a prompt is a text or token ids, got {type(token_ids).__name__}"
         raise InvalidRequestError(message, "invalid_prompt")
     for position, token in enumerate(ids):
-        if isinstance(token, bool) or not isinstance(token, int | Integral):
+        if isinstance(token, bool) or not isinstance(token, int | np.integer):
             message = f"prompt token at position {position} must be an integer, got {token!r}"
             raise InvalidRequestError(message, "invalid_prompt")
-        if not -(2**63) <= int(token) < 2**63:
+        if not -(2**63) <= token < 2**63:
             message = f"prompt token {token} at position {position} is outside the vocabulary"
             raise InvalidRequestError(message, "token_outside_vocabulary")
     return [int(token) for token in ids]

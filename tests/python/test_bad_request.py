@@ -85,10 +85,9 @@ def test_a_stop_token_outside_the_vocabulary_is_refused(reciting):
 
 @pytest.mark.usefixtures("unharmed")
 def test_one_bad_prompt_refuses_the_whole_list(reciting, wait_until):
-    refused(
-        InvalidRequestError,
-        lambda: reciting.generate(["?", "?", [999], "?"], SHORT, use_tqdm=False),
-    )
+    with pytest.raises(InvalidRequestError, match="token 999 at position 0") as error:
+        reciting.generate(["?", "?", [999], "?"], SHORT, use_tqdm=False)
+    assert error.value.__notes__ == ["prompts[2]"]
     wait_until(lambda: reciting.stats().num_running <= 1, "what was submitted is aborted")
 
 

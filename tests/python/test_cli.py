@@ -199,15 +199,6 @@ def test_ctrl_c_exits_with_130(command, reciting_dir):
     assert re.search(rb"^\d+ tokens, .*, seed \d+$", errors, re.MULTILINE)
 
 
-def test_ctrl_c_while_modules_are_imported_exits_with_130(command, tmp_path):
-    # The large ones of the package, which nobody waits for, and one of the command's.
-    for name in ("numpy", "tqdm", "secrets"):
-        (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([*command, "--version"], env=environment, capture_output=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
-
-
 def test_a_reader_that_leaves_ends_the_program_quietly(command, reciting_dir):
     arguments = ["generate", reciting_dir, "--prompt", "?", "--ignore-eos", *GREEDY]
     with subprocess.Popen(

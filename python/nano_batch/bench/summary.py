@@ -3,6 +3,8 @@
 import statistics
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 
 def rates(tokens: int, seconds: Sequence[float]) -> list[float]:
     """Tokens a second of each run."""
@@ -11,8 +13,6 @@ def rates(tokens: int, seconds: Sequence[float]) -> list[float]:
 
 def percentiles(values: Iterable[float]) -> dict[str, float]:
     """The median and the 99th percentile, linear between neighbours."""
-    import numpy as np
-
     p50, p99 = np.percentile(list(values), [50, 99])
     return {"p50": float(p50), "p99": float(p99)}
 

@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,9 +49,6 @@ class NanoBatch:
         """Load the model and say how long that took."""
         from nano_batch import Engine
 
-        # What the package imports once it needs it.
-        for name in ("numpy", "tqdm"):
-            import_module(name)
         self._baseline_bytes = _resident_bytes("VmRSS")
         options: dict[str, Any] = {"device": task.device, "dtype": "bfloat16"}
         if task.device == "cpu":
