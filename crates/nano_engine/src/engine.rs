@@ -269,9 +269,9 @@ impl Engine {
     }
 
     /// Ends every stream with [`Error::EngineClosed`] at once, then waits up to two seconds for the
-    /// step in flight, which on the CPU ends with its layer or its logits, and gives all memory back. A step that
-    /// takes longer is left to itself, and its thread gives the memory back when it ends. Calling it
-    /// again does nothing.
+    /// step in flight, which on the CPU ends with its layer or its logits, and gives all memory
+    /// back. A step that takes longer is left to itself, and its thread gives the memory back when
+    /// it ends. Calling it again does nothing.
     pub fn close(&self) {
         self.is_closed.store(true, Ordering::Release);
         if std::process::id() != self.owner {

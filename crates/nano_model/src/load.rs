@@ -103,7 +103,7 @@ pub struct ModelInfo {
     /// What the parameters take in memory: less than their data type's bytes, where they are stored
     /// in fewer bits without loss.
     pub weight_bytes: u64,
-    /// Set, it ends a step on the CPU, with an error, before its next layer.
+    /// Set, it ends a step on the CPU, with an error, before its next layer or its logits.
     pub stop: Arc<AtomicBool>,
 }
 
